@@ -1,0 +1,95 @@
+"""One process a device: the process group, and what ranks say to each other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import attrs
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@attrs.frozen
+class World:
+    """This process's place among the ranks, and the collectives the core uses. Everything works with one rank too."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Sums of ``values`` over all ranks, in float64, the same on every rank. One collective."""
+        if self.size == 1:
+            return [float(v) for v in values]
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        total = torch.tensor(list(values), dtype=dtype, device=self.device)
+        dist.all_reduce(total)
+        return [float(v) for v in total.tolist()]
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        """Sum ``tensor`` over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+
+    def broadcast(self, tensor: Tensor) -> None:
+        """Overwrite ``tensor`` on every rank with rank 0's."""
+        if self.size > 1:
+            dist.broadcast(tensor, src=0)
+
+    def publish(self, value: Any = None) -> Any:
+        """Rank 0's ``value``, on every rank (pickled; all ranks are processes of one job)."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's ``value``, in rank order, on every rank."""
+        if self.size == 1:
+            return [value]
+        boxes: list[Any] = [None] * self.size
+        dist.all_gather_object(boxes, value)
+        return boxes
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+def pick_device(local_rank: int) -> torch.device:
+    """The device of this process: CUDA, else Apple's MPS, else the CPU. ``NANOCHAT_DEVICE`` overrides the type."""
+    wanted = os.environ.get("NANOCHAT_DEVICE", "")
+    if wanted in ("", "cuda") and torch.cuda.is_available():
+        return torch.device("cuda", local_rank)
+    if wanted in ("", "mps") and torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def join_world() -> World:
+    """Join the process group that the environment describes (our launcher's or torchrun's), or be a world of one."""
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    device = pick_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if size > 1 and not dist.is_initialized():
+        if device.type == "mps":
+            device = torch.device("cpu")  # no process group drives MPS
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        device_id = device if device.type == "cuda" else None
+        dist.init_process_group(backend, timeout=timedelta(minutes=30), device_id=device_id)
+    return World(rank=rank, size=size, device=device)
+
+
+def leave_world() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,396 @@
+"""The six interfaces of nanochat, and the contexts that factories get.
+
+Tensor names carry their shape: B sequences, T positions, D hidden size, V vocabulary, N = any number of positions.
+A factory is called as ``factory(config, context)`` with the plugin's typed config and the context of its kind.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeAlias
+
+import attrs
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from nanochat_core.distributed import World
+
+Tokens: TypeAlias = npt.NDArray[np.int32]
+
+IGNORED = -1  # a target that counts neither loss nor bytes
+
+
+@attrs.frozen
+class Batch:
+    """Rows of one micro-batch.
+
+    Args:
+        ids_BT: int64 tokens that the model reads.
+        targets_BT: int64 tokens that follow them; ``IGNORED`` (-1) where there is nothing to predict.
+    """
+
+    ids_BT: Tensor
+    targets_BT: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        if device.type == "cpu":
+            return self
+        pinned = device.type == "cuda"
+        move = (lambda t: t.pin_memory().to(device, non_blocking=True)) if pinned else (lambda t: t.to(device))
+        return Batch(move(self.ids_BT), move(self.targets_BT))
+
+
+# ---------------------------------------------------------------------------------------------------- tokenizers
+
+
+@attrs.frozen
+class TokenizerContext:
+    """What a tokenizer may know when it is built.
+
+    Args:
+        documents: gives a fresh iterator over the training documents, for a tokenizer that must be trained.
+        saved: a directory that ``save`` of the same plugin wrote: load from there instead of training.
+    """
+
+    documents: Callable[[], Iterable[str]]
+    saved: Path | None = None
+
+
+class Tokenizer(ABC):
+    """Text to tokens and back.
+
+    A tokenizer that is trained has an option ``vocab_size`` and delivers exactly that many tokens, so that a run can
+    be planned before the training.
+    """
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int:
+        """Number of tokens, special ones included; ids lie in [0, vocab_size)."""
+
+    @property
+    @abstractmethod
+    def special_tokens(self) -> Mapping[str, int]:
+        """Special tokens by name. Must hold ``<|bos|>``, which leads every document. Never parsed out of text."""
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Tokens of ``text``, without bos. Special-token strings inside the text are ordinary text."""
+
+    @abstractmethod
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        """The exact bytes of ``ids``; special tokens give their name."""
+
+    @abstractmethod
+    def token_bytes(self) -> Tokens:
+        """[V] int32: number of raw bytes of each token, 0 for special ones."""
+
+    @abstractmethod
+    def save(self, directory: Path) -> None:
+        """Write all that is needed to load it again, as readable files without pickles, into an existing directory."""
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Hex digest of everything that decides which tokens a text gets."""
+
+    @property
+    def bos_id(self) -> int:
+        return self.special_tokens["<|bos|>"]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ``ids``; bytes that are not UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def encode_documents(self, texts: Sequence[str]) -> list[Tokens]:
+        """One int32 array a document, each led by bos. Called from a background thread."""
+        bos = self.bos_id
+        return [np.array([bos, *self.encode(text)], dtype=np.int32) for text in texts]
+
+
+# -------------------------------------------------------------------------------------------------- data sources
+
+Split = Literal["train", "val"]
+
+
+@attrs.frozen
+class DataContext:
+    """What a data source may know when it is built.
+
+    Args:
+        cache_dir: an existing directory for what is worth keeping between runs (downloads, extracted text).
+    """
+
+    cache_dir: Path
+
+
+class DataSource(ABC):
+    """Documents of a training and a validation split, in a fixed order."""
+
+    @abstractmethod
+    def documents(self, split: Split) -> Sequence[str]:
+        """The split's documents. Random access by index and by slice (with a step); a list will do.
+
+        Raises:
+            DataError: when the data are missing or unreadable.
+        """
+
+    def fingerprint(self, split: Split) -> str:
+        """Hex digest of the split's content. Default: over every document; override it where that is slow."""
+        digest = hashlib.sha256()
+        for document in self.documents(split):
+            data = document.encode("utf-8", errors="surrogatepass")
+            digest.update(len(data).to_bytes(8, "little") + data)
+        return digest.hexdigest()
+
+
+# -------------------------------------------------------------------------------------------------------- models
+
+
+@attrs.frozen
+class ModelContext:
+    """What a model may know when it is built.
+
+    It is built on the CPU (or on the meta device, to count) with torch's default generator seeded, then moved.
+
+    Args:
+        vocab_size: number of tokens of the tokenizer.
+        max_seq_len: longest training row T, in tokens.
+        device: where it will run.
+        dtype: what matrix products should be computed in (float32, bfloat16 or float16). Forward passes run under
+            ``torch.autocast`` with it; a model that casts by itself turns that off inside.
+    """
+
+    vocab_size: int
+    max_seq_len: int
+    device: torch.device
+    dtype: torch.dtype
+
+
+class Cache(Protocol):
+    """State of a model between chunks of one batch of sequences."""
+
+    @property
+    def length(self) -> int:
+        """Number of positions already read."""
+
+
+class Model(nn.Module, ABC):
+    """A causal language model in two parts, so that losses, scores and samples are written once, in the core."""
+
+    vocab_size: int  # V, at least the tokenizer's; ids outside raise
+    hidden_size: int  # D of ``hidden``
+
+    @abstractmethod
+    def hidden(self, ids_BT: Tensor, cache: Cache | None = None) -> Tensor:
+        """[B, T, D] states before the head. With a cache, ``ids_BT`` continue what it holds, and it grows by T."""
+
+    @abstractmethod
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """float32 [N, V]. A model that only has logits sets D = V and returns its input."""
+
+    def forward(
+        self, ids_BT: Tensor, targets_BT: Tensor, reduction: Literal["sum", "none"] = "sum"
+    ) -> Tensor:
+        """Cross-entropy of the targets, in nats: float32, () summed or [B, T]; ignored targets give 0."""
+        from nanochat_core.loss import cross_entropy
+
+        return cross_entropy(self, self.hidden(ids_BT), targets_BT, reduction)
+
+    def new_cache(self, batch_size: int, max_tokens: int) -> Cache | None:
+        """An empty cache, or None for a model without: then the prefix is computed again for every token."""
+        return None
+
+    def parameter_roles(self) -> Mapping[str, str]:
+        """Parameter name to role. Roles optimizers know: ``matrix`` (2-D weight inside a block), ``embedding``,
+        ``head``, ``scalar`` (0-D and 1-D). Default: by shape and module type, see ``default_roles``."""
+        return default_roles(self)
+
+    def parameter_counts(self) -> Mapping[str, int]:
+        """Number of parameters by role, and their sum as ``total``."""
+        roles, counts = self.parameter_roles(), dict[str, int]()
+        for name, parameter in self.named_parameters():
+            counts[roles[name]] = counts.get(roles[name], 0) + parameter.numel()
+        return {**counts, "total": sum(counts.values())}
+
+    def flops_per_token(self, max_seq_len: int) -> float:
+        """FLOPs a token of one forward and backward pass. Default: 6 a parameter, embeddings left out."""
+        counts = self.parameter_counts()
+        return 6.0 * (counts["total"] - counts.get("embedding", 0))
+
+
+def default_roles(model: nn.Module) -> dict[str, str]:
+    """Roles for a model that declares none: what an ``nn.Embedding`` holds is ``embedding`` (an embedding tied to the
+    head too), the last 2-D parameter is ``head``, other 2-D parameters are ``matrix``, everything else ``scalar``."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    named = list(model.named_parameters())
+    matrices = [name for name, p in named if p.ndim == 2 and id(p) not in embeddings]
+    roles = {}
+    for name, parameter in named:
+        if id(parameter) in embeddings:
+            roles[name] = "embedding"
+        elif parameter.ndim == 2:
+            roles[name] = "head" if name == matrices[-1] else "matrix"
+        else:
+            roles[name] = "scalar"
+    return roles
+
+
+# ---------------------------------------------------------------------------------------------------- optimizers
+
+
+@attrs.frozen
+class OptimizerContext:
+    """What an optimizer may know when it is built.
+
+    Args:
+        parameters: trainable parameters by name, in the model's order, the same on every rank.
+        roles: role of each parameter, by name.
+        hidden_size: the model's D.
+        world: the ranks.
+        total_batch_size: tokens an optimizer step, all ranks.
+        num_iterations: optimizer steps of the run.
+    """
+
+    parameters: Mapping[str, nn.Parameter]
+    roles: Mapping[str, str]
+    hidden_size: int
+    world: World
+    total_batch_size: int
+    num_iterations: int
+
+
+@attrs.frozen
+class Multipliers:
+    """What the schedule says for one step.
+
+    Args:
+        step: optimizer steps already done.
+        num_iterations: optimizer steps of the run.
+        lr: factor on every learning rate.
+    """
+
+    step: int
+    num_iterations: int
+    lr: float
+
+
+class Optimizer(ABC):
+    """Two halves, because clipping and skipping need the global norm before any update.
+
+    One step: backward passes; before the last, ``begin_reduce``; then ``reduce``, then ``update`` or ``discard``.
+    """
+
+    def begin_reduce(self) -> None:
+        """The next backward pass is the step's last: gradients it completes may be sent at once."""
+
+    @abstractmethod
+    def reduce(self) -> Tensor:
+        """Sum gradients over ranks. Returns the float32 L2 norm of the sums, (), the same on every rank."""
+
+    @abstractmethod
+    def update(self, scale: float, multipliers: Multipliers) -> None:
+        """One step with gradients times ``scale`` (it holds clipping and the division by the number of tokens);
+        clears the gradients."""
+
+    @abstractmethod
+    def discard(self) -> None:
+        """Clear the gradients without touching parameters or moments."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Tensor]:
+        """Flat, keys ``<parameter name>/<what>``, the same for any number of ranks. Collective."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what ``state_dict`` gave, exactly."""
+
+    @abstractmethod
+    def state_bytes(self) -> int:
+        """Bytes of state this rank holds after the first update, known before it."""
+
+
+# ---------------------------------------------------------------------------------------------------- evaluators
+
+
+@attrs.frozen
+class EvaluatorContext:
+    """What an evaluator may know when it is built.
+
+    Args:
+        tokenizer: the run's.
+        world: the ranks; every rank calls ``evaluate`` at the same time.
+        max_seq_len: T of the training rows.
+        device_batch_size: rows a device handles at once in training.
+        rows: ``rows(split, tokens)`` gives this rank's share of the first ``tokens`` tokens of a split (fewer if it
+            has fewer), as batches on the device, always [device_batch_size, max_seq_len], filled up with ``IGNORED``.
+    """
+
+    tokenizer: Tokenizer
+    world: World
+    max_seq_len: int
+    device_batch_size: int
+    rows: Callable[[Split, int], Iterator[Batch]]
+
+
+@attrs.frozen
+class Evaluation:
+    """What an evaluator found.
+
+    Args:
+        metrics: metric name to value. An entry renamed in TOML gets its name and a slash in front of each.
+        texts: name to text, for people (samples).
+    """
+
+    metrics: Mapping[str, float] = attrs.field(factory=dict)
+    texts: Mapping[str, str] = attrs.field(factory=dict)
+
+
+class Evaluator(ABC):
+    """Looks at a model. Runs on every rank, the model in eval mode, without gradients; the result of rank 0 counts."""
+
+    @abstractmethod
+    def evaluate(self, model: Model, step: int) -> Evaluation: ...
+
+
+# ------------------------------------------------------------------------------------------------------- loggers
+
+
+@attrs.frozen
+class LoggerContext:
+    """What a logger may know when it is built, once a run and only on rank 0.
+
+    Args:
+        directory: the run's directory.
+        name: experiment name; ``id``: the run's id.
+        project, group, tags: of ``[run]``.
+        experiment: the resolved experiment as nested plain data.
+        num_iterations: optimizer steps of the run.
+        start_step: step the run starts or resumes from.
+    """
+
+    directory: Path
+    name: str
+    id: str
+    project: str
+    group: str
+    tags: tuple[str, ...]
+    experiment: Mapping[str, Any]
+    num_iterations: int
+    start_step: int
+
+
+class Logger(ABC):
+    """Mirrors the ledger. What it raises is reported once and never stops a run."""
+
+    @abstractmethod
+    def log(self, record: Mapping[str, float | str]) -> None:
+        """One line of the ledger: ``step``, ``time`` (seconds since the epoch), and metrics or texts by name."""
+
+    def finish(self, status: Literal["finished", "failed", "preempted"]) -> None:
+        """The run ended."""

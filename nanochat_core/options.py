@@ -1,0 +1,72 @@
+"""``option``: one documented field of a config class. Imports no torch, so that config modules stay cheap."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import attrs
+
+# What happens when a run is resumed with another value of the option.
+OnResume = Literal["free", "warn", "refuse"]
+
+
+def option(
+    default: Any = attrs.NOTHING,
+    help: str = "",
+    *,
+    validator: Callable[[Any, Any, Any], Any] | list[Callable[[Any, Any, Any], Any]] | None = None,
+    on_resume: OnResume | None = None,
+) -> Any:
+    """A field of an attrs config class, with the text that ``nanochat plugins KIND/NAME`` prints for it.
+
+    Args:
+        default: value when a TOML file says nothing; without one the option is required.
+        help: one line: what it does, its unit, what its special values mean.
+        validator: attrs validator(s) ``(instance, attribute, value)`` that raise ``ValueError`` with a remedy.
+        on_resume: whether a run may be resumed with another value; None takes the rule of the option's table.
+    """
+    metadata = {"help": help, "on_resume": on_resume}
+    if isinstance(default, list | dict | set):
+        raise TypeError("an option's default must be immutable: use a tuple")
+    return attrs.field(default=default, validator=validator, metadata=metadata)
+
+
+def one_of(*values: Any) -> Callable[[Any, Any, Any], None]:
+    """Validator: the value is one of ``values``."""
+
+    def check(_: Any, attribute: Any, value: Any) -> None:
+        if value not in values:
+            raise ValueError(f"must be one of {', '.join(map(repr, values))}, not {value!r}")
+
+    return check
+
+
+def at_least(minimum: float) -> Callable[[Any, Any, Any], None]:
+    """Validator: the value, when it is a number, is at least ``minimum``."""
+
+    def check(_: Any, attribute: Any, value: Any) -> None:
+        if isinstance(value, int | float) and not value >= minimum:
+            raise ValueError(f"must be at least {minimum}, not {value}")
+
+    return check
+
+
+def above(minimum: float) -> Callable[[Any, Any, Any], None]:
+    """Validator: the value, when it is a number, is greater than ``minimum``."""
+
+    def check(_: Any, attribute: Any, value: Any) -> None:
+        if isinstance(value, int | float) and not value > minimum:
+            raise ValueError(f"must be greater than {minimum}, not {value}")
+
+    return check
+
+
+def between(low: float, high: float) -> Callable[[Any, Any, Any], None]:
+    """Validator: the value, when it is a number, lies in [low, high]."""
+
+    def check(_: Any, attribute: Any, value: Any) -> None:
+        if isinstance(value, int | float) and not low <= value <= high:
+            raise ValueError(f"must lie between {low} and {high}, not {value}")
+
+    return check

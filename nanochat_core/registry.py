@@ -1,0 +1,161 @@
+"""Typed registries: what plugins offer, by kind and name."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Literal, get_args
+
+import attrs
+
+from nanochat_core.errors import PluginError
+
+Kind = Literal["tokenizer", "data_source", "model", "optimizer", "evaluator", "logger"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+@attrs.frozen
+class Entry:
+    """One thing a plugin offers.
+
+    Args:
+        kind, name: what TOML files call it.
+        config: attrs class of its options.
+        factory: ``module:attribute``, imported when an experiment picks it; called with (config, context).
+        summary: one line for ``nanochat plugins``.
+        requires: top-level modules that must be importable.
+        install: what to type when one of them is missing.
+        defaults: values of the options that the core reserves on entries of this kind, such as ``every``.
+        aliases: other names of options, accepted in TOML files: old to new.
+        plugin: entry-point name of the plugin; ``distribution`` and ``version``: the package it came in.
+    """
+
+    kind: Kind
+    name: str
+    config: type
+    factory: str
+    summary: str
+    requires: tuple[str, ...] = ()
+    install: str = ""
+    defaults: Mapping[str, Any] = attrs.field(factory=dict)
+    aliases: Mapping[str, str] = attrs.field(factory=dict)
+    plugin: str = ""
+    distribution: str = ""
+    version: str = ""
+
+    def missing(self) -> list[str]:
+        """Required modules that are not installed."""
+        return [m for m in self.requires if importlib.util.find_spec(m) is None]
+
+    def load(self) -> Callable[[Any, Any], Any]:
+        """The factory.
+
+        Raises:
+            PluginError: with the original traceback, when it can't be imported.
+        """
+        module, _, attribute = self.factory.partition(":")
+        try:
+            factory: Callable[[Any, Any], Any] = getattr(importlib.import_module(module), attribute)
+        except Exception as error:
+            raise PluginError(
+                f"{self.kind} {self.name!r} of {self.distribution} {self.version} can't be imported "
+                f"({self.factory}): {error}\n{traceback.format_exc()}"
+            ) from error
+        return factory
+
+
+@attrs.define
+class Registry:
+    """Entries of one kind. A name that two distributions claim belongs to neither."""
+
+    kind: Kind
+    _entries: dict[str, Entry] = attrs.field(factory=dict)
+    clashes: dict[str, tuple[Entry, ...]] = attrs.field(factory=dict)
+
+    def add(self, entry: Entry) -> None:
+        if entry.name in self.clashes:
+            self.clashes[entry.name] += (entry,)
+        elif entry.name in self._entries:
+            self.clashes[entry.name] = (self._entries.pop(entry.name), entry)
+        else:
+            self._entries[entry.name] = entry
+
+    def discard(self, plugin: str) -> None:
+        """Forget what a plugin added before it failed."""
+        self._entries = {n: e for n, e in self._entries.items() if e.plugin != plugin}
+
+    def get(self, name: str) -> Entry | None:
+        return self._entries.get(name)
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(sorted(self._entries.values(), key=lambda e: e.name))
+
+    def explain_clash(self, name: str) -> str:
+        """What to say about a name that several distributions claim."""
+        owners = " and ".join(f"{e.distribution} {e.version} (plugin {e.plugin!r})" for e in self.clashes[name])
+        return (
+            f"{self.kind} {name!r} is claimed by {owners}: uninstall one, "
+            f"or name the plugins to load in NANOCHAT_PLUGINS, separated by commas"
+        )
+
+    def suggest(self, name: str) -> str:
+        """" (did you mean ...?)" or what there is."""
+        return did_you_mean(name, [e.name for e in self]) or f" (installed: {', '.join(e.name for e in self) or 'none'})"
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`` (did you mean "x"?)``, or nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f' (did you mean "{close[0]}"?)' if close else ""
+
+
+@attrs.frozen
+class Registrar:
+    """A plugin's own view of one registry: it adds entries in the plugin's name."""
+
+    _registry: Registry
+    plugin: str
+    distribution: str
+    version: str
+
+    def add(
+        self,
+        name: str,
+        *,
+        config: type,
+        factory: str,
+        summary: str = "",
+        requires: Iterable[str] = (),
+        install: str = "",
+        defaults: Mapping[str, Any] | None = None,
+        aliases: Mapping[str, str] | None = None,
+    ) -> None:
+        """Offer ``name``. See ``Entry`` for the arguments.
+
+        Raises:
+            PluginError: when an argument is not what ``Entry`` says.
+        """
+        from nanochat_core.schema import check_config_class
+
+        if ":" not in factory:
+            raise PluginError(f'factory of {name!r} must be "module:attribute", not {factory!r}')
+        check_config_class(self._registry.kind, name, config)
+        self._registry.add(
+            Entry(
+                kind=self._registry.kind,
+                name=name,
+                config=config,
+                factory=factory,
+                summary=summary,
+                requires=tuple(requires),
+                install=install,
+                defaults=dict(defaults or {}),
+                aliases=dict(aliases or {}),
+                plugin=self.plugin,
+                distribution=self.distribution,
+                version=self.version,
+            )
+        )
