@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         Multipliers,
         Optimizer,
         OptimizerContext,
+        Resolved,
         Split,
         Tokenizer,
         TokenizerContext,
@@ -45,7 +46,7 @@ _LAZY = {
     **dict.fromkeys(
         (
             "IGNORED Batch Cache DataContext DataSource Evaluation Evaluator EvaluatorContext Logger LoggerContext "
-            "Model ModelContext Multipliers Optimizer OptimizerContext Split Tokenizer TokenizerContext Tokens "
+            "Model ModelContext Multipliers Optimizer OptimizerContext Resolved Split Tokenizer TokenizerContext Tokens "
             "default_roles"
         ).split(),
         "interfaces",

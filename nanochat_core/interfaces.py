@@ -153,6 +153,14 @@ class DataSource(ABC):
 
 
 @attrs.frozen
+class Resolved:
+    """What an "auto" option became: its value, and the formula in words."""
+
+    value: bool | int | float | str
+    formula: str
+
+
+@attrs.frozen
 class ModelContext:
     """What a model may know when it is built.
 
@@ -194,9 +202,7 @@ class Model(nn.Module, ABC):
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """float32 [N, V]. A model that only has logits sets D = V and returns its input."""
 
-    def forward(
-        self, ids_BT: Tensor, targets_BT: Tensor, reduction: Literal["sum", "none"] = "sum"
-    ) -> Tensor:
+    def forward(self, ids_BT: Tensor, targets_BT: Tensor, reduction: Literal["sum", "none"] = "sum") -> Tensor:
         """Cross-entropy of the targets, in nats: float32, () summed or [B, T]; ignored targets give 0."""
         from nanochat_core.loss import cross_entropy
 
@@ -222,6 +228,19 @@ class Model(nn.Module, ABC):
         """FLOPs a token of one forward and backward pass. Default: 6 a parameter, embeddings left out."""
         counts = self.parameter_counts()
         return 6.0 * (counts["total"] - counts.get("embedding", 0))
+
+    def reference_counts(self) -> Mapping[str, int] | None:
+        """``parameter_counts`` of the family's reference model, the one whose best batch is 2^19 tokens (depth 12 for
+        ``gpt``). None: ``total_batch_size = "auto"`` is refused."""
+        return None
+
+    def resolved_options(self) -> Mapping[str, Resolved]:
+        """What each option left to "auto" became, by option name."""
+        return {}
+
+    def describe(self) -> Mapping[str, str | int]:
+        """What the banner says of the model: name to value, such as ``layers`` and ``width``."""
+        return {}
 
 
 def default_roles(model: nn.Module) -> dict[str, str]:
@@ -313,6 +332,10 @@ class Optimizer(ABC):
     @abstractmethod
     def state_bytes(self) -> int:
         """Bytes of state this rank holds after the first update, known before it."""
+
+    def resolved_options(self) -> Mapping[str, Resolved]:
+        """What each option left to "auto" became, by option name."""
+        return {}
 
 
 # ---------------------------------------------------------------------------------------------------- evaluators

@@ -50,6 +50,10 @@ class Entry:
         """Required modules that are not installed."""
         return [m for m in self.requires if importlib.util.find_spec(m) is None]
 
+    def how_to_install(self) -> str:
+        """What to type to get the missing modules."""
+        return self.install or f"pip install {' '.join(self.missing())}"
+
     def load(self) -> Callable[[Any, Any], Any]:
         """The factory.
 
@@ -69,41 +73,46 @@ class Entry:
 
 @attrs.define
 class Registry:
-    """Entries of one kind. A name that two distributions claim belongs to neither."""
+    """Entries of one kind. A name that two plugins claim belongs to neither."""
 
     kind: Kind
-    _entries: dict[str, Entry] = attrs.field(factory=dict)
-    clashes: dict[str, tuple[Entry, ...]] = attrs.field(factory=dict)
+    entries: list[Entry] = attrs.field(factory=list)
 
     def add(self, entry: Entry) -> None:
-        if entry.name in self.clashes:
-            self.clashes[entry.name] += (entry,)
-        elif entry.name in self._entries:
-            self.clashes[entry.name] = (self._entries.pop(entry.name), entry)
-        else:
-            self._entries[entry.name] = entry
+        self.entries.append(entry)
 
     def discard(self, plugin: str) -> None:
         """Forget what a plugin added before it failed."""
-        self._entries = {n: e for n, e in self._entries.items() if e.plugin != plugin}
+        self.entries = [e for e in self.entries if e.plugin != plugin]
+
+    def claims(self, name: str) -> list[Entry]:
+        """All entries of that name: one, unless it is unknown or plugins clash."""
+        return [e for e in self.entries if e.name == name]
+
+    def clashes(self) -> list[str]:
+        """Names that several plugins claim."""
+        return sorted({e.name for e in self.entries if len(self.claims(e.name)) > 1})
 
     def get(self, name: str) -> Entry | None:
-        return self._entries.get(name)
+        claims = self.claims(name)
+        return claims[0] if len(claims) == 1 else None
 
     def __iter__(self) -> Iterator[Entry]:
-        return iter(sorted(self._entries.values(), key=lambda e: e.name))
+        return iter(sorted(self.entries, key=lambda e: e.name))
 
     def explain_clash(self, name: str) -> str:
         """What to say about a name that several distributions claim."""
-        owners = " and ".join(f"{e.distribution} {e.version} (plugin {e.plugin!r})" for e in self.clashes[name])
+        owners = " and ".join(f"{e.distribution} {e.version} (plugin {e.plugin!r})" for e in self.claims(name))
         return (
             f"{self.kind} {name!r} is claimed by {owners}: uninstall one, "
             f"or name the plugins to load in NANOCHAT_PLUGINS, separated by commas"
         )
 
     def suggest(self, name: str) -> str:
-        """" (did you mean ...?)" or what there is."""
-        return did_you_mean(name, [e.name for e in self]) or f" (installed: {', '.join(e.name for e in self) or 'none'})"
+        """ " (did you mean ...?)" or what there is."""
+        return (
+            did_you_mean(name, [e.name for e in self]) or f" (installed: {', '.join(e.name for e in self) or 'none'})"
+        )
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -1,0 +1,166 @@
+"""Checkpoints: saved atomically, verified by a manifest, loaded without pickles."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from nanochat_core.errors import CheckpointError
+from nanochat_core.state import TrainState
+
+VERSION = 1
+MANIFEST = "manifest.json"
+
+
+@attrs.frozen
+class CheckpointContent:
+    """Everything in a checkpoint.
+
+    Args:
+        model: parameters and buffers by name; ``optimizer``: ``<parameter>/<what>``; ``rng``: ``<rank>/<generator>``.
+        state: where the run stands.
+    """
+
+    model: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
+    rng: Mapping[str, Tensor]
+    state: TrainState
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step_{step:06d}"
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers; a tensor that goes by several names (tied weights) once, by its first."""
+    seen: set[tuple[int, int]] = set()
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        key = (tensor.untyped_storage().data_ptr(), tensor.storage_offset())
+        if tensor.numel() and key in seen:
+            continue
+        seen.add(key)
+        tensors[name] = tensor.detach()
+    return tensors
+
+
+def load_model_tensors(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Copy ``tensors`` into ``model``.
+
+    Raises:
+        CheckpointError: naming tensors that are missing, left over, or of another shape.
+    """
+    wanted = model_tensors(model)
+    problems = [f"{name} is missing" for name in wanted.keys() - tensors.keys()]
+    problems += [f"{name} is not in the model" for name in tensors.keys() - wanted.keys()]
+    for name in wanted.keys() & tensors.keys():
+        if wanted[name].shape != tensors[name].shape:
+            problems.append(f"{name} is {list(tensors[name].shape)}, the model's {list(wanted[name].shape)}")
+    if problems:
+        shown = "; ".join(sorted(problems)[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
+        raise CheckpointError(f"{source} does not fit the model: {shown}. Use the same model and tokenizer options")
+    with torch.no_grad():
+        for name, tensor in wanted.items():
+            tensor.copy_(tensors[name])
+
+
+def save_checkpoint(directory: Path, content: CheckpointContent) -> Path:
+    """Write ``directory/step_NNNNNN``: to a temporary directory, synced, then renamed. Call on one rank.
+
+    Raises:
+        CheckpointError: when it can't be written; nothing is left behind then.
+    """
+    final = directory / checkpoint_name(content.state.step)
+    temporary = directory / f".{final.name}.{os.getpid()}"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        for name in ("model", "optimizer", "rng"):
+            tensors = {k: v.detach().cpu().contiguous() for k, v in getattr(content, name).items()}
+            save_file(tensors, temporary / f"{name}.safetensors", metadata={"format": "pt"})
+        (temporary / "state.json").write_text(json.dumps(content.state.to_json(), indent=1) + "\n")
+        files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(temporary.iterdir())}
+        manifest = {"version": VERSION, "step": content.state.step, "files": files}
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        for path in (*temporary.iterdir(), temporary):
+            _sync(path)
+        if final.exists():  # of a run that was rewound to before it
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _sync(directory)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(f"checkpoint {final} could not be saved: {error}") from error
+    return final
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verify(checkpoint: Path) -> str:
+    """What is wrong with a checkpoint, or an empty string."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text())
+        if manifest["version"] > VERSION:
+            return f"was written by a newer nanochat (version {manifest['version']}, this one reads {VERSION})"
+        for name, facts in manifest["files"].items():
+            path = checkpoint / name
+            if path.stat().st_size != facts["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes, not {facts['bytes']}"
+            if _sha256(path) != facts["sha256"]:
+                return f"{name} is damaged (its sha256 differs)"
+    except FileNotFoundError as error:
+        return f"{Path(str(error.filename)).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{MANIFEST} is unreadable ({error})"
+    return ""
+
+
+def list_checkpoints(directory: Path) -> list[Path]:
+    """Checkpoints of a run, newest first, not verified."""
+    found = [p for p in directory.glob("step_*") if p.is_dir() and p.name[5:].isdigit()]
+    return sorted(found, key=lambda p: int(p.name[5:]), reverse=True)
+
+
+def latest_checkpoint(directory: Path) -> tuple[Path | None, list[str]]:
+    """(the newest checkpoint whose manifest verifies, what is wrong with newer ones)."""
+    damaged = []
+    for checkpoint in list_checkpoints(directory):
+        problem = verify(checkpoint)
+        if not problem:
+            return checkpoint, damaged
+        damaged.append(f"{checkpoint}: {problem}; it is skipped")
+    return None, damaged
+
+
+def load_checkpoint(checkpoint: Path) -> CheckpointContent:
+    """Read a checkpoint that ``verify`` found sound, tensors on the CPU."""
+    content: dict[str, Any] = {n: load_file(checkpoint / f"{n}.safetensors") for n in ("model", "optimizer", "rng")}
+    state = TrainState.from_json(json.loads((checkpoint / "state.json").read_text()))
+    return CheckpointContent(state=state, **content)
+
+
+def load_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """Only the model's tensors of a checkpoint, on the CPU."""
+    return load_file(checkpoint / "model.safetensors")

@@ -1,0 +1,79 @@
+"""The ``nanochat`` command: one module a command. Nothing here imports torch; a command does when it needs it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from nanochat_core import __version__
+from nanochat_core.errors import NanochatError
+
+COMMANDS = {
+    "run": "train an experiment",
+    "show": "print every resolved value and where it came from",
+    "plan": "say what a run will cost, without running it",
+    "plugins": "list what is installed, or explain one plugin's options",
+    "runs": "list runs",
+    "sample": "continue a text with a trained model",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point. Returns the exit code: 0, 2 for what a user has to mend, 3 diverged, 75 stopped by a signal."""
+    parser = argparse.ArgumentParser(
+        prog="nanochat",
+        description="Train small GPT-style language models end to end from one TOML file; every part a plugin.",
+        epilog="Start with: nanochat run experiments/quickstart.toml",
+    )
+    parser.add_argument("--version", action="version", version=f"nanochat {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    for name, summary in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        if name in arguments[:1]:  # only the command that is asked for is imported
+            importlib.import_module(f"nanochat_core.cli.{name}").add_arguments(command)
+    options = parser.parse_args(arguments)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve the data thread and other runs
+    try:
+        code: int = importlib.import_module(f"nanochat_core.cli.{options.command}").main(options, arguments)
+        sys.stdout.flush()
+        return code
+    except NanochatError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:  # the reader of a pipe, such as head, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+
+
+def add_experiment(parser: argparse.ArgumentParser) -> None:
+    """Arguments of every command that reads an experiment."""
+    parser.add_argument("file", type=Path, metavar="FILE", help="the experiment, a TOML file")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help="override a value, as in --set model.depth=12 --set evaluators.bpb.every=50; may be repeated",
+    )
+
+
+def add_runs_dir(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="where run directories are (default: runs)"
+    )
+
+
+def positive(text: str) -> int:
+    """argparse type: a whole number of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number

@@ -1,0 +1,89 @@
+"""``nanochat plugins``: what is installed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+import attrs
+
+from nanochat_core.errors import PluginError
+from nanochat_core.plugins import Plugins, load_plugins
+from nanochat_core.registry import KINDS, Entry, did_you_mean
+from nanochat_core.schema import RESERVED, EntryKeys, fields_of, type_name
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", nargs="?", metavar="KIND[/NAME]", help=f"one kind ({', '.join(KINDS)}) or one entry of it")
+    parser.add_argument("--check", action="store_true", help="exit 1 if a plugin failed to load, and say why")
+
+
+def main(options: argparse.Namespace, _: Sequence[str]) -> int:
+    plugins = load_plugins()
+    kind, _slash, name = (options.what or "").partition("/")
+    kind = kind.replace("-", "_").removesuffix("s")
+    if kind and kind not in KINDS:
+        hint = did_you_mean(kind, KINDS) or f" (kinds: {', '.join(KINDS)})"
+        raise PluginError(f"no kind {kind!r}{hint}")
+    if name:
+        _explain(plugins, kind, name)
+    else:
+        _list(plugins, kind)
+    for registry in plugins.registries.values():
+        for clash in registry.clashes():
+            print(registry.explain_clash(clash), file=sys.stderr)
+    for failure in plugins.failures:
+        print(failure if not options.check else f"{failure}\n{failure.traceback}", file=sys.stderr)
+    clashes = any(r.clashes() for r in plugins.registries.values())
+    return 1 if options.check and (plugins.failures or clashes) else 0
+
+
+def _list(plugins: Plugins, only: str) -> None:
+    entries = [e for kind in KINDS if kind == only or not only for e in plugins[kind]]
+    rows = [("KIND", "NAME", "DISTRIBUTION", "VERSION", "SUMMARY")]
+    for entry in entries:
+        note = f" [{_needs(entry)}]" if entry.missing() else ""
+        rows.append((entry.kind, entry.name, entry.distribution, entry.version, entry.summary + note))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    for row in rows:
+        print("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]).rstrip())
+
+
+def _explain(plugins: Plugins, kind: str, name: str) -> None:
+    registry = plugins[kind]  # type: ignore[index]
+    entry: Entry | None = registry.get(name)
+    if entry is None:
+        if registry.claims(name):
+            raise PluginError(registry.explain_clash(name))
+        raise PluginError(f"no {kind} {name!r} is installed{registry.suggest(name)}{plugins.explain_failure(name)}")
+    print(f"{kind} {name}: {entry.summary}\nof {entry.distribution} {entry.version}, made by {entry.factory}")
+    if entry.missing():
+        print(_needs(entry))
+    print("\noptions:")
+    for field in fields_of(entry.config).values():
+        _print_option(field, field.default)
+    reserved = {n: f for n, f in fields_of(RESERVED.get(kind, EntryKeys)).items() if n not in ("plugin", "name")}
+    if reserved:
+        print("\noptions the core adds:")
+    for option_name, field in reserved.items():
+        _print_option(field, entry.defaults.get(option_name, field.default))
+    for old, new in entry.aliases.items():
+        print(f"  {old}: another name of {new}")
+
+
+def _needs(entry: Entry) -> str:
+    return f"needs {', '.join(entry.missing())}: {entry.how_to_install()}"
+
+
+def _print_option(field: attrs.Attribute[object], default: object) -> None:
+    if default is attrs.NOTHING:
+        shown = "required"
+    elif default is None:
+        shown = "default unset"
+    else:
+        shown = f"default {json.dumps(default, default=str, ensure_ascii=False)}"
+    print(f"  {field.name} ({type_name(field.type)}, {shown})")
+    if field.metadata.get("help"):
+        print(f"      {field.metadata['help']}")

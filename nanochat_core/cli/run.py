@@ -1,0 +1,38 @@
+"""``nanochat run FILE``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+
+from nanochat_core.cli import add_experiment, add_runs_dir, positive
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_experiment(parser)
+    add_runs_dir(parser)
+    parser.add_argument("--nproc", type=positive, default=1, metavar="N", help="worker processes, one a device")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="newest",
+        metavar="auto|RUN",
+        help="continue the newest run of this experiment, or RUN; auto starts fresh when there is none",
+    )
+
+
+def main(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    from nanochat_core.load import load
+    from nanochat_core.plugins import load_plugins
+
+    is_worker = "WORLD_SIZE" in os.environ
+    if not is_worker:  # before torch is imported: a typo costs no seconds
+        load(options.file, options.overrides, load_plugins()).require_all()
+    if options.nproc > 1 and not is_worker:
+        from nanochat_core.launch import launch
+
+        return launch(arguments, options.nproc)
+    from nanochat_core.run import run_experiment
+
+    return run_experiment(options.file, options.overrides, options.runs_dir, options.resume)

@@ -1,0 +1,55 @@
+"""``nanochat runs``: what has been trained."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from nanochat_core.cli import add_runs_dir
+from nanochat_core.ledger import read_ledger
+from nanochat_core.rundir import RunDirectory, all_runs
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_runs_dir(parser)
+
+
+def main(options: argparse.Namespace, _: Sequence[str]) -> int:
+    runs = all_runs(options.runs_dir)
+    if not runs:
+        print(f"no runs under {options.runs_dir}; start one with: nanochat run experiments/quickstart.toml")
+        return 0
+    rows = [("NAME", "ID", "STATUS", "STEP", "BEST BPB", "AGE", "SIZE"), *(_row(run) for run in runs)]
+    widths = [max(len(row[i]) for row in rows) for i in range(7)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    return 0
+
+
+def _row(run: RunDirectory) -> tuple[str, ...]:
+    status = run.read_status()
+    step, horizon = status.get("step", 0), status.get("num_iterations", 0)
+    best = None
+    for record in read_ledger(run.ledger):
+        value = record.get("val/bpb")
+        if isinstance(value, float) and (best is None or value < best):
+            best = value
+        if "train/loss" in record:
+            step = max(step, record["step"] + 1)
+    age = _age(time.time() - status.get("time", run.path.stat().st_mtime))
+    bpb = "-" if best is None else f"{best:.4f}"
+    return run.name, run.id, status.get("status", "unknown"), f"{step}/{horizon}", bpb, age, _size(run.path)
+
+
+def _age(seconds: float) -> str:
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"
+
+
+def _size(path: Path) -> str:
+    total = sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+    return f"{total / 1e9:.1f} GB" if total >= 1e9 else f"{total / 1e6:.1f} MB"

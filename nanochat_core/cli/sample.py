@@ -1,0 +1,49 @@
+"""``nanochat sample RUN "text"``: continue a text."""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import sys
+from collections.abc import Sequence
+
+from nanochat_core.cli import add_runs_dir, positive
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="a run: its name (the newest), name/id, id, or directory")
+    parser.add_argument("text", metavar="TEXT", help="what to continue")
+    parser.add_argument("--max-tokens", type=positive, default=64, metavar="N", help="tokens to add (default: 64)")
+    parser.add_argument("--temperature", type=float, default=0.8, metavar="X", help="0 is greedy (default: 0.8)")
+    parser.add_argument("--top-k", type=positive, metavar="K", help="sample among the K likeliest tokens")
+    parser.add_argument("--seed", type=int, default=42, help="of the sampling (default: 42)")
+    add_runs_dir(parser)
+
+
+def main(options: argparse.Namespace, _: Sequence[str]) -> int:
+    from nanochat_core.distributed import pick_device
+    from nanochat_core.evaluate import inference
+    from nanochat_core.generate import generate
+    from nanochat_core.run import load_trained
+
+    trained = load_trained(options.run, options.runs_dir, pick_device(0))
+    tokenizer = trained.tokenizer
+    ids = [tokenizer.bos_id, *tokenizer.encode(options.text)]
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a token may end inside a character
+    with inference(trained.model, trained.dtype):
+        tokens = generate(
+            trained.model,
+            ids,
+            max_new_tokens=options.max_tokens,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            seed=options.seed,
+            stop={tokenizer.bos_id},
+            vocab_size=tokenizer.vocab_size,
+        )
+        print(options.text, end="", flush=True)
+        for token in tokens:
+            print(decoder.decode(tokenizer.decode_bytes([token])), end="", flush=True)
+    print(decoder.decode(b"", final=True))
+    print(f"(from {trained.checkpoint})", file=sys.stderr)
+    return 0

@@ -1,0 +1,419 @@
+"""The plan: what a run will do, computed before anything expensive. Every "auto" becomes a number with its formula."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from nanochat_core.distributed import World
+from nanochat_core.errors import ConfigError, NanochatError, PluginError, Problem
+from nanochat_core.hardware import compute_dtype, cpu_has_bf16, device_name, peak_flops
+from nanochat_core.interfaces import (
+    Model,
+    ModelContext,
+    Optimizer,
+    OptimizerContext,
+    Resolved,
+    Tokenizer,
+    TokenizerContext,
+)
+from nanochat_core.load import LoadedExperiment, Origin
+from nanochat_core.schedule import phases
+from nanochat_core.schema import Choice, Experiment
+
+REFERENCE_BATCH = 2**19  # tokens; the best batch of the reference model
+
+
+@attrs.frozen
+class Plan:
+    """The numbers of a run.
+
+    Args:
+        world_size: ranks, one device each.
+        vocab_size: tokens of the tokenizer.
+        rows_per_step: sequences an optimizer step, all ranks.
+        accumulation_steps: micro-batches a rank and step.
+        num_iterations: optimizer steps; ``horizon``: why so many.
+        parameter_counts: by role, and ``total``.
+        scaling_parameters: how many of them the data : parameter ratio counts.
+        flops_per_token: forward and backward.
+        memory: bytes a device by purpose, estimated.
+        description: what the model says of itself.
+        dtype: of matrix products, such as ``bfloat16``.
+    """
+
+    world_size: int
+    device: str
+    dtype: str
+    compile: bool
+    vocab_size: int
+    max_seq_len: int
+    device_batch_size: int
+    total_batch_size: int
+    rows_per_step: int
+    accumulation_steps: int
+    num_iterations: int
+    horizon: str
+    warmup_steps: int
+    warmdown_steps: int
+    parameter_counts: Mapping[str, int]
+    scaling_parameters: int
+    flops_per_token: float
+    memory: Mapping[str, int]
+    description: Mapping[str, str | int]
+
+    @property
+    def total_tokens(self) -> int:
+        return self.num_iterations * self.total_batch_size
+
+    @property
+    def total_flops(self) -> float:
+        return self.flops_per_token * self.total_tokens
+
+
+@attrs.frozen
+class Planned:
+    """A plan, the experiment with every "auto" filled in, and the origins of all values."""
+
+    plan: Plan
+    experiment: Experiment
+    origins: Mapping[str, Origin]
+
+
+def planned_vocab_size(choice: Choice) -> int:
+    """Vocabulary size of a tokenizer before it is trained: its option, or that of a tokenizer that needs no training.
+
+    Raises:
+        PluginError: when a tokenizer without an option ``vocab_size`` asks for documents.
+    """
+    size = getattr(choice.config, "vocab_size", None)
+    if isinstance(size, int):
+        return size
+
+    def no_documents() -> Iterable[str]:
+        raise PluginError(
+            f"tokenizer plugin {choice.plugin!r} trains on documents but has no option vocab_size: its config class needs "
+            f"one, so that a run can be planned before the training"
+        )
+
+    tokenizer: Tokenizer = choice.build(TokenizerContext(documents=no_documents))
+    return tokenizer.vocab_size
+
+
+def build_model(choice: Choice, context: ModelContext, device: torch.device) -> Model:
+    """Build a model on ``device`` and check its side of the contract.
+
+    Raises:
+        PluginError: when the factory returns no Model.
+        ConfigError: when its vocabulary is smaller than the tokenizer's.
+    """
+    with torch.device(device):
+        model = choice.build(context)
+    if not isinstance(model, Model):
+        raise PluginError(
+            f"the factory of model {choice.plugin!r} must return a nanochat_core.Model, not {type(model)}"
+        )
+    for attribute in ("vocab_size", "hidden_size"):
+        if not isinstance(getattr(model, attribute, None), int):
+            raise PluginError(f"model {choice.plugin!r} must set self.{attribute} to an int")
+    if model.vocab_size < context.vocab_size:
+        message = (
+            f"the tokenizer has {context.vocab_size} tokens but the model only {model.vocab_size}: "
+            f"raise the model's vocabulary or lower tokenizer.vocab_size"
+        )
+        raise ConfigError([Problem("model", message)])
+    unknown = {n for n, _ in model.named_parameters()} - set(model.parameter_roles())
+    if unknown:
+        raise PluginError(f"parameter_roles() of model {choice.plugin!r} leaves out {', '.join(sorted(unknown))}")
+    return model
+
+
+def optimizer_context(model: Model, world: World, total_batch_size: int, num_iterations: int) -> OptimizerContext:
+    """What an optimizer may know of ``model``."""
+    return OptimizerContext(
+        parameters={n: p for n, p in model.named_parameters() if p.requires_grad},
+        roles=dict(model.parameter_roles()),
+        hidden_size=model.hidden_size,
+        world=world,
+        total_batch_size=total_batch_size,
+        num_iterations=num_iterations,
+    )
+
+
+def make_plan(loaded: LoadedExperiment, world_size: int, device: torch.device) -> Planned:
+    """Plan a run on ``world_size`` devices like ``device``. Builds the model without memory, on the meta device.
+
+    Raises:
+        ConfigError: when batch sizes don't divide, the horizon is shorter than a step, or an "auto" has no formula.
+    """
+    return _Planner(loaded, world_size, device).plan()
+
+
+class _Planner:
+    def __init__(self, loaded: LoadedExperiment, world_size: int, device: torch.device) -> None:
+        self.experiment = loaded.experiment
+        self.origins = dict(loaded.origins)
+        self.world_size, self.device = world_size, device
+
+    def plan(self) -> Planned:
+        train = self.experiment.train
+        dtype = compute_dtype(train.dtype, self.device)
+        if train.dtype == "auto":
+            self._resolve("train", {"dtype": Resolved(str(dtype)[6:], _dtype_reason(self.device, dtype))})
+        vocab_size = planned_vocab_size(self.experiment.tokenizer)
+        context = ModelContext(vocab_size, train.max_seq_len, self.device, dtype)
+        meta = torch.device("meta")
+        model = self._located("model", lambda: build_model(self.experiment.model, context, meta))
+        self._resolve("model", model.resolved_options())
+
+        counts = dict(model.parameter_counts())
+        scaling = self._scaling(counts)
+        if self.experiment.train.total_batch_size == "auto":
+            self._resolve("train", {"total_batch_size": self._auto_batch(model, scaling)})
+        accumulation = self._accumulation()
+        total_batch_size = self.experiment.train.total_batch_size
+        assert isinstance(total_batch_size, int)
+        flops = float(model.flops_per_token(train.max_seq_len))
+        iterations, horizon = self._horizon(scaling, flops, total_batch_size)
+
+        world = World(rank=0, size=1, device=meta)
+        optimizer: Optimizer = self._located(
+            "optimizer",
+            lambda: self.experiment.optimizer.build(optimizer_context(model, world, total_batch_size, iterations)),
+        )
+        self._resolve("optimizer", optimizer.resolved_options())
+        if train.compile == "auto":
+            self._resolve(
+                "train", {"compile": _compile_pays(self.device, dtype, flops * total_batch_size * iterations)}
+            )
+        warmup, warmdown = phases(self.experiment.schedule, iterations)
+        plan = Plan(
+            world_size=self.world_size,
+            device=device_name(self.device),
+            dtype=str(dtype)[6:],
+            compile=bool(self.experiment.train.compile),
+            vocab_size=vocab_size,
+            max_seq_len=train.max_seq_len,
+            device_batch_size=train.device_batch_size,
+            total_batch_size=total_batch_size,
+            rows_per_step=total_batch_size // train.max_seq_len,
+            accumulation_steps=accumulation,
+            num_iterations=iterations,
+            horizon=horizon,
+            warmup_steps=warmup,
+            warmdown_steps=warmdown,
+            parameter_counts=counts,
+            scaling_parameters=scaling,
+            flops_per_token=flops,
+            memory=estimate_memory(model, optimizer, train.device_batch_size, train.max_seq_len),
+            description=dict(model.describe()),
+        )
+        return Planned(plan, self.experiment, self.origins)
+
+    def _located(self, table: str, build: Any) -> Any:
+        """Call ``build``; its config errors get the line of the table's plugin."""
+        try:
+            return build()
+        except ConfigError as error:
+            raise ConfigError(
+                [
+                    p if p.where else attrs.evolve(p, where=self._where(p.key) or self._where(f"{table}.plugin"))
+                    for p in error.problems
+                ]
+            ) from error
+        except NanochatError:
+            raise
+        except (ValueError, TypeError) as error:
+            choice: Choice = getattr(self.experiment, table)
+            raise PluginError(
+                f"{table} plugin {choice.plugin!r} can't be built with these options "
+                f"({self._where(f'{table}.plugin')}): {type(error).__name__}: {error}"
+            ) from error
+
+    def _where(self, key: str) -> str:
+        origin = self.origins.get(key)
+        return "" if origin is None or origin.layer < 0 else origin.text
+
+    def _problem(self, key: str, message: str) -> ConfigError:
+        return ConfigError([Problem(key, message, self._where(key))])
+
+    def _resolve(self, table: str, options: Mapping[str, Resolved]) -> None:
+        """Replace "auto" options of a table by what they became."""
+        if not options:
+            return
+        values = {name: resolved.value for name, resolved in options.items()}
+        part = getattr(self.experiment, table)
+        new = attrs.evolve(part, config=attrs.evolve(part.config, **values)) if isinstance(part, Choice) else None
+        self.experiment = attrs.evolve(self.experiment, **{table: new or attrs.evolve(part, **values)})
+        for name, resolved in options.items():
+            key = f"{table}.{name}"
+            source = self._where(key)
+            text = f"auto: {resolved.formula}" + (f" [{source}]" if source else "")
+            self.origins[key] = Origin(text, self.origins[key].layer if key in self.origins else -1)
+
+    def _scaling(self, counts: Mapping[str, int]) -> int:
+        if self.experiment.train.scaling_parameters == "all":
+            return counts["total"]
+        return counts.get("matrix", 0) + counts.get("head", 0)
+
+    def _auto_batch(self, model: Model, scaling: int) -> Resolved:
+        reference = model.reference_counts()
+        if reference is None:
+            raise self._problem(
+                "train.total_batch_size", 'this model names no reference for "auto": give a number of tokens'
+            )
+        ratio = scaling / self._scaling(reference)
+        batch = 2 ** round(math.log2(REFERENCE_BATCH * ratio**0.383))
+        return Resolved(batch, f"2^19 (D / D12)^0.383, D / D12 = {ratio:.3g}, to the nearest power of two")
+
+    def _accumulation(self) -> int:
+        """Micro-batches a rank and step; refuses what does not divide, naming what would."""
+        train, size = self.experiment.train, self.world_size
+        total, rows, length = train.total_batch_size, train.device_batch_size, train.max_seq_len
+        assert isinstance(total, int)
+        ranks = f" x {size} ranks" if size > 1 else ""
+        if total % (length * size):
+            step = length * size
+            near = sorted({max(total // step, 1) * step, (total // step + 1) * step})
+            raise self._problem(
+                "train.total_batch_size",
+                f"{total} is not a multiple of max_seq_len {length}{ranks}; near it are {' and '.join(map(str, near))}",
+            )
+        per_rank = total // (length * size)
+        if per_rank % rows:
+            works = [b for b in range(1, per_rank + 1) if per_rank % b == 0]
+            below, over = [b for b in works if b < rows][-3:], [b for b in works if b > rows][:1]
+            unit = rows * length * size
+            near = sorted({max(total // unit, 1) * unit, (total // unit + 1) * unit})
+            raise self._problem(
+                "train.device_batch_size",
+                f"total_batch_size {total} / (device_batch_size {rows} x max_seq_len {length}{ranks}) is not a whole "
+                f"number of accumulation steps; device_batch_size {', '.join(map(str, below + over))} would work, "
+                f"or total_batch_size {' or '.join(map(str, near))}",
+            )
+        return per_rank // rows
+
+    def _horizon(self, scaling: int, flops_per_token: float, batch: int) -> tuple[int, str]:
+        train = self.experiment.train
+        if train.num_iterations is not None:
+            return train.num_iterations, "num_iterations"
+        if train.target_flops is not None:
+            steps = round(train.target_flops / (flops_per_token * batch))
+            key, why = "target_flops", f"target_flops {train.target_flops:.4g} / (FLOPs a token x total_batch_size)"
+        else:
+            ratio = train.target_param_data_ratio or 20.0
+            steps = int(ratio * scaling / batch)
+            which = "parameters" if train.scaling_parameters == "all" else "matrix and head parameters"
+            key, why = "target_param_data_ratio", f"{ratio:g} tokens x {scaling:,} {which} / total_batch_size"
+        if steps < 1:
+            raise self._problem(f"train.{key}", f"gives less than one step of {batch} tokens: raise it ({why})")
+        return steps, why
+
+
+def _dtype_reason(device: torch.device, dtype: torch.dtype) -> str:
+    if device.type == "cpu":
+        return "this CPU has AMX or avx512_bf16" if cpu_has_bf16() else "this CPU has no fast bfloat16"
+    gains = "gains" if dtype is torch.bfloat16 else "does not gain"
+    return f"this {device.type.upper()} device {gains} from bfloat16"
+
+
+def _compile_pays(device: torch.device, dtype: torch.dtype, flops: float) -> Resolved:
+    """Whether compiling earns its seconds back over a run of ``flops``."""
+    if device.type == "mps":
+        return Resolved(False, "off on MPS")
+    if device.type == "cuda":
+        return Resolved(True, "on for CUDA")
+    peak, _ = peak_flops(device, dtype)
+    seconds = flops / (0.25 * peak)  # eager training reaches about a quarter of the matmul peak
+    worth = seconds > 900
+    return Resolved(
+        worth, f"about {seconds:.0f} s of training {'earn' if worth else 'do not earn'} the compile time back"
+    )
+
+
+def estimate_memory(model: Model, optimizer: Optimizer, rows: int, length: int) -> dict[str, int]:
+    """Bytes a device needs in training, by purpose, from a forward pass on the meta device.
+
+    Activations are what autograd saves for the backward pass, each storage counted once.
+    """
+    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+    own = {p.untyped_storage()._cdata for p in model.parameters()} | {
+        b.untyped_storage()._cdata for b in model.buffers()
+    }
+    saved: dict[int, tuple[int, Tensor]] = {}  # the tensors are kept, so that no storage is freed and its id reused
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            saved[storage._cdata] = (storage.nbytes(), tensor)
+        return tensor
+
+    ids = torch.zeros(rows, length, dtype=torch.int64, device="meta")
+    activations = -1
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            model(ids, ids)
+        activations = sum(size for size, _ in saved.values())
+    except (NotImplementedError, RuntimeError):
+        pass  # an operation without a meta kernel: no estimate
+    memory = {"parameters": parameters, "gradients": parameters, "optimizer state": optimizer.state_bytes()}
+    if activations >= 0:
+        memory["activations"] = activations
+    return memory
+
+
+def format_plan(planned: Planned) -> str:
+    """The banner of a run."""
+    plan, count = planned.plan, lambda n: f"{n:,}"
+    counts = plan.parameter_counts
+    tokens_micro = plan.device_batch_size * plan.max_seq_len
+    rows: list[tuple[str, str]] = [
+        ("device", f"{plan.world_size} x {plan.device}, {plan.dtype}{', compiled' * plan.compile}")
+    ]
+    rows.append(("vocab size", count(plan.vocab_size)))
+    rows += [(name, count(v) if isinstance(v, int) else v) for name, v in plan.description.items()]
+    by_role = ", ".join(f"{role} {count(n)}" for role, n in counts.items() if role != "total")
+    rows.append(("parameters", f"{count(counts['total'])} ({by_role})"))
+    rows.append(("FLOPs a token", f"{plan.flops_per_token:.4e}"))
+    rows.append(
+        ("micro-batch and rank", f"{plan.device_batch_size} x {plan.max_seq_len} = {count(tokens_micro)} tokens")
+    )
+    rows.append(("total batch size", f"{count(plan.total_batch_size)} tokens a step"))
+    rows.append(("accumulation steps", count(plan.accumulation_steps)))
+    rows.append(("steps", f"{count(plan.num_iterations)} ({plan.horizon})"))
+    rows.append(("schedule", f"warmup {plan.warmup_steps}, warmdown {plan.warmdown_steps} steps"))
+    ratio = plan.total_tokens / plan.scaling_parameters
+    rows.append(("tokens", f"{count(plan.total_tokens)}, tokens : params ratio {ratio:.2f}"))
+    rows.append(("total FLOPs", f"{plan.total_flops:.4e}"))
+    parts = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in plan.memory.items())
+    known = "activations" in plan.memory
+    estimate = f"about {sum(plan.memory.values()) / 2**20:,.0f} MiB a device ({parts})"
+    rows.append(("memory", estimate if known else f"{estimate}; activations unknown for this model"))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"  {name:<{width}}  {text}" for name, text in rows)
+
+
+def time_training(planned: Planned, device: torch.device, seconds: float = 5.0) -> float:
+    """Tokens a second of forward and backward passes, measured on random tokens for about ``seconds``."""
+    import time
+
+    plan, experiment = planned.plan, planned.experiment
+    context = ModelContext(plan.vocab_size, plan.max_seq_len, device, getattr(torch, plan.dtype))
+    torch.manual_seed(experiment.train.seed)
+    model: nn.Module = build_model(experiment.model, context, torch.device("cpu")).to(device)
+    ids = torch.randint(plan.vocab_size, (plan.device_batch_size, plan.max_seq_len), device=device)
+    done, start = 0, time.perf_counter()
+    while done < 2 or (time.perf_counter() - start < seconds and done < 50):
+        with torch.autocast(device.type, dtype=context.dtype, enabled=context.dtype is not torch.float32):
+            loss = model(ids, ids)
+        loss.backward()
+        loss.item()
+        done += 1
+        if done == 1:  # the first pass warms up
+            start = time.perf_counter()
+    return (done - 1) * ids.numel() / (time.perf_counter() - start)

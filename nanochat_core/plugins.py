@@ -1,0 +1,128 @@
+"""Discovery of plugins through entry points. A broken plugin costs one line, not the run."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import time
+import traceback
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+import attrs
+import pluggy
+
+from nanochat_core import hookspecs
+from nanochat_core.registry import KINDS, Kind, Registrar, Registry
+
+GROUP = "nanochat"
+_HOOKS: Mapping[Kind, str] = {kind: f"nanochat_register_{kind}s" for kind in KINDS}
+
+
+@attrs.frozen
+class Failure:
+    """A plugin that failed to load: its entry-point name, distribution, one line why, and the traceback."""
+
+    plugin: str
+    distribution: str
+    reason: str
+    traceback: str
+
+    def __str__(self) -> str:
+        return f"plugin {self.plugin!r} of {self.distribution} failed to load and is left out: {self.reason}"
+
+
+@attrs.frozen
+class Loaded:
+    """A plugin that loaded: its entry-point name, distribution and version, and the seconds its import took."""
+
+    plugin: str
+    distribution: str
+    version: str
+    seconds: float
+
+
+@attrs.define
+class Plugins:
+    """All registries, and what became of each plugin."""
+
+    registries: dict[Kind, Registry] = attrs.field(factory=lambda: {kind: Registry(kind) for kind in KINDS})
+    loaded: list[Loaded] = attrs.field(factory=list)
+    failures: list[Failure] = attrs.field(factory=list)
+
+    def __getitem__(self, kind: Kind) -> Registry:
+        return self.registries[kind]
+
+    def versions(self) -> dict[str, str]:
+        """Version of each distribution that brought a plugin."""
+        return {p.distribution: p.version for p in self.loaded}
+
+    def explain_failure(self, name: str) -> str:
+        """Why ``name`` may be missing: failed plugins, with the traceback of the one that goes by that name."""
+        if not self.failures:
+            return ""
+        culprits = [f for f in self.failures if name in (f.plugin, f.distribution) or name in f.plugin]
+        text = "".join(f"\n  {failure}" for failure in self.failures)
+        return text + "".join(f"\n{culprit.traceback}" for culprit in culprits)
+
+
+def load_plugins(only: str | None = None) -> Plugins:
+    """Load every plugin of the entry-point group ``nanochat``, one by one.
+
+    Args:
+        only: comma-separated entry-point names to load, instead of the environment's ``NANOCHAT_PLUGINS``.
+    """
+    wanted_text = os.environ.get("NANOCHAT_PLUGINS", "") if only is None else only
+    wanted = [name.strip() for name in wanted_text.split(",") if name.strip()]
+    plugins = Plugins()
+    manager = pluggy.PluginManager("nanochat")
+    manager.add_hookspecs(hookspecs)
+    points = {(e.name, e.value): e for e in importlib.metadata.entry_points(group=GROUP)}  # a clone may list twice
+    for point in sorted(points.values(), key=lambda e: (e.name, e.value)):
+        if wanted and point.name not in wanted:
+            continue
+        distribution = point.dist.name if point.dist else "unknown"
+        version = point.dist.version if point.dist else "unknown"
+        start = time.perf_counter()
+        try:
+            module = point.load()
+            _register(manager, plugins, module, point.name, distribution, version)
+        except (KeyboardInterrupt, SystemExit) as error:
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            plugins.failures.append(Failure(point.name, distribution, "it called sys.exit", traceback.format_exc()))
+        except BaseException as error:
+            for registry in plugins.registries.values():
+                registry.discard(point.name)
+            reason = str(error).splitlines()[0] if str(error) else ""
+            plugins.failures.append(
+                Failure(point.name, distribution, f"{type(error).__name__}: {reason}", traceback.format_exc())
+            )
+        else:
+            plugins.loaded.append(Loaded(point.name, distribution, version, time.perf_counter() - start))
+    for name in wanted:
+        if name not in {p.plugin for p in plugins.loaded} | {f.plugin for f in plugins.failures}:
+            plugins.failures.append(Failure(name, "no distribution", "NANOCHAT_PLUGINS names it, nothing has it", ""))
+    return plugins
+
+
+def _register(
+    manager: pluggy.PluginManager, plugins: Plugins, module: Any, name: str, distribution: str, version: str
+) -> None:
+    """Validate a plugin's hooks and call them. Raises whatever is wrong with it."""
+    known = set(_HOOKS.values())
+    implemented = [n for n in dir(module) if getattr(getattr(module, n, None), "nanochat_impl", None) is not None]
+    for hook in implemented:
+        if hook not in known:
+            from nanochat_core.registry import did_you_mean
+
+            raise pluggy.PluginValidationError(module, f"unknown hook {hook!r}{did_you_mean(hook, known)}")
+    if not implemented:
+        what = f"module {module.__name__}" if isinstance(module, ModuleType) else repr(module)
+        raise pluggy.PluginValidationError(module, f"{what} implements no nanochat hook: mark it with @hookimpl")
+    manager.register(module, name)  # checks signatures
+    for kind, hook in _HOOKS.items():
+        if hook in implemented:
+            caller = manager.subset_hook_caller(hook, [p for p in manager.get_plugins() if p is not module])
+            caller(registry=Registrar(plugins[kind], name, distribution, version))

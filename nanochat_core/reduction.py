@@ -1,0 +1,208 @@
+"""Gradients summed over ranks in fixed buckets, and any torch optimizer behind the core's two-part contract."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from nanochat_core.distributed import World
+from nanochat_core.interfaces import Multipliers, Optimizer
+
+
+class _Bucket:
+    """A flat run of gradients of one dtype that travels as one message."""
+
+    def __init__(self) -> None:
+        self.parameters: list[nn.Parameter] = []
+        self.missing: set[int] = set()  # ids of parameters whose gradient has not come yet
+        self.flat: Tensor | None = None
+        self.work: dist.Work | None = None
+
+    def views(self) -> list[Tensor]:
+        assert self.flat is not None
+        pieces = self.flat.split([p.numel() for p in self.parameters])
+        return [piece.view_as(p) for piece, p in zip(pieces, self.parameters, strict=True)]
+
+
+class GradientReducer:
+    """Sums gradients over ranks in flat buckets, sent while the backward pass still runs.
+
+    The layout is decided here, from the parameters alone, and buckets are sent in one order, so that every step of every
+    run sums alike. With one rank nothing is copied.
+
+    Args:
+        parameters: trainable parameters by name, in the model's order, the same on every rank.
+        world: the ranks.
+        bucket_bytes: size of a message, in bytes; a larger parameter has a message of its own.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], world: World, bucket_bytes: float = 25e6) -> None:
+        self.parameters = list(parameters.values())
+        self.world = world
+        self.buckets: list[_Bucket] = []
+        self._handles: list[Any] = []
+        self._sent = 0
+        if world.size > 1:
+            self._lay_out(bucket_bytes)
+
+    def _lay_out(self, bucket_bytes: float) -> None:
+        open_buckets: dict[tuple[torch.dtype, torch.device], tuple[_Bucket, float]] = {}
+        for parameter in reversed(self.parameters):  # roughly the order in which a backward pass completes them
+            key, size = (parameter.dtype, parameter.device), float(parameter.nbytes)
+            bucket, filled = open_buckets.get(key, (None, 0.0))
+            if bucket is None or filled + size > bucket_bytes:
+                bucket, filled = _Bucket(), 0.0
+                self.buckets.append(bucket)
+            bucket.parameters.append(parameter)
+            open_buckets[key] = (bucket, filled + size)
+
+    def begin(self) -> None:
+        """The next backward pass is the step's last: send each bucket once the pass has completed it."""
+        self._disarm()
+        for bucket in self.buckets:
+            bucket.missing = {id(p) for p in bucket.parameters}
+            hook = self._hook(bucket)
+            self._handles += [p.register_post_accumulate_grad_hook(hook) for p in bucket.parameters]
+
+    def _hook(self, bucket: _Bucket) -> Callable[[Tensor], None]:
+        def arrived(parameter: Tensor) -> None:
+            bucket.missing.discard(id(parameter))
+            # Collectives must start in one order on every rank: a bucket waits for those before it.
+            while self._sent < len(self.buckets) and not self.buckets[self._sent].missing:
+                self._send(self.buckets[self._sent])
+
+        return arrived
+
+    def _send(self, bucket: _Bucket) -> None:
+        first = bucket.parameters[0]
+        size = sum(p.numel() for p in bucket.parameters)
+        if bucket.flat is None:
+            bucket.flat = torch.empty(size, dtype=first.dtype, device=first.device)
+        for view, parameter in zip(bucket.views(), bucket.parameters, strict=True):
+            if parameter.grad is None:
+                view.zero_()
+            else:
+                view.copy_(parameter.grad)
+        bucket.work = dist.all_reduce(bucket.flat, async_op=True)
+        self._sent += 1
+
+    def _disarm(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._sent = 0
+
+    @torch.no_grad()
+    def finish(self) -> Tensor:
+        """Wait for the sums and put them into ``grad``; a gradient missing everywhere becomes zeros.
+
+        Returns:
+            L2 norm of all gradients together, float32 (), the same on every rank.
+        """
+        for bucket in self.buckets[self._sent :]:
+            self._send(bucket)
+        self._disarm()
+        for bucket in self.buckets:
+            assert bucket.work is not None
+            bucket.work.wait()
+            for view, parameter in zip(bucket.views(), bucket.parameters, strict=True):
+                if parameter.grad is None:
+                    parameter.grad = view.clone()
+                else:
+                    parameter.grad.copy_(view)
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return global_norm([p.grad for p in self.parameters if p.grad is not None])
+
+    def discard(self) -> None:
+        """Clear the gradients; messages under way are waited for and forgotten."""
+        for bucket in self.buckets[: self._sent]:
+            if bucket.work is not None:
+                bucket.work.wait()
+        self._disarm()
+        for parameter in self.parameters:
+            parameter.grad = None
+
+
+def global_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """L2 norm of all tensors together: float32 ()."""
+    if not tensors:
+        return torch.zeros(())
+    norms = torch._foreach_norm(list(tensors), 2, dtype=torch.float32)
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+class TorchOptimizer(Optimizer):
+    """Any ``torch.optim.Optimizer`` behind the two-part contract.
+
+    Each parameter group's ``lr`` is its base learning rate; the schedule multiplies it.
+
+    Args:
+        optimizer: built over the parameters below.
+        parameters: trainable parameters by name, in the model's order.
+        world: the ranks.
+        state_tensors: state tensors of a parameter's size that the optimizer keeps (AdamW: 2).
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        parameters: Mapping[str, nn.Parameter],
+        world: World,
+        state_tensors: int = 2,
+    ) -> None:
+        self.optimizer = optimizer
+        self.parameters = dict(parameters)
+        self.reducer = GradientReducer(parameters, world)
+        self.base_lrs = [float(group["lr"]) for group in optimizer.param_groups]
+        self.state_tensors = state_tensors
+
+    def begin_reduce(self) -> None:
+        self.reducer.begin()
+
+    def reduce(self) -> Tensor:
+        return self.reducer.finish()
+
+    @torch.no_grad()
+    def update(self, scale: float, multipliers: Multipliers) -> None:
+        torch._foreach_mul_([p.grad for p in self.parameters.values() if p.grad is not None], scale)
+        for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+            group["lr"] = base * multipliers.lr
+        self.optimizer.step()
+        self.discard()
+
+    def discard(self) -> None:
+        self.reducer.discard()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {
+            f"{name}/{key}": torch.as_tensor(value)
+            for name, parameter in self.parameters.items()
+            for key, value in self.optimizer.state.get(parameter, {}).items()
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        restored: dict[nn.Parameter, dict[str, Tensor]] = {}
+        for key, value in state.items():
+            name, _, what = key.rpartition("/")
+            if name not in self.parameters:
+                raise KeyError(f"optimizer state for {name!r}, which is no parameter of the model")
+            parameter = self.parameters[name]
+            # Steps stay where torch wants them (the CPU, unless fused); moments live beside their parameter.
+            device = parameter.device if value.shape == parameter.shape or self._fused(parameter) else "cpu"
+            restored.setdefault(parameter, {})[what] = value.to(device, copy=True)
+        self.optimizer.state.clear()
+        self.optimizer.state.update(restored)
+
+    def _fused(self, parameter: nn.Parameter) -> bool:
+        groups = [g for g in self.optimizer.param_groups if any(p is parameter for p in g["params"])]
+        return any(g.get("fused") or g.get("capturable") for g in groups)
+
+    def state_bytes(self) -> int:
+        return sum(self.state_tensors * p.nbytes for p in self.parameters.values())

@@ -1,0 +1,160 @@
+"""Run directories: ``<runs>/<name>/<id>/``, found by reference, locked while a process trains in them. No torch."""
+
+from __future__ import annotations
+
+import datetime
+import fcntl
+import json
+import os
+import secrets
+import time
+from pathlib import Path
+from typing import IO, Any
+
+import attrs
+
+from nanochat_core.errors import CheckpointError, ConfigError, Problem
+from nanochat_core.registry import did_you_mean
+
+
+@attrs.frozen
+class RunDirectory:
+    """Names of what lies in a run directory."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.parent.name
+
+    @property
+    def id(self) -> str:
+        return self.path.name
+
+    @property
+    def experiment(self) -> Path:
+        return self.path / "experiment.toml"
+
+    @property
+    def provenance(self) -> Path:
+        return self.path / "provenance.json"
+
+    @property
+    def ledger(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.path / "tokenizer"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log.txt"
+
+    def read_status(self) -> dict[str, Any]:
+        """``status`` (running, finished, failed, preempted, killed), ``step``, ``num_iterations``; empty if unreadable."""
+        try:
+            status: dict[str, Any] = json.loads((self.path / "status.json").read_text())
+        except (OSError, ValueError):
+            return {}
+        if status.get("status") == "running" and not self.is_locked():
+            status["status"] = "killed"
+        return status
+
+    def write_status(self, status: str, step: int, num_iterations: int) -> None:
+        content = {"status": status, "step": step, "num_iterations": num_iterations, "time": time.time()}
+        write_atomic(self.path / "status.json", json.dumps(content) + "\n")
+
+    def lock(self) -> IO[str]:
+        """Keep the returned file open as long as this process trains here.
+
+        Raises:
+            CheckpointError: when another process does.
+        """
+        handle = (self.path / "lock").open("w")
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            handle.close()
+            raise CheckpointError(
+                f"{self.path}: another process is training this run; wait for it or stop it"
+            ) from None
+        return handle
+
+    def is_locked(self) -> bool:
+        try:
+            with (self.path / "lock").open("r") as handle:
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True
+        return False
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a small file so that a reader sees the old or the new one, never half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def create_run(runs_dir: Path, name: str) -> RunDirectory:
+    """A new directory of its own under ``runs_dir/name``.
+
+    Raises:
+        ConfigError: when it can't be written.
+    """
+    try:
+        (runs_dir / name).mkdir(parents=True, exist_ok=True)
+        while True:
+            stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+            run = RunDirectory(runs_dir / name / f"{stamp}-{secrets.token_hex(2)}")
+            try:
+                run.path.mkdir()
+            except FileExistsError:
+                continue
+            run.checkpoints.mkdir()
+            return run
+    except OSError as error:
+        message = f"can't write run directories under {runs_dir} ({error.strerror}): give another with --runs-dir DIR"
+        raise ConfigError([Problem("--runs-dir", message)]) from error
+
+
+def all_runs(runs_dir: Path, name: str | None = None) -> list[RunDirectory]:
+    """Runs under ``runs_dir``, newest first."""
+    if not runs_dir.is_dir():
+        return []
+    found = (
+        runs_dir.glob(f"{name or '*'}/*/experiment.toml")
+        if name is None
+        else (runs_dir / name).glob("*/experiment.toml")
+    )
+    return sorted((RunDirectory(p.parent) for p in found), key=lambda r: (r.id, r.name), reverse=True)
+
+
+def find_run(reference: str, runs_dir: Path) -> RunDirectory:
+    """The run that ``reference`` means: a run directory, ``name/id``, an id, or a name (its newest run).
+
+    Raises:
+        CheckpointError: when there is none, naming what there is.
+    """
+    direct = Path(reference)
+    for candidate in (direct, runs_dir / reference):
+        if (candidate / "experiment.toml").is_file():
+            return RunDirectory(candidate)
+    runs = all_runs(runs_dir)
+    if Path(reference).name:
+        named = [r for r in runs if reference in (r.id, r.name)]
+        nested = all_runs(direct.parent, direct.name) if direct.is_dir() else []
+        for run in [*named, *nested]:
+            return run
+    known = sorted({r.name for r in runs} | {r.id for r in runs})
+    hint = did_you_mean(reference, known) or (
+        f"; there is {', '.join(sorted({r.name for r in runs}))}" if runs else "; there are no runs yet"
+    )
+    raise CheckpointError(f"no run {reference!r} under {runs_dir}{hint} (list them with: nanochat runs)")

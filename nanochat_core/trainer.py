@@ -1,0 +1,231 @@
+"""The training loop, and nothing but the loop."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, Literal
+
+import attrs
+import torch
+from torch import Tensor
+
+from nanochat_core.checkpoint import CheckpointContent, model_tensors, save_checkpoint
+from nanochat_core.distributed import World
+from nanochat_core.errors import CheckpointError, NanochatError
+from nanochat_core.evaluate import Evaluations
+from nanochat_core.hardware import peak_flops, peak_memory_mib
+from nanochat_core.interfaces import IGNORED, Model, Multipliers, Optimizer
+from nanochat_core.loader import Step, TrainLoader
+from nanochat_core.plan import Plan
+from nanochat_core.rundir import RunDirectory
+from nanochat_core.schedule import lr_multiplier
+from nanochat_core.schema import Experiment
+from nanochat_core.state import TrainState, rng_state
+
+UNTIMED_STEPS = 10  # compilation and warm caches: not part of the training time
+PREEMPTED_EXIT_CODE = 75  # "try again later": run the same command with --resume
+
+Status = Literal["finished", "preempted"]
+
+
+class TrainingDiverged(NanochatError):
+    """Too many steps in a row with a loss or gradient that is not finite."""
+
+    exit_code = 3
+
+
+class StopRequest:
+    """SIGTERM, SIGINT and SIGUSR1 ask for a stop at the end of the step; a second one exits at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        if self.signal is not None:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.signal = number
+
+
+@attrs.define
+class Trainer:
+    """One run, on this rank.
+
+    Args:
+        forward: ``model`` or its compiled twin: (ids_BT, targets_BT) to the summed loss.
+        record: writes a ledger line and tells loggers; does nothing on ranks other than 0. Returns the ledger's bytes.
+        report: prints a line for people, on rank 0.
+    """
+
+    plan: Plan
+    experiment: Experiment
+    world: World
+    run_dir: RunDirectory
+    model: Model
+    forward: Callable[[Tensor, Tensor], Tensor]
+    optimizer: Optimizer
+    loader: TrainLoader
+    evaluations: Evaluations
+    state: TrainState
+    record: Callable[[int, dict[str, float | str]], None]
+    ledger_bytes: Callable[[], int]
+    report: Callable[[str], None]
+    _skipped_in_row: int = attrs.field(default=0, init=False)
+    _steps_here: int = attrs.field(default=0, init=False)
+
+    def fit(self) -> Status:
+        """Train to the horizon, or to the step at which a signal asks for a stop.
+
+        Raises:
+            TrainingDiverged: after too many skipped steps in a row.
+        """
+        state, horizon = self.state, self.plan.num_iterations
+        save_every = self.experiment.checkpoint.save_every
+        with StopRequest() as stop:
+            self.model.train()
+            if state.step == 0:
+                self._evaluate()
+            started = time.perf_counter()
+            while state.step < horizon:
+                waiting = time.perf_counter()
+                step = next(self.loader)
+                data_wait = time.perf_counter() - waiting
+                stopping = self._train_step(step, data_wait, started, stop.signal is not None)
+                at_end = state.step == horizon
+                if at_end or stopping or (save_every is not None and state.step % save_every == 0):
+                    self.save()
+                if stopping and not at_end:
+                    self.report(f"stopped by a signal after step {state.step}, saved; run it again with --resume")
+                    return "preempted"
+                self._evaluate()
+                started = time.perf_counter()
+        return "finished"
+
+    def _train_step(self, step: Step, data_wait: float, started: float, stop: bool) -> bool:
+        """One optimizer step and its ledger line. Returns whether any rank was asked to stop."""
+        state, train = self.state, self.experiment.train
+        multipliers = Multipliers(state.step, self.plan.num_iterations, self._lr_multiplier())
+        loss_sum = torch.zeros((), device=self.world.device)
+        tokens = 0
+        for index, batch in enumerate(step.batches):
+            tokens += int((batch.targets_BT != IGNORED).sum())
+            batch = batch.to(self.world.device)
+            if index == len(step.batches) - 1:
+                self.optimizer.begin_reduce()
+            loss = self._loss(batch.ids_BT, batch.targets_BT)
+            loss.backward()  # type: ignore[no-untyped-call]
+            loss_sum += loss.detach()
+        norm_of_sums = self.optimizer.reduce()
+        counts = torch.tensor([tokens, stop], dtype=self._sum_dtype, device=loss_sum.device)
+        sums = torch.cat([loss_sum.to(self._sum_dtype).reshape(1), counts])
+        self.world.all_reduce(sums)
+        # the one synchronisation of device and host in a step
+        total_loss, total_tokens, stops, norm = torch.cat([sums, norm_of_sums.to(sums.dtype).reshape(1)]).tolist()
+        loss_mean, norm = total_loss / total_tokens, norm / total_tokens
+        finite = abs(loss_mean) < float("inf") and norm < float("inf")  # False for NaN too
+        if finite:
+            clip = min(1.0, train.grad_clip / (norm + 1e-6)) if train.grad_clip else 1.0
+            self.optimizer.update(clip / total_tokens, multipliers)
+            self._skipped_in_row = 0
+        else:
+            self.optimizer.discard()
+            state.skipped += 1
+            self._skipped_in_row += 1
+        self._finish_step(step, loss_mean, norm, int(total_tokens), finite, multipliers.lr, data_wait, started)
+        if self._skipped_in_row > train.max_skipped_steps:
+            raise self._diverged(loss_mean, norm, multipliers.lr)
+        return stops > 0
+
+    def _loss(self, ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        dtype = getattr(torch, self.plan.dtype)
+        with torch.autocast(self.world.device.type, dtype=dtype, enabled=dtype is not torch.float32):
+            return self.forward(ids_BT, targets_BT)
+
+    @property
+    def _sum_dtype(self) -> torch.dtype:
+        return torch.float32 if self.world.device.type == "mps" else torch.float64
+
+    def _lr_multiplier(self) -> float:
+        return lr_multiplier(self.experiment.schedule, self.state.step, self.plan.num_iterations)
+
+    def _finish_step(
+        self, step: Step, loss: float, norm: float, tokens: int, finite: bool, lrm: float, wait: float, started: float
+    ) -> None:
+        """Advance the state and write the step's ledger line."""
+        state, plan = self.state, self.plan
+        seconds = time.perf_counter() - started
+        done = state.step
+        state.step += 1
+        state.tokens += tokens
+        state.cursors.update({lane: tuple(cursor) for lane, cursor in step.cursors.items()})
+        self._steps_here += 1
+        if self._steps_here > UNTIMED_STEPS:
+            state.training_time += seconds
+        values: dict[str, float | str] = {"train/loss": loss}
+        if finite:
+            values["train/loss_ema"] = state.smooth(loss)
+        else:
+            self.report(f"step {done}: loss {loss}, gradient norm {norm}: not finite, the update is skipped")
+            values["train/skipped"] = state.skipped
+        peak, _ = peak_flops(self.world.device, getattr(torch, plan.dtype))
+        values |= {
+            "train/grad_norm": norm,
+            "train/lrm": lrm,
+            "train/dt": seconds,
+            "train/tok_per_sec": tokens / seconds,
+            "train/mfu": 100 * plan.flops_per_token * tokens / seconds / (peak * plan.world_size),
+            "train/epoch": float(step.epoch),
+            "train/data_wait": wait,
+            "train/peak_memory": peak_memory_mib(self.world.device),
+            "total_training_flops": plan.flops_per_token * state.tokens,
+            "total_training_time": state.training_time,
+        }
+        self.record(done, values)
+
+    def _evaluate(self) -> None:
+        for evaluation in self.evaluations.run(self.model, self.state.step):
+            for name, value in evaluation.metrics.items():
+                self.state.minimum[name] = min(value, self.state.minimum.get(name, value))
+            self.record(self.state.step, {**evaluation.metrics, **evaluation.texts})
+
+    def save(self) -> None:
+        """Save a checkpoint of the current step. A save that fails is reported and does not stop the run."""
+        state = self.state
+        optimizer_state = self.optimizer.state_dict()  # collective
+        parts = self.world.gather((dict(self.state.cursors), rng_state(self.world.device)))
+        if self.world.is_main:
+            for cursors, _ in parts:
+                state.cursors.update(cursors)
+            state.ledger_bytes = self.ledger_bytes()
+            rng = {f"{rank}/{name}": t for rank, (_, states) in enumerate(parts) for name, t in states.items()}
+            content = CheckpointContent(model_tensors(self.model), optimizer_state, rng, state)
+            try:
+                path = save_checkpoint(self.run_dir.checkpoints, content)
+                self.report(f"saved {path}")
+            except CheckpointError as error:
+                self.report(f"{error}; the run goes on, the last good checkpoint stays")
+            self.run_dir.write_status("running", state.step, self.plan.num_iterations)
+        self.world.barrier()
+
+    def _diverged(self, loss: float, norm: float, lrm: float) -> TrainingDiverged:
+        saved = sorted(p.name for p in self.run_dir.checkpoints.glob("step_*"))
+        last = f"the last good checkpoint is {self.run_dir.checkpoints / saved[-1]}" if saved else "none was saved"
+        return TrainingDiverged(
+            f"{self._skipped_in_row} steps in a row had a loss or gradient that is not finite (step {self.state.step - 1}, "
+            f"loss {loss}, gradient norm {norm}, learning-rate multiplier {lrm:.3g}); {last}. Lower the learning rates, "
+            f"raise schedule.warmup_steps, or try train.dtype = \"float32\"; see docs/troubleshooting.md"
+        )
+

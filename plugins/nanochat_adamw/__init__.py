@@ -1,0 +1,1 @@
+"""Optimizer plugin ``adamw``: AdamW for every parameter."""

@@ -1,0 +1,22 @@
+"""Options of the optimizer ``adamw``."""
+
+from typing import Literal
+
+import attrs
+
+from nanochat_core import above, at_least, between, option
+
+
+@attrs.frozen
+class AdamWConfig:
+    lr: float = option(1e-3, "learning rate", validator=at_least(0))
+    embedding_lr: float | Literal["auto"] = option(
+        "auto", 'learning rate of the embedding; "auto": lr', validator=at_least(0)
+    )
+    unembedding_lr: float | Literal["auto"] = option(
+        "auto", 'learning rate of the head; "auto": lr', validator=at_least(0)
+    )
+    weight_decay: float = option(0.1, "decoupled decay, on matrices and head", validator=at_least(0))
+    beta1: float = option(0.9, "decay of the first moment", validator=between(0, 1))
+    beta2: float = option(0.95, "decay of the second moment", validator=between(0, 1))
+    eps: float = option(1e-8, "added to the root of the second moment", validator=above(0))

@@ -1,0 +1,1 @@
+"""Evaluator ``bpb``: bits per byte of the training or validation split."""

@@ -1,0 +1,1 @@
+"""Byte-level BPE: rustbpe trains, tiktoken encodes."""

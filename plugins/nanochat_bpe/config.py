@@ -1,0 +1,40 @@
+"""Options of the tokenizer ``bpe``."""
+
+import attrs
+
+from nanochat_core import at_least, option
+
+BYTES = 256
+SPECIAL_TOKENS = (
+    "<|bos|>",
+    "<|user_start|>",
+    "<|user_end|>",
+    "<|assistant_start|>",
+    "<|assistant_end|>",
+    "<|python_start|>",
+    "<|python_end|>",
+    "<|output_start|>",
+    "<|output_end|>",
+)
+
+# GPT-4's split pattern, but numbers in groups of at most two digits: small vocabularies can't afford all of 000 to 999.
+PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"
+    r"|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+
+
+@attrs.frozen
+class BPEConfig:
+    """A byte-level BPE of exactly ``vocab_size`` tokens."""
+
+    vocab_size: int = option(
+        32768,
+        "number of tokens: 256 bytes, the merges, and nine special ones",
+        validator=at_least(BYTES + len(SPECIAL_TOKENS)),
+    )
+    max_chars: int = option(2_000_000_000, "characters of training documents to learn from", validator=at_least(1))
+    doc_cap: int = option(
+        10_000, "characters of one document to learn from; the rest is left out", validator=at_least(1)
+    )
+    pattern: str = option(PATTERN, "regular expression whose matches are the words that merges never cross")

@@ -1,0 +1,1 @@
+"""Logger ``console``: one line a step, and a progress bar on a terminal."""

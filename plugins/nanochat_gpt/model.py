@@ -1,0 +1,180 @@
+"""The GPT. Shapes: B sequences, T positions, D width, H query heads, K key and value heads, C size of a head."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from nanochat_core import Cache, ConfigError, Model, ModelContext
+from nanochat_gpt.attention import KVCache, LayerCache, attend
+from nanochat_gpt.config import GPTConfig, Shape
+from nanochat_gpt.ops import embed, linear, relu_squared, rms_norm, rope_norm, rotary_tables
+
+
+class Attention(nn.Module):
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = shape.heads, shape.kv_heads, shape.head_dim
+        kv_width = shape.kv_heads * shape.head_dim
+        self.query = nn.Linear(shape.width, shape.width, bias=False)
+        self.key = nn.Linear(shape.width, kv_width, bias=False)
+        self.value = nn.Linear(shape.width, kv_width, bias=False)
+        self.output = nn.Linear(shape.width, shape.width, bias=False)
+
+    def forward(
+        self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], eps: float, dtype: torch.dtype, cache: LayerCache | None
+    ) -> Tensor:
+        B, T, _ = x_BTD.shape
+        weight = torch.cat([self.query.weight, self.key.weight, self.value.weight])  # one product instead of three
+        qkv_BTSC = linear(x_BTD, weight, dtype).view(B, T, -1, self.head_dim)
+        qk_BTSC, v_BTKC = qkv_BTSC.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
+        qk_BTSC = rope_norm(qk_BTSC, rotary, eps)
+        q_BTHC, k_BTKC = qk_BTSC.split([self.heads, self.kv_heads], dim=2)
+        q_BHTC, k_BKTC, v_BKTC = q_BTHC.transpose(1, 2), k_BTKC.transpose(1, 2), v_BTKC.transpose(1, 2)
+        y_BHTC = attend(q_BHTC, k_BKTC, v_BKTC, cache)
+        return linear(y_BHTC.transpose(1, 2).reshape(B, T, -1), self.output.weight, dtype)
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, 4 * width, bias=False)
+        self.down = nn.Linear(4 * width, width, bias=False)
+
+    def forward(self, x_BTD: Tensor, dtype: torch.dtype) -> Tensor:
+        return linear(relu_squared(linear(x_BTD, self.up.weight, dtype)), self.down.weight, dtype)
+
+
+class Block(nn.Module):
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.attention = Attention(shape)
+        self.mlp = MLP(shape.width)
+
+    def forward(
+        self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], eps: float, dtype: torch.dtype, cache: LayerCache | None
+    ) -> Tensor:
+        x_BTD = x_BTD + self.attention(rms_norm(x_BTD, eps), rotary, eps, dtype, cache)
+        return x_BTD + self.mlp(rms_norm(x_BTD, eps), dtype)
+
+
+class GPT(Model):
+    """See the options for what can vary.
+
+    Matrices are float32 and cast to ``dtype`` for their products. With bfloat16 the embedding is stored in bfloat16, and
+    the residual stream has its dtype.
+
+    Args:
+        config: the options.
+        vocab_size: number of tokens, V.
+        max_seq_len: T of the training rows; rotary tables are ready for ten times that, and computed beyond.
+        dtype: of the matrix products.
+    """
+
+    def __init__(self, config: GPTConfig, vocab_size: int, max_seq_len: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.config, self.shape = config, config.shape()
+        self.vocab_size, self.hidden_size, self.dtype = vocab_size, self.shape.width, dtype
+        self.embedding = nn.Embedding(vocab_size, self.hidden_size)
+        self.blocks = nn.ModuleList(Block(self.shape) for _ in range(config.depth))
+        # Rows padded to a multiple of 64 make the largest product fast; they take no part in the logits.
+        self.head = nn.Linear(self.hidden_size, math.ceil(vocab_size / 64) * 64, bias=False)
+        cos_TC, sin_TC = rotary_tables(0, 10 * max_seq_len, self.shape.head_dim, config.rope_base)
+        self.register_buffer("cos_TC", cos_TC, persistent=False)
+        self.register_buffer("sin_TC", sin_TC, persistent=False)
+        self.initialize()
+        if dtype == torch.bfloat16:
+            self.embedding.to(dtype)
+        self._compiled: Callable[[Tensor, tuple[Tensor, Tensor]], Tensor] | None = None
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """Classic init: what adds to the residual stream starts at zero, and so do the logits."""
+        nn.init.normal_(self.embedding.weight, std=1.0)
+        nn.init.zeros_(self.head.weight)
+        for block in self.blocks:
+            for module in block.modules():
+                if isinstance(module, nn.Linear):
+                    fan_out, fan_in = module.weight.shape
+                    nn.init.normal_(module.weight, std=min(1.0, math.sqrt(fan_out / fan_in)) / math.sqrt(fan_in))
+            assert isinstance(block, Block)
+            nn.init.zeros_(block.attention.output.weight)
+            nn.init.zeros_(block.mlp.down.weight)
+
+    def hidden(self, ids_BT: Tensor, cache: Cache | None = None) -> Tensor:
+        assert cache is None or isinstance(cache, KVCache), "a cache comes from new_cache"
+        with torch.autocast(ids_BT.device.type, enabled=False):
+            x_BTD = embed(ids_BT, self.embedding.weight)
+            start = cache.length if cache else 0
+            rotary = self._rotary(start, start + ids_BT.shape[1])
+            if self._compiled and cache is None and self.training and torch.is_grad_enabled():
+                return self._compiled(x_BTD, rotary)
+            return self._trunk(x_BTD, rotary, cache)
+
+    def _trunk(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], cache: KVCache | None = None) -> Tensor:
+        eps = self.config.norm_eps
+        x_BTD = rms_norm(x_BTD, eps)
+        for index, block in enumerate(self.blocks):
+            x_BTD = block(x_BTD, rotary, eps, self.dtype, cache.layer(index) if cache else None)
+        if cache:
+            cache.length += x_BTD.shape[1]
+        return rms_norm(x_BTD, eps)
+
+    def _rotary(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        assert isinstance(self.cos_TC, Tensor)
+        assert isinstance(self.sin_TC, Tensor)
+        if stop <= len(self.cos_TC):
+            return self.cos_TC[start:stop], self.sin_TC[start:stop]
+        cos_TC, sin_TC = rotary_tables(start, stop, self.shape.head_dim, self.config.rope_base, self.cos_TC.device)
+        return cos_TC.to(self.cos_TC.dtype), sin_TC.to(self.sin_TC.dtype)
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            z_NV = linear(hidden_ND, self.head.weight[: self.vocab_size], self.dtype)
+            z_NV = z_NV.to(torch.promote_types(z_NV.dtype, torch.float32))
+            cap = self.config.softcap
+            return cap * torch.tanh(z_NV / cap) if cap else z_NV
+
+    def forward(self, ids_BT: Tensor, targets_BT: Tensor, reduction: Literal["sum", "none"] = "sum") -> Tensor:
+        return super().forward(ids_BT, targets_BT, reduction)
+
+    def new_cache(self, batch_size: int, max_tokens: int) -> KVCache:
+        weight = self.head.weight
+        return KVCache(len(self.blocks), batch_size, self.shape, max_tokens, self.dtype, weight.device)
+
+    def parameter_roles(self) -> Mapping[str, str]:
+        special = {"embedding.weight": "embedding", "head.weight": "head"}
+        return {name: special.get(name, "matrix") for name, _ in self.named_parameters()}
+
+    def flops_per_token(self, max_seq_len: int) -> float:
+        """6 a parameter of a matrix (forward 2, backward 4), and 12 x heads x head size x T a layer for attention."""
+        counts = self.parameter_counts()
+        attention = 12 * self.shape.heads * self.shape.head_dim * max_seq_len
+        return 6.0 * (counts["matrix"] + counts["head"]) + len(self.blocks) * attention
+
+    def compile_training(self) -> None:
+        """Compile what training runs through. Evaluation and sampling, whose shapes vary, stay eager."""
+        self._compiled = torch.compile(self._trunk, dynamic=False)
+
+
+def build(config: GPTConfig, context: ModelContext) -> GPT:
+    """The factory.
+
+    Raises:
+        ConfigError: when the options contradict each other or the tokenizer.
+    """
+    vocab_size = context.vocab_size if config.vocab_size == "auto" else config.vocab_size
+    if vocab_size < context.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size: {vocab_size} is smaller than the tokenizer's {context.vocab_size}: "
+            f'give at least {context.vocab_size}, or "auto"'
+        )
+    try:
+        config.shape()
+    except ValueError as error:
+        raise ConfigError(f"model.{error}") from error
+    return GPT(config, vocab_size, context.max_seq_len, context.dtype)

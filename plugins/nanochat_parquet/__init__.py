@@ -1,0 +1,1 @@
+"""Documents from a directory of parquet shards."""

@@ -1,0 +1,1 @@
+"""Documents that every Python carries: no download."""

@@ -1,0 +1,81 @@
+"""The data source ``python_docs``: what ``corpus`` finds, split, shuffled and kept for the next start."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import sysconfig
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+from nanochat_core import DataContext, DataError, DataSource, Split
+from nanochat_python_docs import corpus
+from nanochat_python_docs.config import PythonDocsConfig
+
+FORMAT = 1  # goes up whenever the documents of the same Python change
+FEWEST = 100  # documents; a complete Python gives six hundred
+
+
+class PythonDocs(DataSource):
+    """Documents of both splits, in memory."""
+
+    def __init__(self, splits: dict[Split, list[str]]) -> None:
+        self._splits = splits
+
+    def documents(self, split: Split) -> list[str]:
+        return self._splits[split]
+
+
+def _fraction(text: str) -> float:
+    """A number in [0, 1) that depends on nothing but the text."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
+
+
+def make_splits(config: PythonDocsConfig, library: Path) -> dict[Split, list[str]]:
+    """The documents of both splits, shuffled by a hash of their names.
+
+    A module's documentation and its source are on the same side, with all their parts.
+    """
+    splits: dict[Split, list[tuple[float, str]]] = {"train": [], "val": []}
+    for name, parts in corpus.all_parts(corpus.documents(config.source, library)).items():
+        split: Split = "val" if _fraction(name.partition(":")[2]) < config.val_fraction else "train"
+        splits[split] += [(_fraction(f"{name} {i}"), part) for i, part in enumerate(parts)]
+    return {split: [text for _, text in sorted(found)] for split, found in splits.items()}
+
+
+def build(config: PythonDocsConfig, context: DataContext) -> PythonDocs:
+    """Find the documents, or read what an earlier start found.
+
+    Raises:
+        DataError: when this Python carries next to no documentation.
+    """
+    library = Path(sysconfig.get_path("stdlib"))
+    key = [FORMAT, sys.version, str(library), config.source, config.val_fraction]
+    cached = context.cache_dir / f"python_docs-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
+    try:
+        splits: dict[Split, list[str]] = json.loads(cached.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # not there, or damaged
+        splits = make_splits(config, library)
+        if len(splits["train"]) < FEWEST or not splits["val"]:
+            raise DataError(
+                f"the Python library in {library} gives only {sum(map(len, splits.values()))} documents (files are "
+                f"missing, or packed into an archive); install it in full, or choose another data.plugin"
+            ) from None
+        with suppress(OSError):  # a cache that can't be written costs seconds at every start, no more
+            _write_atomically(cached, json.dumps(splits))
+    return PythonDocs(splits)
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    """Several processes may write the same file at once: each replaces it with a complete one."""
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,1 @@
+"""Evaluator ``samples``: how the model continues a few prompts."""

@@ -1,0 +1,1 @@
+"""Logger ``tensorboard``: event files for TensorBoard."""

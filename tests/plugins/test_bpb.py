@@ -1,0 +1,134 @@
+"""Bits per byte, against sums by hand."""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nanochat_core import IGNORED, Batch, Cache, DataError, EvaluatorContext, Model, Tokenizer, Tokens, World
+from nanochat_core.distributed import join_world, leave_world
+from nanochat_core.plugins import load_plugins
+
+BYTES = (1, 2, 3, 4, 0)  # bytes of tokens 0..4; the last is bos
+WORLD = World(rank=0, size=1, device=torch.device("cpu"))
+
+
+class FiveTokens(Tokenizer):
+    vocab_size = len(BYTES)
+    special_tokens: Mapping[str, int] = {"<|bos|>": 4}
+    fingerprint = "five"
+
+    def encode(self, text: str) -> list[int]:
+        return [int(c) for c in text]
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        return b"".join(b"x" * BYTES[i] for i in ids)
+
+    def token_bytes(self) -> Tokens:
+        return np.array(BYTES, dtype=np.int32)
+
+    def save(self, directory: Path) -> None: ...
+
+
+class Unigram(Model):
+    """Every position predicts the same: token i with probability ``P[i]``."""
+
+    P = (0.5, 0.25, 0.125, 0.0625, 0.0625)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vocab_size, self.hidden_size = len(BYTES), 1
+        self.log_p = nn.Parameter(torch.tensor(self.P).log())
+
+    def hidden(self, ids_BT: Tensor, cache: Cache | None = None) -> Tensor:
+        return torch.ones(*ids_BT.shape, 1)
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        return hidden_ND * self.log_p
+
+
+def evaluate(targets: list[list[list[int]]], world: World = WORLD, **options) -> float:
+    """The metric over batches of targets."""
+    asked = []
+
+    def rows(split: str, tokens: int) -> Iterator[Batch]:
+        asked.append((split, tokens))
+        for batch in targets:
+            targets_BT = torch.tensor(batch)
+            yield Batch(targets_BT.clamp(min=0), targets_BT)
+
+    entry = load_plugins("bpb")["evaluator"].get("bpb")
+    assert entry is not None
+    config = entry.config(**options)
+    evaluator = entry.load()(config, EvaluatorContext(FiveTokens(), world, 4, 2, rows))
+    with torch.no_grad():
+        metrics = evaluator.evaluate(Unigram(), 7).metrics
+    assert asked == [(config.split, config.eval_tokens)]
+    assert list(metrics) == [f"{config.split}/bpb"]
+    return metrics[f"{config.split}/bpb"]
+
+
+BATCHES = [[[0, 1, 2, 3], [3, 3, 4, 1]], [[2, 4, 0, IGNORED], [IGNORED] * 4]]
+# Bits of tokens 0..3 are 1, 2, 3, 4; bos (4 bits, no bytes) and ignored targets count neither.
+BITS, N_BYTES = (1 + 2 + 3 + 4) + (4 + 4 + 2) + (3 + 1), (1 + 2 + 3 + 4) + (4 + 4 + 2) + (3 + 1)
+
+
+def test_sums_by_hand():
+    assert evaluate(BATCHES) == pytest.approx(BITS / N_BYTES, rel=1e-6)
+    assert evaluate([[[0, 0, 3, 4]]]) == pytest.approx((1 + 1 + 4) / (1 + 1 + 4))
+    assert evaluate([[[4, 3, IGNORED, 4]], [[2, 2, 2, 4]]], split="train", eval_tokens=99) == pytest.approx(1.0)
+
+
+def test_is_not_one_by_accident(monkeypatch):
+    monkeypatch.setattr(Unigram, "P", (0.0625, 0.0625, 0.125, 0.25, 0.5))  # bits 4, 4, 3, 2, 1
+    assert evaluate(BATCHES) == pytest.approx((4 + 4 + 3 + 2 + 2 + 2 + 4 + 3 + 4) / N_BYTES, rel=1e-6)
+
+
+def test_how_rows_are_batched_does_not_matter():
+    rows = [row for batch in BATCHES for row in batch]
+    assert evaluate([[row] for row in rows]) == pytest.approx(evaluate([rows]), rel=1e-6)
+
+
+@pytest.mark.parametrize("batches", [[], [[[IGNORED, 4, IGNORED, 4]]]])
+def test_nothing_to_predict_is_an_error(batches):
+    with pytest.raises(DataError, match="val split has not a single byte"):
+        evaluate(batches)
+
+
+def test_entry():
+    entry = load_plugins("bpb")["evaluator"].get("bpb")
+    assert entry is not None
+    assert entry.defaults == {"every": 250, "at_start": True, "at_end": True}
+    assert entry.aliases == {"eval_every": "every"}
+    assert entry.config().eval_tokens == 20 * 524288
+
+
+def _rank(rank: int, port: int) -> None:
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+        NANOCHAT_DEVICE="cpu",
+    )  # fmt: skip
+    world = join_world()
+    try:
+        mine = BATCHES if rank == 0 else []  # a rank without rows still takes part
+        assert math.isclose(evaluate(mine, world), BITS / N_BYTES, rel_tol=1e-6)
+        assert math.isclose(evaluate([BATCHES[rank]], world), BITS / N_BYTES, rel_tol=1e-6)
+        with pytest.raises(DataError):
+            evaluate([], world)
+    finally:
+        leave_world()
+
+
+def test_two_ranks_agree():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(_rank, args=(port,), nprocs=2)
