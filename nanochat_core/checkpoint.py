@@ -145,7 +145,7 @@ def list_checkpoints(directory: Path) -> list[Path]:
 
 def latest_checkpoint(directory: Path) -> tuple[Path | None, list[str]]:
     """(the newest checkpoint whose manifest verifies, what is wrong with newer ones)."""
-    damaged = []
+    damaged: list[str] = []
     for checkpoint in list_checkpoints(directory):
         problem = verify(checkpoint)
         if not problem:

@@ -1,8 +1,9 @@
-"""The exceptions users meet. Each is printed as a message, without a traceback, and ends the command with exit code 2."""
+"""The exceptions users meet. Each is printed as a message without a traceback; the command ends with exit code 2."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 
 import attrs
 
@@ -49,3 +50,9 @@ class DataError(NanochatError):
 
 class CheckpointError(NanochatError):
     """A run or checkpoint is missing, damaged, or does not fit."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`` (did you mean "x"?)``, or nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f' (did you mean "{close[0]}"?)' if close else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import attrs
@@ -62,17 +62,25 @@ class Evaluations:
             return keys.at_end
         return keys.every > 0 and step % keys.every == 0
 
-    def run(self, model: Model, step: int) -> Iterator[Evaluation]:
-        """Call what is due, one by one. An evaluator that raises is reported, and the run goes on."""
+    def run(self, model: Model, step: int, done: Collection[str] = ()) -> Iterator[tuple[str, Evaluation]]:
+        """Call what is due, one by one, and yield the entries' names with what they found.
+
+        An evaluator that raises is reported, and the run goes on.
+
+        Args:
+            done: names of entries to leave out.
+        """
         for choice, evaluator in self.due(step):
+            if choice.name in done:
+                continue
             with inference(model, self.dtype):
                 try:
                     evaluation = evaluator.evaluate(model, step)
                 except Exception as error:
                     last = traceback.extract_tb(error.__traceback__)[-1]
                     self.report(
-                        f"evaluator {choice.name} failed at step {step}, the run goes on: {type(error).__name__}: {error} "
-                        f"({last.filename}:{last.lineno})"
+                        f"evaluator {choice.name} failed at step {step}, the run goes on: "
+                        f"{type(error).__name__}: {error} ({last.filename}:{last.lineno})"
                     )
                     continue
             if choice.name != choice.plugin:
@@ -83,4 +91,4 @@ class Evaluations:
                 self.samples_dir.mkdir(exist_ok=True)
                 path = self.samples_dir / f"{choice.name}_{step:06d}.json"
                 path.write_text(json.dumps(dict(evaluation.texts), indent=1, ensure_ascii=False) + "\n")
-            yield evaluation
+            yield choice.name, evaluation

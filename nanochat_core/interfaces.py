@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from nanochat_core.distributed import World
+from nanochat_core.loss import IGNORED as IGNORED
+from nanochat_core.loss import cross_entropy
 
 Tokens: TypeAlias = npt.NDArray[np.int32]
-
-IGNORED = -1  # a target that counts neither loss nor bytes
 
 
 @attrs.frozen
@@ -204,8 +204,6 @@ class Model(nn.Module, ABC):
 
     def forward(self, ids_BT: Tensor, targets_BT: Tensor, reduction: Literal["sum", "none"] = "sum") -> Tensor:
         """Cross-entropy of the targets, in nats: float32, () summed or [B, T]; ignored targets give 0."""
-        from nanochat_core.loss import cross_entropy
-
         return cross_entropy(self, self.hidden(ids_BT), targets_BT, reduction)
 
     def new_cache(self, batch_size: int, max_tokens: int) -> Cache | None:

@@ -83,4 +83,3 @@ def _wait(workers: Sequence[subprocess.Popen[bytes]]) -> int:
         if worker.returncode and not code:
             code = worker.returncode if worker.returncode > 0 else 128 - worker.returncode
     return code
-

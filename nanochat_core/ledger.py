@@ -13,16 +13,7 @@ from typing import Any
 class Ledger:
     """Appends records to a ledger, flushed line by line."""
 
-    def __init__(self, path: Path, keep_bytes: int | None = None) -> None:
-        """Open for appending. With ``keep_bytes`` what lies behind is moved to ``metrics.rewound.jsonl``: it belongs to
-        steps that a resume does again."""
-        if keep_bytes is not None and path.exists() and path.stat().st_size > keep_bytes:
-            with path.open("rb+") as file:
-                file.seek(keep_bytes)
-                rewound = file.read()
-                with path.with_name("metrics.rewound.jsonl").open("ab") as aside:
-                    aside.write(rewound)
-                file.truncate(keep_bytes)
+    def __init__(self, path: Path) -> None:
         self._file = path.open("ab")
 
     def write(self, step: int, values: Mapping[str, float | str]) -> dict[str, Any]:
@@ -39,6 +30,32 @@ class Ledger:
 
     def close(self) -> None:
         self._file.close()
+
+
+def rewind_ledger(path: Path, keep_bytes: int, step: int) -> list[dict[str, Any]]:
+    """Take back what a run wrote after the checkpoint of ``step``, which ends at ``keep_bytes``.
+
+    Lines of steps that a resume does again are moved to ``metrics.rewound.jsonl``; evaluations of ``step`` itself,
+    which are made after the checkpoint, stay. Returns their records.
+    """
+    with path.open("rb+") as file:
+        file.seek(keep_bytes)
+        kept: list[bytes] = []
+        rewound: list[bytes] = []
+        for line in file:
+            try:
+                record = json.loads(line)
+                stays = "evaluator" in record and record["step"] == step
+            except ValueError:  # cut short by a crash
+                stays = False
+            (kept if stays else rewound).append(line)
+        if rewound:
+            with path.with_name("metrics.rewound.jsonl").open("ab") as aside:
+                aside.writelines(rewound)
+            file.seek(keep_bytes)
+            file.truncate()
+            file.writelines(kept)
+    return [json.loads(line) for line in kept]
 
 
 def read_ledger(path: Path) -> Iterator[dict[str, Any]]:

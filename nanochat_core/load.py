@@ -11,10 +11,9 @@ from typing import Any
 import attrs
 import tomli_w
 
-from nanochat_core.errors import ConfigError, Problem
+from nanochat_core.errors import ConfigError, Problem, did_you_mean
 from nanochat_core.locate import KeyPath, line_numbers
 from nanochat_core.plugins import Plugins
-from nanochat_core.registry import did_you_mean
 from nanochat_core.schema import (
     CORE_TABLES,
     HORIZONS,
@@ -457,7 +456,7 @@ def changed_options(old: Experiment, new: Experiment) -> list[tuple[str, Any, An
         if isinstance(a, tuple):
             continue  # what evaluates and logs may change freely
         plain_a, plain_b = (_choice_table(x) if isinstance(x, Choice) else to_plain(x) for x in (a, b))
-        config = a.config if isinstance(a, Choice) else a
+        config: Any = a.config if isinstance(a, Choice) else a
         fields = fields_of(type(config)) if attrs.has(type(config)) else {}
         for key in sorted(plain_a.keys() | plain_b.keys()):
             if plain_a.get(key) != plain_b.get(key):

@@ -14,7 +14,9 @@ import attrs
 import pluggy
 
 from nanochat_core import hookspecs
+from nanochat_core.errors import did_you_mean
 from nanochat_core.registry import KINDS, Kind, Registrar, Registry
+from nanochat_core.schema import check_config_class
 
 GROUP = "nanochat"
 _HOOKS: Mapping[Kind, str] = {kind: f"nanochat_register_{kind}s" for kind in KINDS}
@@ -95,7 +97,7 @@ def load_plugins(only: str | None = None) -> Plugins:
         except BaseException as error:
             for registry in plugins.registries.values():
                 registry.discard(point.name)
-            reason = str(error).splitlines()[0] if str(error) else ""
+            reason = " ".join(str(error).split())
             plugins.failures.append(
                 Failure(point.name, distribution, f"{type(error).__name__}: {reason}", traceback.format_exc())
             )
@@ -115,8 +117,6 @@ def _register(
     implemented = [n for n in dir(module) if getattr(getattr(module, n, None), "nanochat_impl", None) is not None]
     for hook in implemented:
         if hook not in known:
-            from nanochat_core.registry import did_you_mean
-
             raise pluggy.PluginValidationError(module, f"unknown hook {hook!r}{did_you_mean(hook, known)}")
     if not implemented:
         what = f"module {module.__name__}" if isinstance(module, ModuleType) else repr(module)
@@ -126,3 +126,6 @@ def _register(
         if hook in implemented:
             caller = manager.subset_hook_caller(hook, [p for p in manager.get_plugins() if p is not module])
             caller(registry=Registrar(plugins[kind], name, distribution, version))
+            for entry in plugins[kind].entries:
+                if entry.plugin == name:
+                    check_config_class(kind, entry.name, entry.config)

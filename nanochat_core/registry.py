@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 import traceback
@@ -11,7 +10,7 @@ from typing import Any, Literal, get_args
 
 import attrs
 
-from nanochat_core.errors import PluginError
+from nanochat_core.errors import PluginError, did_you_mean
 
 Kind = Literal["tokenizer", "data_source", "model", "optimizer", "evaluator", "logger"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -115,12 +114,6 @@ class Registry:
         )
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`` (did you mean "x"?)``, or nothing."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f' (did you mean "{close[0]}"?)' if close else ""
-
-
 @attrs.frozen
 class Registrar:
     """A plugin's own view of one registry: it adds entries in the plugin's name."""
@@ -147,11 +140,8 @@ class Registrar:
         Raises:
             PluginError: when an argument is not what ``Entry`` says.
         """
-        from nanochat_core.schema import check_config_class
-
         if ":" not in factory:
             raise PluginError(f'factory of {name!r} must be "module:attribute", not {factory!r}')
-        check_config_class(self._registry.kind, name, config)
         self._registry.add(
             Entry(
                 kind=self._registry.kind,

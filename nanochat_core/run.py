@@ -12,6 +12,7 @@ from typing import IO, Any, Literal
 
 import attrs
 import torch
+from tqdm import tqdm
 
 from nanochat_core import loader as loading
 from nanochat_core import packing
@@ -41,7 +42,7 @@ from nanochat_core.interfaces import (
     Tokenizer,
     TokenizerContext,
 )
-from nanochat_core.ledger import Ledger
+from nanochat_core.ledger import Ledger, rewind_ledger
 from nanochat_core.load import changed_options, dump, load, to_tables
 from nanochat_core.paths import cache_dir
 from nanochat_core.plan import Planned, build_model, format_plan, make_plan, optimizer_context
@@ -211,8 +212,8 @@ def _explain_horizon(planned: Planned, run_dir: RunDirectory, step: int, plugins
     now = lr_multiplier(schedule, step, new.num_iterations)
     warmdown = new.num_iterations - new.warmdown_steps
     print(
-        f"the horizon was {old_horizon} steps, is {new.num_iterations}: the learning-rate multiplier goes from {before:.3f} "
-        f"at step {step - 1} to {now:.3f} at step {step}, and falls from step {warmdown} "
+        f"the horizon was {old_horizon} steps, is {new.num_iterations}: the learning-rate multiplier goes from "
+        f"{before:.3f} at step {step - 1} to {now:.3f} at step {step}, and falls from step {warmdown} "
         f"to {schedule.final_lr_frac:g} at the end"
     )
 
@@ -305,9 +306,9 @@ class _Session:
             cursors={lane: packing.Cursor(*c) for lane, c in self.state.cursors.items()} or None,
         )
         evaluations = self._build_evaluations(source, tokenizer)
+        evaluated = _on_main(world, self._rewind) if content is not None else []
         if world.is_main:
-            keep = self.state.ledger_bytes if content is not None else None
-            self.ledger = Ledger(self.run_dir.ledger, keep)
+            self.ledger = Ledger(self.run_dir.ledger)
             self.run_dir.write_status("running", self.state.step, plan.num_iterations)
             self._build_loggers()
             peak, how = peak_flops(world.device, self.dtype)
@@ -326,7 +327,15 @@ class _Session:
             record=self._record,
             ledger_bytes=lambda: self.ledger.bytes if self.ledger else 0,
             report=self._report,
+            evaluated=evaluated,
         )
+
+    def _rewind(self) -> list[str]:
+        """Rewind the ledger to the checkpoint. Returns the evaluators that have already seen its step."""
+        records = rewind_ledger(self.run_dir.ledger, self.state.ledger_bytes, self.state.step)
+        for record in records:
+            self.state.note_minimum({k: v for k, v in record.items() if k not in ("step", "time")})
+        return [record["evaluator"] for record in records]
 
     def _build_source(self) -> DataSource:
         choice = self.experiment.data
@@ -393,7 +402,9 @@ class _Session:
         context = optimizer_context(model, self.world, self.plan.total_batch_size, self.plan.num_iterations)
         if type(model).parameter_roles is Model.parameter_roles:
             roles = sorted(set(context.roles.values()))
-            self._report(f"model {self.experiment.model.plugin} declares no parameter roles: by shape it has {', '.join(roles)}")
+            self._report(
+                f"model {self.experiment.model.plugin} declares no parameter roles: by shape it has {', '.join(roles)}"
+            )
         optimizer = self.experiment.optimizer.build(context)
         if not isinstance(optimizer, Optimizer):
             raise PluginError(
@@ -454,7 +465,9 @@ class _Session:
                     raise PluginError("its factory must return a nanochat_core.Logger")
                 self.loggers.append((choice, logger))
             except Exception as error:
-                self._report(f"logger {choice.name} can't start, the run goes on without it: {type(error).__name__}: {error}")
+                self._report(
+                    f"logger {choice.name} can't start, the run goes on without it: {type(error).__name__}: {error}"
+                )
 
     def _write_run_files(self, fingerprints: dict[str, str]) -> None:
         run_dir = self.run_dir
@@ -464,14 +477,14 @@ class _Session:
                 if old.get(what) != fingerprints[what]:
                     raise CheckpointError(
                         f"{run_dir.path}: the {what} data are not those it was trained with (fingerprint "
-                        f"{fingerprints[what][:12]}, was {str(old.get(what))[:12]}): point [data] at the same documents, "
-                        f"or start a fresh run without --resume"
+                        f"{fingerprints[what][:12]}, was {str(old.get(what))[:12]}): point [data] at the same "
+                        f"documents, or start a fresh run without --resume"
                     )
         facts = provenance(self.planned.origins, self.setup.distributions, fingerprints, attrs.asdict(self.plan))
         if run_dir.provenance.exists():
             earlier = json.loads(run_dir.provenance.read_text())
             facts["earlier"] = [*earlier.pop("earlier", []), earlier]
-        header = "# The resolved experiment: every value, with each auto filled in. provenance.json says where each came from.\n"
+        header = "# The resolved experiment, each auto filled in. provenance.json says where every value came from.\n"
         write_atomic(run_dir.experiment, header + dump(self.experiment))
         write_atomic(run_dir.provenance, json.dumps(facts, indent=1) + "\n")
 
@@ -480,7 +493,8 @@ class _Session:
     def _report(self, line: str) -> None:
         """A line for people: to stdout and the run's log, from rank 0."""
         if self.world.is_main:
-            print(line, flush=True)
+            tqdm.write(line)  # goes around a progress bar
+            sys.stdout.flush()
             if self._log is not None:
                 print(line, file=self._log, flush=True)
 
@@ -521,7 +535,8 @@ class _Session:
         if "val/bpb" in state.minimum:
             self._report(f"Minimum validation bpb: {state.minimum['val/bpb']:.4f}")
         self._report(f"The run is in {self.run_dir.path}: experiment.toml, metrics.jsonl, checkpoints/, samples/")
-        other = "" if self.run_dir.path.parents[1].name == "runs" else f" --runs-dir {self.run_dir.path.parents[1]}"
+        runs_dir = self.run_dir.path.parents[1]
+        other = "" if runs_dir == Path("runs") else f" --runs-dir {runs_dir}"
         self._report(f'Next:  nanochat sample {run}{other} "The capital of France is"\n       nanochat runs{other}')
         if self._log is not None and self.world.is_main:
             self._log.close()

@@ -13,8 +13,7 @@ from typing import IO, Any
 
 import attrs
 
-from nanochat_core.errors import CheckpointError, ConfigError, Problem
-from nanochat_core.registry import did_you_mean
+from nanochat_core.errors import CheckpointError, ConfigError, Problem, did_you_mean
 
 
 @attrs.frozen
@@ -56,7 +55,7 @@ class RunDirectory:
         return self.path / "log.txt"
 
     def read_status(self) -> dict[str, Any]:
-        """``status`` (running, finished, failed, preempted, killed), ``step``, ``num_iterations``; empty if unreadable."""
+        """``status`` (running, finished, failed, preempted, killed), ``step``, ``num_iterations``; or nothing."""
         try:
             status: dict[str, Any] = json.loads((self.path / "status.json").read_text())
         except (OSError, ValueError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -11,9 +12,9 @@ from typing import Any, Literal, Union, get_args, get_origin
 import attrs
 import cattrs
 
-from nanochat_core.errors import PluginError
+from nanochat_core.errors import NanochatError, PluginError, did_you_mean
 from nanochat_core.options import above, at_least, between, option
-from nanochat_core.registry import Entry, did_you_mean
+from nanochat_core.registry import Entry
 
 # ------------------------------------------------------------------------------------------- tables of the core
 
@@ -142,10 +143,20 @@ class Choice:
         """Import the factory and call it.
 
         Raises:
-            PluginError: when the factory can't be imported.
+            PluginError: with the original traceback, when the factory can't be imported or raises.
+            NanochatError: what the factory says of its options or of the data.
         """
         assert self.entry is not None, "load() refuses experiments with unknown plugins"
-        return self.entry.load()(self.config, context)
+        factory = self.entry.load()
+        try:
+            return factory(self.config, context)
+        except NanochatError:
+            raise
+        except Exception as error:
+            raise PluginError(
+                f"{self.entry.kind} {self.name!r} of {self.entry.distribution} {self.entry.version} can't be built: "
+                f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
+            ) from error
 
 
 @attrs.frozen
@@ -294,14 +305,16 @@ def _typed_fields(cls: type) -> dict[str, Any]:
 
 def _make_converter() -> cattrs.Converter:
     made = cattrs.Converter(forbid_extra_keys=True)
-    for tp in (bool, int, float, str, Path):
-        made.register_structure_hook_func(lambda t, tp=tp: t is tp, _strict(tp))
-    made.register_structure_hook_factory(lambda t: get_origin(t) in (Union, types.UnionType), _union_hook)
-    made.register_structure_hook_factory(lambda t: get_origin(t) is Literal, _literal_hook)
-    made.register_structure_hook_factory(lambda t: get_origin(t) is tuple, _list_hook)
-    made.register_structure_hook_factory(attrs.has, _attrs_hook)
-    made.register_unstructure_hook(Path, str)
-    made.register_unstructure_hook_func(lambda t: get_origin(t) is tuple, list)
+    for plain in (bool, int, float, str, Path):
+        made.register_structure_hook(plain, _strict(plain))
+    hooks: list[tuple[Callable[[Any], bool], Callable[[Any], Callable[[Any, Any], Any]]]] = [
+        (lambda t: get_origin(t) in (Union, types.UnionType), _union_hook),
+        (lambda t: get_origin(t) is Literal, _literal_hook),
+        (lambda t: get_origin(t) is tuple, _list_hook),
+        (attrs.has, _attrs_hook),
+    ]
+    for applies, make_hook in hooks:
+        made.register_structure_hook_factory(applies, make_hook)
     return made
 
 

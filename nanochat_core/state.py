@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import attrs
@@ -39,6 +40,12 @@ class TrainState:
         """Take in the loss of one more step; returns the debiased EMA. Call after ``step`` has been advanced."""
         self.loss_ema = EMA_DECAY * self.loss_ema + (1 - EMA_DECAY) * loss
         return self.loss_ema / (1 - EMA_DECAY ** (self.step - self.skipped))
+
+    def note_minimum(self, metrics: Mapping[str, float | str]) -> None:
+        """Keep the smallest value of each metric."""
+        for name, value in metrics.items():
+            if isinstance(value, float):
+                self.minimum[name] = min(value, self.minimum.get(name, value))
 
     def to_json(self) -> dict[str, Any]:
         return {**attrs.asdict(self), "cursors": {str(lane): list(c) for lane, c in sorted(self.cursors.items())}}

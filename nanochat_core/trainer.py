@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from types import FrameType
 from typing import Any, Literal
 
@@ -68,6 +68,7 @@ class Trainer:
         forward: ``model`` or its compiled twin: (ids_BT, targets_BT) to the summed loss.
         record: writes a ledger line and tells loggers; does nothing on ranks other than 0. Returns the ledger's bytes.
         report: prints a line for people, on rank 0.
+        evaluated: entries that have evaluated the step the run starts at, before it was interrupted.
     """
 
     plan: Plan
@@ -83,6 +84,7 @@ class Trainer:
     record: Callable[[int, dict[str, float | str]], None]
     ledger_bytes: Callable[[], int]
     report: Callable[[str], None]
+    evaluated: Collection[str] = ()
     _skipped_in_row: int = attrs.field(default=0, init=False)
     _steps_here: int = attrs.field(default=0, init=False)
 
@@ -96,8 +98,7 @@ class Trainer:
         save_every = self.experiment.checkpoint.save_every
         with StopRequest() as stop:
             self.model.train()
-            if state.step == 0:
-                self._evaluate()
+            self._evaluate(self.evaluated)
             started = time.perf_counter()
             while state.step < horizon:
                 waiting = time.perf_counter()
@@ -170,7 +171,7 @@ class Trainer:
         done = state.step
         state.step += 1
         state.tokens += tokens
-        state.cursors.update({lane: tuple(cursor) for lane, cursor in step.cursors.items()})
+        state.cursors.update(step.cursors)
         self._steps_here += 1
         if self._steps_here > UNTIMED_STEPS:
             state.training_time += seconds
@@ -195,11 +196,10 @@ class Trainer:
         }
         self.record(done, values)
 
-    def _evaluate(self) -> None:
-        for evaluation in self.evaluations.run(self.model, self.state.step):
-            for name, value in evaluation.metrics.items():
-                self.state.minimum[name] = min(value, self.state.minimum.get(name, value))
-            self.record(self.state.step, {**evaluation.metrics, **evaluation.texts})
+    def _evaluate(self, done: Collection[str] = ()) -> None:
+        for name, evaluation in self.evaluations.run(self.model, self.state.step, done):
+            self.state.note_minimum(evaluation.metrics)
+            self.record(self.state.step, {"evaluator": name, **evaluation.metrics, **evaluation.texts})
 
     def save(self) -> None:
         """Save a checkpoint of the current step. A save that fails is reported and does not stop the run."""
@@ -224,8 +224,8 @@ class Trainer:
         saved = sorted(p.name for p in self.run_dir.checkpoints.glob("step_*"))
         last = f"the last good checkpoint is {self.run_dir.checkpoints / saved[-1]}" if saved else "none was saved"
         return TrainingDiverged(
-            f"{self._skipped_in_row} steps in a row had a loss or gradient that is not finite (step {self.state.step - 1}, "
-            f"loss {loss}, gradient norm {norm}, learning-rate multiplier {lrm:.3g}); {last}. Lower the learning rates, "
-            f"raise schedule.warmup_steps, or try train.dtype = \"float32\"; see docs/troubleshooting.md"
+            f"{self._skipped_in_row} steps in a row had a loss or gradient that is not finite (step "
+            f"{self.state.step - 1}, loss {loss}, gradient norm {norm}, learning-rate multiplier {lrm:.3g}); {last}. "
+            f"Lower the learning rates, raise schedule.warmup_steps, or try train.dtype = float32; "
+            f"see docs/troubleshooting.md"
         )
-

@@ -9,14 +9,16 @@ from collections.abc import Sequence
 
 import attrs
 
-from nanochat_core.errors import PluginError
+from nanochat_core.errors import PluginError, did_you_mean
 from nanochat_core.plugins import Plugins, load_plugins
-from nanochat_core.registry import KINDS, Entry, did_you_mean
+from nanochat_core.registry import KINDS, Entry
 from nanochat_core.schema import RESERVED, EntryKeys, fields_of, type_name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", nargs="?", metavar="KIND[/NAME]", help=f"one kind ({', '.join(KINDS)}) or one entry of it")
+    parser.add_argument(
+        "what", nargs="?", metavar="KIND[/NAME]", help=f"one kind ({', '.join(KINDS)}) or one entry of it"
+    )
     parser.add_argument("--check", action="store_true", help="exit 1 if a plugin failed to load, and say why")
 
 

@@ -17,8 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace, _: Sequence[str]) -> int:
     from nanochat_core.load import load, to_tables
-    from nanochat_core.schema import TABLES
     from nanochat_core.plugins import load_plugins
+    from nanochat_core.schema import TABLES
 
     loaded = load(options.file, options.overrides, load_plugins())
     experiment, origins = loaded.experiment, loaded.origins

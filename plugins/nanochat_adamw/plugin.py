@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from nanochat_core import hookimpl
 from nanochat_adamw.config import AdamWConfig
+from nanochat_core import hookimpl
 
 if TYPE_CHECKING:
     from nanochat_core import Registrar

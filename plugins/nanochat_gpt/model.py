@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from nanochat_core import Cache, ConfigError, Model, ModelContext
 from nanochat_gpt.attention import KVCache, LayerCache, attend
 from nanochat_gpt.config import GPTConfig, Shape
+from nanochat_gpt.head import MAX_CAP, scaled_head, softcap_cross_entropy
 from nanochat_gpt.ops import embed, linear, relu_squared, rms_norm, rope_norm, rotary_tables
 
 
@@ -134,13 +135,20 @@ class GPT(Model):
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         with torch.autocast(hidden_ND.device.type, enabled=False):
-            z_NV = linear(hidden_ND, self.head.weight[: self.vocab_size], self.dtype)
+            cap, weight_VD = self.config.softcap, self.head.weight[: self.vocab_size]
+            weight_VD = scaled_head(weight_VD, cap, self.dtype) if cap else weight_VD
+            z_NV = linear(hidden_ND, weight_VD, self.dtype)
             z_NV = z_NV.to(torch.promote_types(z_NV.dtype, torch.float32))
-            cap = self.config.softcap
-            return cap * torch.tanh(z_NV / cap) if cap else z_NV
+            return cap * torch.tanh(z_NV) if cap else z_NV
 
     def forward(self, ids_BT: Tensor, targets_BT: Tensor, reduction: Literal["sum", "none"] = "sum") -> Tensor:
-        return super().forward(ids_BT, targets_BT, reduction)
+        cap = self.config.softcap
+        if reduction == "none" or not torch.is_grad_enabled() or not 0 < cap <= MAX_CAP:
+            return super().forward(ids_BT, targets_BT, reduction)
+        hidden_ND = self.hidden(ids_BT).flatten(0, 1)
+        with torch.autocast(ids_BT.device.type, enabled=False):
+            weight_VD = self.head.weight[: self.vocab_size]
+            return softcap_cross_entropy(hidden_ND, weight_VD, targets_BT.flatten(), cap, self.dtype)
 
     def new_cache(self, batch_size: int, max_tokens: int) -> KVCache:
         weight = self.head.weight

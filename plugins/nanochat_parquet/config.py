@@ -11,5 +11,5 @@ from nanochat_core import option
 class ParquetConfig:
     """Shards in the order of their names, the last for validation, the others for training."""
 
-    path: Path = option(help="directory of two or more *.parquet files")  # noqa: RUF009
+    path: Path = option(help="directory of two or more *.parquet files")
     text_column: str = option("text", "column of strings, one document a row; a null is an empty document")

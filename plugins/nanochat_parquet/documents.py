@@ -73,14 +73,7 @@ class Documents(Sequence[str]):
             if group in self._cache:
                 self._cache.move_to_end(group)
                 return self._cache[group]
-        path, i = self._groups[group]
-        try:
-            with pq.ParquetFile(path) as file:
-                column = file.read_row_group(i, columns=[self._column], use_threads=False)[self._column]
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(
-                f"data.path: row group {i} of {path} can't be read ({error}); get this file again"
-            ) from error
+        column = self._read_file(group)
         with self._lock:
             if group not in self._cache:
                 self._cache[group] = column
@@ -88,3 +81,13 @@ class Documents(Sequence[str]):
             while self._cached_bytes > self._cache_bytes and len(self._cache) > 1:
                 self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
         return column
+
+    def _read_file(self, group: int) -> pa.ChunkedArray:
+        path, i = self._groups[group]
+        try:
+            with pq.ParquetFile(path) as file:
+                return file.read_row_group(i, columns=[self._column], use_threads=False)[self._column]
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(
+                f"data.path: row group {i} of {path} can't be read ({error}); get this file again"
+            ) from error

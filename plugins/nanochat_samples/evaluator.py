@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from nanochat_core import Evaluation, Evaluator, EvaluatorContext, Model
-from nanochat_core.generate import generate
+from nanochat_core import Evaluation, Evaluator, EvaluatorContext, Model, generate
 from nanochat_samples.config import SamplesConfig
 
 

@@ -67,7 +67,7 @@ def test_a_cursor_needs_no_earlier_document() -> None:
 
     documents = Forgetful(f"document {i}" for i in range(400))
     rows = StreamLane(documents, TOKENIZER, cursor=Cursor(5, 300, 4)).next_rows(1, 20)
-    assert TOKENIZER.decode(rows[0].tolist()) == "ument 300<|bos|>document 3"
+    assert TOKENIZER.decode(rows[0].tolist()) == "ument 300<|bos|>document 30"
 
 
 def test_lanes_deal_documents_out() -> None:

@@ -1,0 +1,101 @@
+"""Head, softcap and cross-entropy in one, with the gradients computed in the forward pass.
+
+Derived by hand. With u = h (W / cap)^T, t = tanh(u), logits s = cap t and p = softmax(s):
+
+    loss = -log p[target]        ds = p - onehot(target)        dz = ds (1 - t^2)        dh = dz W        dW = dz^T h
+
+where z = cap u are the logits before the cap. Because of the cap no p underflows, so that the loss can be read from p.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Largest cap for which exp(-2 cap) / V is far from float32's smallest number.
+MAX_CAP = 30.0
+
+
+def scaled_head(weight_VD: Tensor, cap: float, dtype: torch.dtype) -> Tensor:
+    """W / cap, rounded once: the division costs no pass over the logits."""
+    return (weight_VD / cap).to(dtype)
+
+
+def chunk_sizes(vocab_size: int, device: torch.device) -> tuple[int, int]:
+    """Positions a product, and positions whose float32 logits exist at once."""
+    if device.type == "cpu":
+        return max(64, 2**24 // vocab_size), max(16, 2**21 // vocab_size)
+    return max(1024, 2**28 // vocab_size), max(1024, 2**28 // vocab_size)
+
+
+def softcap_cross_entropy(
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, cap: float, dtype: torch.dtype
+) -> Tensor:
+    """Sum of cross-entropies of ``cap tanh(h W^T / cap)``, in nats: float32 (). Can be differentiated once.
+
+    Args:
+        hidden_ND: [N, D].
+        weight_VD: float32 [V, D].
+        targets_N: int64, every one in [0, V) or -1, which counts nothing.
+        cap: in (0, MAX_CAP].
+        dtype: of the matrix products.
+    """
+    if hidden_ND.is_cpu and bool((targets_N < 0).any()):  # elsewhere the question would wait for the device
+        kept = (targets_N >= 0).nonzero().squeeze(1)
+        hidden_ND, targets_N = hidden_ND.index_select(0, kept), targets_N.index_select(0, kept)
+    loss: Tensor = _SoftcapCrossEntropy.apply(hidden_ND, weight_VD, targets_N, cap, dtype)
+    return loss
+
+
+class _SoftcapCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, cap: float, dtype: torch.dtype
+    ) -> Tensor:
+        (N, _), V = hidden_ND.shape, len(weight_VD)
+        product_rows, softmax_rows = chunk_sizes(V, hidden_ND.device)
+        product_rows, softmax_rows = min(product_rows, N), min(softmax_rows, N)
+        hidden_ND = hidden_ND.to(dtype)
+        scaled_VD, plain_VD = scaled_head(weight_VD, cap, dtype), weight_VD.to(dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        # Memory that every chunk uses again: it stays in the cache.
+        z_buffer = hidden_ND.new_empty(product_rows, V)
+        t_buffer, p_buffer = (hidden_ND.new_empty(softmax_rows, V, dtype=wide) for _ in range(2))
+        loss = hidden_ND.new_zeros((), dtype=wide)
+        dhidden_ND, dweight_VD = torch.empty_like(hidden_ND), torch.zeros_like(weight_VD, dtype=wide)
+        for h_ND, dh_ND, y_N in zip(
+            hidden_ND.split(product_rows), dhidden_ND.split(product_rows), targets_N.split(product_rows), strict=True
+        ):
+            z_NV = z_buffer[: len(h_ND)]
+            torch.mm(h_ND, scaled_VD.t(), out=z_NV)
+            for z, y in zip(z_NV.split(softmax_rows), y_N.split(softmax_rows), strict=True):
+                loss += _loss_and_gradient(z, y[:, None], cap, t_buffer[: len(z)], p_buffer[: len(z)])
+            torch.mm(z_NV, plain_VD, out=dh_ND)
+            dweight_VD += z_NV.t() @ h_ND
+        ctx.save_for_backward(dhidden_ND, dweight_VD)
+        return loss.to(torch.promote_types(hidden_ND.dtype, torch.float32))
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        dhidden_ND, dweight_VD = ctx.saved_tensors
+        return dhidden_ND * grad.to(dhidden_ND.dtype), dweight_VD * grad, None, None, None
+
+
+def _loss_and_gradient(u_NV: Tensor, targets_N1: Tensor, cap: float, t_NV: Tensor, p_NV: Tensor) -> Tensor:
+    """Loss of a chunk; its u is overwritten with dz. The last two arguments are memory to work in."""
+    ignored_N1 = targets_N1 < 0
+    targets_N1 = targets_N1.clamp_min(0)
+    torch.tanh(t_NV.copy_(u_NV), out=t_NV)
+    target_t_N1 = t_NV.gather(1, targets_N1)
+    torch.softmax(torch.mul(t_NV, cap, out=p_NV), dim=-1, out=p_NV)
+    log_p_N1 = p_NV.gather(1, targets_N1).log_()
+    torch.ops.aten.tanh_backward.grad_input(p_NV, t_NV, grad_input=p_NV)  # p (1 - t^2), in one pass
+    p_NV.scatter_add_(1, targets_N1, target_t_N1.square().sub_(1))
+    if not u_NV.is_cpu:  # on the CPU they were left out
+        p_NV.masked_fill_(ignored_N1, 0)
+    u_NV.copy_(p_NV)
+    return -log_p_N1.masked_fill_(ignored_N1, 0).sum()
