@@ -26,7 +26,7 @@ def split(record: Record) -> tuple[dict[str, float], dict[str, str]]:
     numbers: dict[str, float] = {}
     texts: dict[str, str] = {}
     for name, value in record.items():
-        if name in ("step", "time"):
+        if name in ("step", "time", "evaluator"):
             continue
         if isinstance(value, str) and value not in _NOT_FINITE:
             texts[name] = value

@@ -13,7 +13,7 @@ from nanochat_core import Cache, ConfigError, Model, ModelContext
 from nanochat_gpt.attention import KVCache, LayerCache, attend
 from nanochat_gpt.config import GPTConfig, Shape
 from nanochat_gpt.head import MAX_CAP, scaled_head, softcap_cross_entropy
-from nanochat_gpt.ops import embed, linear, relu_squared, rms_norm, rope_norm, rotary_tables
+from nanochat_gpt.ops import embed, linear, mlp, rms_norm, rotary_tables, split_heads
 
 
 class Attention(nn.Module):
@@ -32,9 +32,7 @@ class Attention(nn.Module):
         B, T, _ = x_BTD.shape
         weight = torch.cat([self.query.weight, self.key.weight, self.value.weight])  # one product instead of three
         qkv_BTSC = linear(x_BTD, weight, dtype).view(B, T, -1, self.head_dim)
-        qk_BTSC, v_BTKC = qkv_BTSC.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
-        qk_BTSC = rope_norm(qk_BTSC, rotary, eps)
-        q_BTHC, k_BTKC = qk_BTSC.split([self.heads, self.kv_heads], dim=2)
+        q_BTHC, k_BTKC, v_BTKC = split_heads(qkv_BTSC, self.heads, self.kv_heads, *rotary, eps)
         q_BHTC, k_BKTC, v_BKTC = q_BTHC.transpose(1, 2), k_BTKC.transpose(1, 2), v_BTKC.transpose(1, 2)
         y_BHTC = attend(q_BHTC, k_BKTC, v_BKTC, cache)
         return linear(y_BHTC.transpose(1, 2).reshape(B, T, -1), self.output.weight, dtype)
@@ -47,7 +45,7 @@ class MLP(nn.Module):
         self.down = nn.Linear(4 * width, width, bias=False)
 
     def forward(self, x_BTD: Tensor, dtype: torch.dtype) -> Tensor:
-        return linear(relu_squared(linear(x_BTD, self.up.weight, dtype)), self.down.weight, dtype)
+        return mlp(x_BTD, self.up.weight, self.down.weight, dtype)
 
 
 class Block(nn.Module):

@@ -39,7 +39,7 @@ class TensorBoard(Logger):
     def log(self, record: Mapping[str, float | str]) -> None:
         step, time = int(record["step"]), float(record["time"])
         for name, value in record.items():
-            if name in ("step", "time"):
+            if name in ("step", "time", "evaluator"):
                 continue
             if isinstance(value, str) and value not in _NOT_FINITE:
                 self.writer.add_text(name, _verbatim(value), step, walltime=time)
