@@ -21,6 +21,7 @@ from pathlib import Path
 
 import tiktoken
 import torch
+from tiktoken.load import load_tiktoken_bpe
 
 from nanochat_bpe.config import BPEConfig
 from nanochat_bpe.tokenizer import BPETokenizer, train
@@ -84,7 +85,7 @@ def compare(documents: Sequence[str], tokenizer: BPETokenizer, directory: Path, 
     encoding = tiktoken.Encoding(
         "plain",
         pat_str=BPEConfig().pattern,
-        mergeable_ranks=tiktoken.load.load_tiktoken_bpe(str(directory / "merges.tiktoken")),
+        mergeable_ranks=load_tiktoken_bpe(str(directory / "merges.tiktoken")),
         special_tokens=dict(tokenizer.special_tokens),
     )
     print(f"{'tokens a second':<18} {'loader':>12} {'a core':>12} {'plain loop':>12} {'loader / plain':>15}")

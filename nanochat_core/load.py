@@ -11,7 +11,7 @@ from typing import Any
 import attrs
 import tomli_w
 
-from nanochat_core.errors import ConfigError, Problem, did_you_mean
+from nanochat_core.errors import ConfigError, NanochatError, Problem, did_you_mean
 from nanochat_core.locate import KeyPath, line_numbers
 from nanochat_core.plugins import Plugins
 from nanochat_core.schema import (
@@ -59,6 +59,22 @@ class Value:
 
 
 Tree = dict[str, Any]  # nested, leaves are Value
+
+
+def add_places(error: NanochatError, origins: Mapping[str, Origin]) -> None:
+    """Put file and line in front of a message that begins with a key of the experiment, in place."""
+
+    def place(key: str) -> str:
+        origin = origins.get(key)
+        return "" if origin is None or origin.layer < 0 else origin.text
+
+    if isinstance(error, ConfigError):
+        keys = [p.key or p.message.partition(": ")[0] for p in error.problems]
+        placed = zip(error.problems, keys, strict=True)
+        error.problems = tuple(attrs.evolve(p, where=p.where or place(key)) for p, key in placed)
+        error.args = ("\n".join(map(str, error.problems)),)
+    elif place(str(error).partition(": ")[0]):
+        error.args = (f"{place(str(error).partition(': ')[0])}: {error}",)
 
 
 @attrs.frozen
@@ -324,7 +340,7 @@ class _Structurer:
     def _structure(self, cls: type, path: Path_, table: Tree, owner: str = "") -> Any:
         """An instance of an attrs class, or None after noting every problem."""
         try:
-            config = converter.structure(_plain(table), cls)
+            config: Any = converter.structure(_plain(table), cls)
         except Mismatch as error:
             for inner, message in error.problems:
                 at: Any = table

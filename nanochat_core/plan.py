@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nanochat_core.distributed import World
-from nanochat_core.errors import ConfigError, PluginError, Problem
+from nanochat_core.errors import ConfigError, NanochatError, PluginError, Problem
 from nanochat_core.hardware import compute_dtype, cpu_has_bf16, device_name, peak_flops
 from nanochat_core.interfaces import (
     Model,
@@ -22,7 +22,7 @@ from nanochat_core.interfaces import (
     Tokenizer,
     TokenizerContext,
 )
-from nanochat_core.load import LoadedExperiment, Origin
+from nanochat_core.load import LoadedExperiment, Origin, add_places
 from nanochat_core.schedule import phases
 from nanochat_core.schema import Choice, Experiment
 
@@ -126,7 +126,7 @@ def build_model(choice: Choice, context: ModelContext, device: torch.device) -> 
             f"the tokenizer has {context.vocab_size} tokens but the model only {model.vocab_size}: "
             f"raise the model's vocabulary or lower tokenizer.vocab_size"
         )
-        raise ConfigError([Problem("model", message)])
+        raise ConfigError([Problem("model.plugin", message)])
     unknown = {n for n, _ in model.named_parameters()} - set(model.parameter_roles())
     if unknown:
         raise PluginError(f"parameter_roles() of model {choice.plugin!r} leaves out {', '.join(sorted(unknown))}")
@@ -151,7 +151,11 @@ def make_plan(loaded: LoadedExperiment, world_size: int, device: torch.device) -
     Raises:
         ConfigError: when batch sizes don't divide, the horizon is shorter than a step, or an "auto" has no formula.
     """
-    return _Planner(loaded, world_size, device).plan()
+    try:
+        return _Planner(loaded, world_size, device).plan()
+    except NanochatError as error:
+        add_places(error, loaded.origins)
+        raise
 
 
 class _Planner:
@@ -168,7 +172,7 @@ class _Planner:
         vocab_size = planned_vocab_size(self.experiment.tokenizer)
         context = ModelContext(vocab_size, train.max_seq_len, self.device, dtype)
         meta = torch.device("meta")
-        model = self._located("model", lambda: build_model(self.experiment.model, context, meta))
+        model = build_model(self.experiment.model, context, meta)
         self._resolve("model", model.resolved_options())
 
         counts = dict(model.parameter_counts())
@@ -182,9 +186,8 @@ class _Planner:
         iterations, horizon = self._horizon(scaling, flops, total_batch_size)
 
         world = World(rank=0, size=1, device=meta)
-        optimizer: Optimizer = self._located(
-            "optimizer",
-            lambda: self.experiment.optimizer.build(optimizer_context(model, world, total_batch_size, iterations)),
+        optimizer: Optimizer = self.experiment.optimizer.build(
+            optimizer_context(model, world, total_batch_size, iterations)
         )
         self._resolve("optimizer", optimizer.resolved_options())
         if train.compile == "auto":
@@ -215,24 +218,12 @@ class _Planner:
         )
         return Planned(plan, self.experiment, self.origins)
 
-    def _located(self, table: str, build: Any) -> Any:
-        """Call ``build``; its config errors get the line of the table's plugin."""
-        try:
-            return build()
-        except ConfigError as error:
-            raise ConfigError(
-                [
-                    p if p.where else attrs.evolve(p, where=self._where(p.key) or self._where(f"{table}.plugin"))
-                    for p in error.problems
-                ]
-            ) from error
-
     def _where(self, key: str) -> str:
         origin = self.origins.get(key)
         return "" if origin is None or origin.layer < 0 else origin.text
 
     def _problem(self, key: str, message: str) -> ConfigError:
-        return ConfigError([Problem(key, message, self._where(key))])
+        return ConfigError([Problem(key, message)])
 
     def _resolve(self, table: str, options: Mapping[str, Resolved]) -> None:
         """Replace "auto" options of a table by what they became."""

@@ -43,7 +43,7 @@ from nanochat_core.interfaces import (
     TokenizerContext,
 )
 from nanochat_core.ledger import Ledger, rewind_ledger
-from nanochat_core.load import changed_options, dump, load, to_tables
+from nanochat_core.load import add_places, changed_options, dump, load, to_tables
 from nanochat_core.paths import cache_dir
 from nanochat_core.plan import Planned, build_model, format_plan, make_plan, optimizer_context
 from nanochat_core.plugins import Plugins, load_plugins
@@ -192,13 +192,13 @@ def _check_resume(planned: Planned, run_dir: RunDirectory, plugins: Plugins) -> 
         if rule == "refuse":
             keep = f"--set '{key}={json.dumps(before)}'" if before is not None else "leave it out"
             message = f"was {before!r} in {run_dir.path}, is {now!r}: a resumed run can't change it; keep it ({keep}) "
-            origin = planned.origins.get(key)
-            where = origin.text if origin is not None and origin.layer >= 0 else ""
-            problems.append(Problem(key, message + "or start a fresh run without --resume", where))
+            problems.append(Problem(key, message + "or start a fresh run without --resume"))
         elif rule == "warn":
             print(f"changed on resume: {key} was {before!r}, is {now!r}")
     if problems:
-        raise ConfigError(problems)
+        error = ConfigError(problems)
+        add_places(error, planned.origins)
+        raise error
 
 
 def _explain_horizon(planned: Planned, run_dir: RunDirectory, step: int, plugins: Plugins) -> None:
@@ -243,6 +243,8 @@ class _Session:
             with trainer.loader:
                 status = trainer.fit()
         except Exception as error:
+            if isinstance(error, NanochatError):
+                add_places(error, self.planned.origins)
             self._report_failure(error)
             raise
         finally:

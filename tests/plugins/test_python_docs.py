@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-import multiprocessing
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +11,8 @@ from nanochat_core import DataContext, DataError
 from nanochat_python_docs import corpus
 from nanochat_python_docs.config import PythonDocsConfig
 from nanochat_python_docs.source import PythonDocs, build, make_splits
+
+ROOT = Path(__file__).parents[2]
 
 
 def docs(cache_dir: Path, **options) -> PythonDocs:  # type: ignore[no-untyped-def]
@@ -205,14 +207,22 @@ def test_library_without_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         docs(tmp_path)
 
 
-def fingerprint(cache_dir: Path) -> str:
-    return docs(cache_dir).fingerprint("train")
-
-
-def test_two_processes_at_once(tmp_path: Path, built: PythonDocs) -> None:
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
-        assert set(pool.map(fingerprint, [tmp_path] * 2, chunksize=1)) == {built.fingerprint("train")}
-    (file,) = tmp_path.iterdir()
+def test_two_processes_at_once(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_library(library, monkeypatch)
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    code = (
+        "import sys, sysconfig, pathlib\n"
+        "from tests.plugins.test_python_docs import docs\n"
+        "library, cache = sys.argv[1:]\n"
+        "sysconfig.get_path = lambda _: library\n"
+        "print(docs(pathlib.Path(cache)).fingerprint('train'))\n"
+    )
+    command = [sys.executable, "-c", code, str(library), str(cache)]
+    both = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    found = {process.communicate(timeout=60)[0].strip() for process in both}
+    assert found == {docs(cache).fingerprint("train")}
+    (file,) = cache.iterdir()
     assert file.suffix == ".json"
 
 
