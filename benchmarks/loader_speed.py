@@ -21,7 +21,6 @@ from pathlib import Path
 
 import tiktoken
 import torch
-from tiktoken.load import load_tiktoken_bpe
 
 from nanochat_bpe.config import BPEConfig
 from nanochat_bpe.tokenizer import BPETokenizer, train
@@ -79,13 +78,12 @@ def median_rates(start: Callable[[], Iterator[object]], tokens_per_step: int, to
     return [statistics.median(column) for column in zip(*turns, strict=True)]
 
 
-def compare(documents: Sequence[str], tokenizer: BPETokenizer, directory: Path, tokens: int) -> None:
+def compare(documents: Sequence[str], tokenizer: BPETokenizer, tokens: int) -> None:
     in_memory = list(documents)
-    tokenizer.save(directory)
     encoding = tiktoken.Encoding(
         "plain",
         pat_str=BPEConfig().pattern,
-        mergeable_ranks=load_tiktoken_bpe(str(directory / "merges.tiktoken")),
+        mergeable_ranks={tokenizer.decode_bytes([i]): i for i in range(tokenizer.bos_id)},
         special_tokens=dict(tokenizer.special_tokens),
     )
     print(f"{'tokens a second':<18} {'loader':>12} {'a core':>12} {'plain loop':>12} {'loader / plain':>15}")
@@ -110,7 +108,7 @@ def main() -> None:
         documents = source.documents("train")
         tokenizer = train(documents, BPEConfig(vocab_size=VOCAB_SIZE, max_chars=20_000_000))
         print(f"{len(documents):,} documents, vocabulary {VOCAB_SIZE}, {options.tokens:,} tokens a turn, {TURNS} turns")
-        compare(documents, tokenizer, Path(directory), options.tokens)
+        compare(documents, tokenizer, options.tokens)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
+from nanochat_core.trainer import PREEMPTED_EXIT_CODE
+
 GRACE_SECONDS = 60.0  # what other workers get to end by themselves after one has failed
 
 
@@ -72,7 +74,8 @@ def _wait(workers: Sequence[subprocess.Popen[bytes]]) -> int:
             if worker.returncode and not code:
                 # a worker killed by signal N has returncode -N; a shell would say 128 + N
                 code = worker.returncode if worker.returncode > 0 else 128 - worker.returncode
-                deadline = time.monotonic() + 5.0
+                # Asked to stop, every worker ends by itself; after a failure some may wait for the dead one.
+                deadline = time.monotonic() + (GRACE_SECONDS if code == PREEMPTED_EXIT_CODE else 5.0)
         if time.monotonic() > deadline:
             for worker in workers:
                 if worker.poll() is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -144,7 +145,9 @@ def _read_layers(file: Path, problems: list[Problem]) -> list[tuple[Tree, _Where
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError([Problem("", f"can't be read: {error}", str(current))]) from None
         except tomllib.TOMLDecodeError as error:
-            raise ConfigError([Problem("", f"not valid TOML: {error}", str(current))]) from None
+            line = re.search(r"at line (\d+)", str(error))
+            place = f"{current}:{line[1]}" if line else str(current)
+            raise ConfigError([Problem("", f"not valid TOML: {error}", place)]) from None
         lines = line_numbers(text)
         parent = raw.pop("extends", None)
         layers.insert(0, _named(raw, lines, str(current), problems))
@@ -204,6 +207,11 @@ def _place(where: _Where, path: Path_) -> str:
     return where.get(path, "")
 
 
+def _place_below(where: _Where, path: Path_) -> str:
+    """Where the first key at or below ``path`` stands."""
+    return next((text for key, text in where.items() if key[: len(path)] == path), "")
+
+
 def _merge(
     base: Tree, layer: Mapping[str, Any], where: _Where, index: int, problems: list[Problem], path: Path_ = ()
 ) -> None:
@@ -211,7 +219,12 @@ def _merge(
     for key, value in layer.items():
         here = (*path, key)
         is_entry = len(here) == 2 and path[0] in PLUGIN_LISTS
-        if is_entry and isinstance(value, dict) and "remove" in value:
+        if is_entry and not isinstance(value, dict):
+            problems.append(Problem(".".join(here), "must be a table", _place(where, here)))
+        elif is_entry and value.get("name", key) != key:
+            message = f'an entry keeps its name, "{key}": remove it and add another'
+            problems.append(Problem(".".join((*here, "name")), message, _place(where, (*here, "name"))))
+        elif is_entry and "remove" in value:
             if value["remove"] is not True:
                 message = "must be true, or left out to keep the entry"
                 problems.append(Problem(".".join((*here, "remove")), message, _place(where, here)))
@@ -223,7 +236,8 @@ def _merge(
             old = base.get(key)
             picks_plugin = is_entry or (len(here) == 1 and key in PLUGIN_TABLES)
             if picks_plugin and isinstance(old, dict) and "plugin" in value:
-                was = old["plugin"].value if "plugin" in old else key
+                plugin = old.get("plugin")
+                was = plugin.value if isinstance(plugin, Value) else key
                 if was != value["plugin"]:
                     old = None  # options of another plugin mean something else
             base[key] = old if isinstance(old, dict) else {}
@@ -269,12 +283,16 @@ def _merge_overrides(tree: Tree, overrides: Sequence[str], index: int, problems:
                 break
         else:
             node[path[-1]] = value
-        if len(path) > 1 and path[0] in PLUGIN_LISTS:
-            names = tree.get(path[0], {})
-            if path[1] not in names and not any(o.startswith(f"{path[0]}.{path[1]}.plugin=") for o in overrides):
-                known = did_you_mean(path[1], names) or f" (there is: {', '.join(names) or 'none'})"
-                problems.append(Problem(".".join(path[:2]), f"no entry of this name{known}", where[path]))
-                layer[path[0]].pop(path[1], None)
+    for table in PLUGIN_LISTS:
+        entries, names = layer.get(table), tree.get(table, {})
+        if not isinstance(entries, dict) or not isinstance(names, dict):
+            continue
+        for name, entry in list(entries.items()):
+            if name not in names and not (isinstance(entry, dict) and "plugin" in entry):
+                hint = did_you_mean(name, names) or f" (there is: {', '.join(names) or 'none'})"
+                message = f"no entry of this name{hint}; a new one needs --set {table}.{name}.plugin=..."
+                problems.append(Problem(f"{table}.{name}", message, _place_below(where, (table, name))))
+                del entries[name]
     _merge(tree, layer, where, index, problems)
 
 
@@ -311,12 +329,15 @@ class _Structurer:
         if self.problems:
             raise ConfigError([*self.problems, *self.missing])
         if not parts["run"].name:
-            parts["run"] = attrs.evolve(parts["run"], name=self.default_name)
+            try:
+                parts["run"] = attrs.evolve(parts["run"], name=self.default_name)
+            except ValueError as error:
+                raise ConfigError([Problem("run.name", f"the file's name {error}: give one in [run]")]) from None
             self.origins["run.name"] = Origin("default: the file's name")
         return LoadedExperiment(Experiment(**parts), self.origins, tuple(self.missing))
 
     def _table(self, name: str) -> Tree:
-        content = self.tree.get(name)
+        content = self.tree.setdefault(name, {})
         return content if isinstance(content, dict) else {}
 
     def _problem(self, path: Path_, message: str, at: Any = None) -> None:
@@ -378,10 +399,16 @@ class _Structurer:
             message = f'no {word} plugin "{name}" is installed{registry.suggest(name)}'
             message += "; install the package that brings it" + self.plugins.explain_failure(name)
             self.missing.append(Problem(".".join((*path, "plugin")), message, chosen.origin.text))
-            for key, value in table.items():
-                self.origins[".".join((*path, key))] = Origin(_first_origin(value), 0)
-            keys = reserved_class(plugin=name)
-            return Choice(keys, None, {k: v for k, v in _plain(table).items() if k not in reserved_names})
+            kept = {k: v for k, v in table.items() if k in reserved_names} | {"plugin": chosen}
+            if "name" in reserved_names:
+                kept["name"] = Value(path[-1], chosen.origin)
+            keys = self._structure(reserved_class, path, kept)
+            for key in reserved_names:
+                if key not in kept:  # the plugin may have a default of its own
+                    self.origins.pop(".".join((*path, key)), None)
+            own = {k: v for k, v in table.items() if k not in reserved_names}
+            self.origins |= {".".join((*path, key)): Origin(_first_origin(value), 0) for key, value in own.items()}
+            return None if keys is None else Choice(keys, None, _plain(own))
         missing = entry.missing()
         if missing:
             what = "its library is" if len(missing) == 1 else "its libraries are"
@@ -477,6 +504,8 @@ def changed_options(old: Experiment, new: Experiment) -> list[tuple[str, Any, An
         for key in sorted(plain_a.keys() | plain_b.keys()):
             if plain_a.get(key) != plain_b.get(key):
                 rule = fields[key].metadata.get("on_resume") if key in fields else None
+                if key == "plugin":
+                    rule = "refuse"  # a checkpoint holds one plugin's state
                 rule = rule or table_rules.get(table, "free")
                 changes.append((f"{table}.{key}", plain_a.get(key), plain_b.get(key), rule))
     return changes

@@ -10,7 +10,7 @@ KeyPath = tuple[str | int, ...]
 
 def line_numbers(text: str) -> dict[KeyPath, int]:
     """Line (from 1) at which each table and value of a valid TOML text starts; integers index arrays of tables."""
-    lines = text.splitlines(keepends=True)
+    lines = [f"{line}\n" for line in text.split("\n")]  # not splitlines: it knows ends of lines that TOML does not
     found: dict[KeyPath, int] = {}
     counts: dict[KeyPath, int] = {}
     prefix: KeyPath = ()

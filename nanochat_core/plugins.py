@@ -14,9 +14,9 @@ import attrs
 import pluggy
 
 from nanochat_core import hookspecs
-from nanochat_core.errors import did_you_mean
-from nanochat_core.registry import KINDS, Kind, Registrar, Registry
-from nanochat_core.schema import check_config_class
+from nanochat_core.errors import PluginError, did_you_mean
+from nanochat_core.registry import KINDS, Entry, Kind, Registrar, Registry
+from nanochat_core.schema import RESERVED, EntryKeys, check_config_class, fields_of
 
 GROUP = "nanochat"
 _HOOKS: Mapping[Kind, str] = {kind: f"nanochat_register_{kind}s" for kind in KINDS}
@@ -90,17 +90,13 @@ def load_plugins(only: str | None = None) -> Plugins:
         try:
             module = point.load()
             _register(manager, plugins, module, point.name, distribution, version)
-        except (KeyboardInterrupt, SystemExit) as error:
-            if isinstance(error, KeyboardInterrupt):
-                raise
-            plugins.failures.append(Failure(point.name, distribution, "it called sys.exit", traceback.format_exc()))
-        except BaseException as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # sys.exit too
             for registry in plugins.registries.values():
-                registry.discard(point.name)
-            reason = " ".join(str(error).split())
-            plugins.failures.append(
-                Failure(point.name, distribution, f"{type(error).__name__}: {reason}", traceback.format_exc())
-            )
+                registry.discard(point.name, distribution)
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            plugins.failures.append(Failure(point.name, distribution, reason, traceback.format_exc()))
         else:
             plugins.loaded.append(Loaded(point.name, distribution, version, time.perf_counter() - start))
     for name in wanted:
@@ -118,14 +114,28 @@ def _register(
     for hook in implemented:
         if hook not in known:
             raise pluggy.PluginValidationError(module, f"unknown hook {hook!r}{did_you_mean(hook, known)}")
+    unmarked = sorted(known & set(dir(module)) - set(implemented))
+    if unmarked:
+        raise pluggy.PluginValidationError(module, f"hook {unmarked[0]!r} is not marked with @hookimpl")
     if not implemented:
         what = f"module {module.__name__}" if isinstance(module, ModuleType) else repr(module)
         raise pluggy.PluginValidationError(module, f"{what} implements no nanochat hook: mark it with @hookimpl")
-    manager.register(module, name)  # checks signatures
+    manager.register(module, f"{name} of {distribution}")  # checks signatures
     for kind, hook in _HOOKS.items():
         if hook in implemented:
             caller = manager.subset_hook_caller(hook, [p for p in manager.get_plugins() if p is not module])
             caller(registry=Registrar(plugins[kind], name, distribution, version))
             for entry in plugins[kind].entries:
-                if entry.plugin == name:
+                if (entry.plugin, entry.distribution) == (name, distribution):
                     check_config_class(kind, entry.name, entry.config)
+                    _check_keys(entry)
+
+
+def _check_keys(entry: Entry) -> None:
+    """Refuse defaults of keys that the core does not reserve, and aliases of options that are not there."""
+    own, reserved = set(fields_of(entry.config)), set(fields_of(RESERVED.get(entry.kind, EntryKeys)))
+    for key in sorted(set(entry.defaults) - (reserved - {"plugin", "name"})):
+        raise PluginError(f"{entry.kind} {entry.name!r}: defaults names {key!r}, which is no key of the core")
+    for old, new in entry.aliases.items():
+        if new not in own | reserved or old in own | reserved:
+            raise PluginError(f"{entry.kind} {entry.name!r}: alias {old!r} must be a new name of an option, not {new!r}")

@@ -47,7 +47,7 @@ class Entry:
 
     def missing(self) -> list[str]:
         """Required modules that are not installed."""
-        return [m for m in self.requires if importlib.util.find_spec(m) is None]
+        return [m for m in self.requires if not _importable(m)]
 
     def how_to_install(self) -> str:
         """What to type to get the missing modules."""
@@ -70,6 +70,13 @@ class Entry:
         return factory
 
 
+def _importable(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):  # a parent package is missing or odd
+        return False
+
+
 @attrs.define
 class Registry:
     """Entries of one kind. A name that two plugins claim belongs to neither."""
@@ -80,9 +87,9 @@ class Registry:
     def add(self, entry: Entry) -> None:
         self.entries.append(entry)
 
-    def discard(self, plugin: str) -> None:
+    def discard(self, plugin: str, distribution: str) -> None:
         """Forget what a plugin added before it failed."""
-        self.entries = [e for e in self.entries if e.plugin != plugin]
+        self.entries = [e for e in self.entries if (e.plugin, e.distribution) != (plugin, distribution)]
 
     def claims(self, name: str) -> list[Entry]:
         """All entries of that name: one, unless it is unknown or plugins clash."""

@@ -20,13 +20,22 @@ from nanochat_core.registry import Entry
 
 
 def _plain_name(_: Any, attribute: Any, value: str) -> None:
-    if not value or value != value.strip() or any(c in value for c in '/\\\0:"') or value.startswith("."):
+    if value != value.strip() or any(c in value for c in '/\\\0:"') or value.startswith("."):
         raise ValueError(f"must be usable as a directory name, not {value!r}")
+
+
+def _entry_name(_: Any, attribute: Any, value: str) -> None:
+    _plain_name(_, attribute, value)
+    if not value or "." in value:
+        raise ValueError(f"must be a name without dots, so that keys can hold it, not {value!r}")
 
 
 @attrs.frozen
 class Run:
-    name: str = option("", "name of the experiment and of its directory; default: the file's name", on_resume="refuse")
+    name: str = option(
+        "", "name of the experiment and of its directory; default: the file's name",
+        validator=_plain_name, on_resume="refuse",
+    )  # fmt: skip
     project: str = option("nanochat", "project that loggers file the run under")
     group: str = option("", "group of runs that belong together, such as the arms of an ablation")
     tags: tuple[str, ...] = option((), "tags for loggers")
@@ -102,7 +111,7 @@ class EntryKeys:
 class LoggerKeys(EntryKeys):
     """Keys the core reserves on ``[[loggers]]``."""
 
-    name: str = option("", "identity of the entry; default: the plugin's name", validator=_plain_name)
+    name: str = option("", "identity of the entry; default: the plugin's name", validator=_entry_name)
 
 
 @attrs.frozen
@@ -206,8 +215,6 @@ def type_name(tp: Any) -> str:
         return " or ".join(type_name(a) for a in args if a is not type(None))
     if origin in (tuple, list):
         return f"list of {type_name(args[0])}"
-    if origin is dict:
-        return f"table of {type_name(args[1])}"
     return getattr(tp, "__name__", str(tp))
 
 
@@ -351,8 +358,6 @@ def _typable(tp: Any) -> bool:
         return all(_typable(a) for a in args)
     if origin is tuple:
         return len(args) == 2 and args[1] is Ellipsis and _typable(args[0])
-    if origin is dict:
-        return args[0] is str and _typable(args[1])
     return tp in _SIMPLE or origin is Literal or attrs.has(tp)
 
 

@@ -75,5 +75,13 @@ def positive(text: str) -> int:
     """argparse type: a whole number of at least 1."""
     number = int(text)
     if number < 1:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
+    return number
+
+
+def above_zero(text: str) -> float:
+    """argparse type: a finite number greater than 0."""
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be greater than 0, not {text}")
     return number

@@ -6,14 +6,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from nanochat_core.cli import add_experiment, positive
+from nanochat_core.cli import above_zero, add_experiment, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_experiment(parser)
     parser.add_argument("--nproc", type=positive, default=1, metavar="N", help="plan for N devices")
     parser.add_argument(
-        "--tok-per-sec", type=float, metavar="X", help="tokens a second of all devices, to tell the time"
+        "--tok-per-sec", type=above_zero, metavar="X", help="tokens a second of all devices, to tell the time"
     )
     parser.add_argument("--probe", action="store_true", help="measure tokens a second on this device for some seconds")
 
