@@ -157,8 +157,12 @@ def latest_checkpoint(directory: Path) -> tuple[Path | None, list[str]]:
 def load_checkpoint(checkpoint: Path) -> CheckpointContent:
     """Read a checkpoint that ``verify`` found sound, tensors on the CPU."""
     content: dict[str, Any] = {n: load_file(checkpoint / f"{n}.safetensors") for n in ("model", "optimizer", "rng")}
-    state = TrainState.from_json(json.loads((checkpoint / "state.json").read_text()))
-    return CheckpointContent(state=state, **content)
+    return CheckpointContent(state=load_state(checkpoint), **content)
+
+
+def load_state(checkpoint: Path) -> TrainState:
+    """Only where the run stands."""
+    return TrainState.from_json(json.loads((checkpoint / "state.json").read_text()))
 
 
 def load_weights(checkpoint: Path) -> dict[str, Tensor]:

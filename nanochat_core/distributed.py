@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -11,6 +11,16 @@ import attrs
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from nanochat_core.errors import NanochatError
+
+
+class OtherRankFailed(Exception):
+    """Rank 0 failed and has said why; carries the exit code."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(f"rank 0 failed with exit code {exit_code}")
+        self.exit_code = exit_code
 
 
 @attrs.frozen
@@ -51,6 +61,27 @@ class World:
         box = [value]
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
+
+    def on_main(self, work: Callable[[], Any]) -> Any:
+        """What ``work`` returns on rank 0, on every rank.
+
+        Raises:
+            OtherRankFailed: on other ranks, when ``work`` raised on rank 0.
+        """
+        value, code = None, 0
+        error: Exception | None = None
+        if self.is_main:
+            try:
+                value = work()
+            except Exception as raised:
+                error = raised
+                code = raised.exit_code if isinstance(raised, NanochatError) else 1
+        value, code = self.publish((value, code))
+        if error is not None:
+            raise error
+        if code:
+            raise OtherRankFailed(code)
+        return value
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's ``value``, in rank order, on every rank."""

@@ -184,7 +184,7 @@ def _named(
                         Problem(f"{table}.{name}", "two entries have this name: give one another name = ...", place)
                     )
                     continue
-                entries[name] = {k: v for k, v in entry.items() if k != "name"}
+                entries[name] = entry
                 renamed[(table, index)] = (table, name)
             tree[table] = entries
         else:
@@ -202,14 +202,11 @@ def _named(
 
 
 def _place(where: _Where, path: Path_) -> str:
-    while path not in where and path:
+    """Where ``path`` stands, or the first key below it, or the nearest one above."""
+    below = next((text for key, text in where.items() if key[: len(path)] == path), "")
+    while path and path not in where and not below:
         path = path[:-1]
-    return where.get(path, "")
-
-
-def _place_below(where: _Where, path: Path_) -> str:
-    """Where the first key at or below ``path`` stands."""
-    return next((text for key, text in where.items() if key[: len(path)] == path), "")
+    return where.get(path, below)
 
 
 def _merge(
@@ -291,7 +288,7 @@ def _merge_overrides(tree: Tree, overrides: Sequence[str], index: int, problems:
             if name not in names and not (isinstance(entry, dict) and "plugin" in entry):
                 hint = did_you_mean(name, names) or f" (there is: {', '.join(names) or 'none'})"
                 message = f"no entry of this name{hint}; a new one needs --set {table}.{name}.plugin=..."
-                problems.append(Problem(f"{table}.{name}", message, _place_below(where, (table, name))))
+                problems.append(Problem(f"{table}.{name}", message, _place(where, (table, name))))
                 del entries[name]
     _merge(tree, layer, where, index, problems)
 
@@ -358,8 +355,8 @@ class _Structurer:
     def _core_table(self, name: str) -> Any:
         return self._structure(CORE_TABLES[name], (name,), self._table(name))
 
-    def _structure(self, cls: type, path: Path_, table: Tree, owner: str = "") -> Any:
-        """An instance of an attrs class, or None after noting every problem."""
+    def _structure(self, cls: type, path: Path_, table: Tree, owner: str = "", place: Any = None) -> Any:
+        """An instance of an attrs class, or None after noting every problem, at ``place`` what has none of its own."""
         try:
             config: Any = converter.structure(_plain(table), cls)
         except Mismatch as error:
@@ -367,6 +364,7 @@ class _Structurer:
                 at: Any = table
                 for part in inner:
                     at = at[part] if isinstance(at, dict) and part in at else at
+                at = at if _first_origin(at) else place
                 self._problem((*path, *inner), message.replace("unknown key", f"unknown key{owner}"), at)
             return None
         for name in fields_of(cls):
@@ -401,7 +399,7 @@ class _Structurer:
             self.missing.append(Problem(".".join((*path, "plugin")), message, chosen.origin.text))
             kept = {k: v for k, v in table.items() if k in reserved_names} | {"plugin": chosen}
             if "name" in reserved_names:
-                kept["name"] = Value(path[-1], chosen.origin)
+                kept.setdefault("name", Value(path[-1], chosen.origin))
             keys = self._structure(reserved_class, path, kept)
             for key in reserved_names:
                 if key not in kept:  # the plugin may have a default of its own
@@ -420,7 +418,7 @@ class _Structurer:
         kept = {k: v for k, v in table.items() if k in reserved_names}
         kept["plugin"] = chosen
         if "name" in reserved_names:
-            kept["name"] = Value(path[-1], chosen.origin)
+            kept.setdefault("name", Value(path[-1], chosen.origin))
         for key, default in entry.defaults.items():
             kept.setdefault(key, Value(default, DEFAULT))
         known = fields_of(entry.config)
@@ -429,7 +427,7 @@ class _Structurer:
                 hint = did_you_mean(key, [*known, *reserved_names, *(["remove"] if len(path) == 2 else [])])
                 self._problem((*path, key), f'unknown key of {word} plugin "{name}"{hint}', own.pop(key))
         keys = self._structure(reserved_class, path, kept)
-        config = self._structure(entry.config, path, own, owner=f' of {word} plugin "{name}"')
+        config = self._structure(entry.config, path, own, owner=f' of {word} plugin "{name}"', place=chosen)
         return Choice(keys, entry, config) if keys is not None and config is not None else None
 
     def _apply_alias(self, path: Path_, table: Tree, old: str, new: str) -> None:

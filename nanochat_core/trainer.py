@@ -19,6 +19,7 @@ from nanochat_core.evaluate import Evaluations
 from nanochat_core.hardware import peak_flops, peak_memory_mib
 from nanochat_core.interfaces import IGNORED, Model, Multipliers, Optimizer
 from nanochat_core.loader import Step, TrainLoader
+from nanochat_core.logs import Logs
 from nanochat_core.plan import Plan
 from nanochat_core.rundir import RunDirectory
 from nanochat_core.schedule import lr_multiplier
@@ -66,8 +67,6 @@ class Trainer:
 
     Args:
         forward: ``model`` or its compiled twin: (ids_BT, targets_BT) to the summed loss.
-        record: writes a ledger line and tells loggers; does nothing on ranks other than 0. Returns the ledger's bytes.
-        report: prints a line for people, on rank 0.
         evaluated: entries that have evaluated the step the run starts at, before it was interrupted.
     """
 
@@ -81,9 +80,7 @@ class Trainer:
     loader: TrainLoader
     evaluations: Evaluations
     state: TrainState
-    record: Callable[[int, dict[str, float | str]], None]
-    ledger_bytes: Callable[[], int]
-    report: Callable[[str], None]
+    logs: Logs
     evaluated: Collection[str] = ()
     _skipped_in_row: int = attrs.field(default=0, init=False)
     _steps_here: int = attrs.field(default=0, init=False)
@@ -109,7 +106,7 @@ class Trainer:
                 if at_end or stopping or (save_every is not None and state.step % save_every == 0):
                     self.save()
                 if stopping and not at_end:
-                    self.report(f"stopped by a signal after step {state.step}, saved; run it again with --resume")
+                    self.logs.report(f"stopped by a signal after step {state.step}, saved; run it again with --resume")
                     return "preempted"
                 self._evaluate()
                 started = time.perf_counter()
@@ -179,7 +176,7 @@ class Trainer:
         if finite:
             values["train/loss_ema"] = state.smooth(loss)
         else:
-            self.report(f"step {done}: loss {loss}, gradient norm {norm}: not finite, the update is skipped")
+            self.logs.report(f"step {done}: loss {loss}, gradient norm {norm}: not finite, the update is skipped")
             values["train/skipped"] = state.skipped
         peak, _ = peak_flops(self.world.device, getattr(torch, plan.dtype))
         values |= {
@@ -194,12 +191,12 @@ class Trainer:
             "total_training_flops": plan.flops_per_token * state.tokens,
             "total_training_time": state.training_time,
         }
-        self.record(done, values)
+        self.logs.record(done, values)
 
     def _evaluate(self, done: Collection[str] = ()) -> None:
         for name, evaluation in self.evaluations.run(self.model, self.state.step, done):
             self.state.note_minimum(evaluation.metrics)
-            self.record(self.state.step, {"evaluator": name, **evaluation.metrics, **evaluation.texts})
+            self.logs.record(self.state.step, {"evaluator": name, **evaluation.metrics, **evaluation.texts})
 
     def save(self) -> None:
         """Save a checkpoint of the current step. A save that fails is reported and does not stop the run."""
@@ -209,14 +206,14 @@ class Trainer:
         if self.world.is_main:
             for cursors, _ in parts:
                 state.cursors.update(cursors)
-            state.ledger_bytes = self.ledger_bytes()
+            state.ledger_bytes = self.logs.ledger_bytes()
             rng = {f"{rank}/{name}": t for rank, (_, states) in enumerate(parts) for name, t in states.items()}
             content = CheckpointContent(model_tensors(self.model), optimizer_state, rng, state)
             try:
                 path = save_checkpoint(self.run_dir.checkpoints, content)
-                self.report(f"saved {path}")
+                self.logs.report(f"saved {path}")
             except CheckpointError as error:
-                self.report(f"{error}; the run goes on, the last good checkpoint stays")
+                self.logs.report(f"{error}; the run goes on, the last good checkpoint stays")
             self.run_dir.write_status("running", state.step, self.plan.num_iterations)
         self.world.barrier()
 

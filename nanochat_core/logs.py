@@ -1,0 +1,94 @@
+"""Telling people and loggers: ``log.txt``, the ledger, and the loggers that mirror it. Silent on ranks other than 0."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from typing import IO, Literal
+
+import attrs
+from tqdm import tqdm
+
+from nanochat_core.errors import PluginError
+from nanochat_core.interfaces import Logger, LoggerContext
+from nanochat_core.ledger import Ledger
+from nanochat_core.rundir import RunDirectory
+from nanochat_core.schema import Choice
+
+Status = Literal["finished", "failed", "preempted"]
+
+
+@attrs.define
+class Logs:
+    """What a run says. Nothing is written before ``open``, which only rank 0 calls."""
+
+    run_dir: RunDirectory
+    _text: IO[str] | None = attrs.field(default=None, init=False)
+    _ledger: Ledger | None = attrs.field(default=None, init=False)
+    _loggers: list[tuple[Choice, Logger]] = attrs.field(factory=list, init=False)
+
+    def open(self) -> None:
+        self._text = self.run_dir.log.open("a", encoding="utf-8")
+
+    def open_ledger(self) -> None:
+        self._ledger = Ledger(self.run_dir.ledger)
+
+    @property
+    def has_ledger(self) -> bool:
+        return self._ledger is not None
+
+    def start_loggers(self, choices: tuple[Choice, ...], context: LoggerContext) -> None:
+        """Build the experiment's loggers. One that raises is reported, and the run goes on without it."""
+        for choice in choices:
+            try:
+                logger = choice.build(context)
+                if not isinstance(logger, Logger):
+                    raise PluginError("its factory must return a nanochat_core.Logger")
+                self._loggers.append((choice, logger))
+            except Exception as error:
+                self.report(f"logger {choice.name} can't start, the run goes on without it: {error}")
+
+    def report(self, line: str) -> None:
+        """A line for people: to stdout and ``log.txt``."""
+        if self._text is not None:
+            tqdm.write(line)  # goes around a progress bar
+            sys.stdout.flush()
+            self.note(line)
+
+    def note(self, line: str) -> None:
+        """A line for ``log.txt`` alone."""
+        if self._text is not None:
+            print(line, file=self._text, flush=True)
+
+    def record(self, step: int, values: dict[str, float | str]) -> None:
+        """A ledger line, mirrored to the loggers. A logger that raises is reported once and left out from then on."""
+        if self._ledger is None:
+            return
+        record = self._ledger.write(step, values)
+        for choice, logger in list(self._loggers):
+            try:
+                logger.log(record)
+            except Exception as error:
+                self._loggers.remove((choice, logger))
+                self.report(f"logger {choice.name} failed at step {step}, the run goes on without it: {error!r}")
+                self.note(traceback.format_exc())
+
+    def ledger_bytes(self) -> int:
+        return self._ledger.bytes if self._ledger is not None else 0
+
+    def finish(self, status: Status) -> None:
+        """Tell the loggers that the run ended, and close the ledger."""
+        for choice, logger in self._loggers:
+            try:
+                logger.finish(status)
+            except Exception as error:
+                self.report(f"logger {choice.name} failed to finish: {error!r}")
+        self._loggers.clear()
+        if self._ledger is not None:
+            self._ledger.close()
+            self._ledger = None
+
+    def close(self) -> None:
+        if self._text is not None:
+            self._text.close()
+            self._text = None

@@ -1,0 +1,139 @@
+"""What rank 0 decides before a run is built: the plan, the run directory, what to resume from."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import attrs
+
+from nanochat_core.checkpoint import latest_checkpoint, load_state
+from nanochat_core.distributed import World
+from nanochat_core.errors import CheckpointError, ConfigError, Problem
+from nanochat_core.load import add_places, changed_options, load
+from nanochat_core.plan import Planned, format_plan, make_plan
+from nanochat_core.plugins import load_plugins
+from nanochat_core.rundir import RunDirectory, all_runs, create_run, find_run
+from nanochat_core.schedule import lr_multiplier
+from nanochat_core.schema import Experiment
+
+
+@attrs.frozen
+class Setup:
+    """What rank 0 decided, and tells the others.
+
+    Args:
+        checkpoint: where to resume from; None for a fresh start.
+        weights: checkpoint of ``[train] init_from``.
+        distributions: version of each distribution that brought a plugin.
+    """
+
+    planned: Planned
+    run_dir: RunDirectory
+    checkpoint: Path | None
+    weights: Path | None
+    distributions: dict[str, str]
+
+
+def prepare(file: Path, overrides: Sequence[str], runs_dir: Path, resume: str | None, world: World) -> Setup | None:
+    """Load and plan, print the plan, choose the run directory. None when there is nothing left to do.
+
+    Raises:
+        NanochatError: when the user has to mend something.
+    """
+    plugins = load_plugins()
+    for failure in plugins.failures:
+        print(failure, file=sys.stderr)
+    loaded = load(file, overrides, plugins).require_all()
+    planned = make_plan(loaded, world.size, world.device)
+    experiment = planned.experiment
+    found = _find_resume(resume, experiment.run.name, runs_dir)
+    print(f"nanochat run {file}: experiment {experiment.run.name}\n{format_plan(planned)}", flush=True)
+    if found is None:
+        weights = None
+        if experiment.train.init_from is not None:
+            weights = newest_checkpoint(find_run(experiment.train.init_from, runs_dir))
+        return Setup(planned, create_run(runs_dir, experiment.run.name), None, weights, plugins.versions())
+    run_dir, checkpoint = found
+    old = load(run_dir.experiment, (), plugins).require_all().experiment
+    _check_changes(old, planned, run_dir)
+    step = load_state(checkpoint).step
+    if step >= planned.plan.num_iterations:
+        print(
+            f"{run_dir.path} is already at step {step} of {planned.plan.num_iterations}: nothing to do. "
+            f"To train it further: --set train.num_iterations={2 * step}"
+        )
+        return None
+    print(f"resuming {run_dir.path} from {checkpoint.name}")
+    _explain_horizon(old, planned, run_dir, step)
+    return Setup(planned, run_dir, checkpoint, None, plugins.versions())
+
+
+def newest_checkpoint(run: RunDirectory) -> Path:
+    """The newest sound checkpoint of a run; damaged ones are named on stderr.
+
+    Raises:
+        CheckpointError: when there is none.
+    """
+    checkpoint = _sound_checkpoint(run)
+    if checkpoint is None:
+        raise CheckpointError(f"{run.path} has no sound checkpoint; set checkpoint.save_every to save on the way")
+    return checkpoint
+
+
+def _sound_checkpoint(run: RunDirectory) -> Path | None:
+    checkpoint, damaged = latest_checkpoint(run.checkpoints)
+    for line in damaged:
+        print(line, file=sys.stderr)
+    return checkpoint
+
+
+def _find_resume(resume: str | None, name: str, runs_dir: Path) -> tuple[RunDirectory, Path] | None:
+    """The run and checkpoint that ``--resume`` means."""
+    if resume is None:
+        return None
+    if resume not in ("auto", "newest"):
+        run = find_run(resume, runs_dir)
+        return run, newest_checkpoint(run)
+    for run in all_runs(runs_dir, name):
+        checkpoint = _sound_checkpoint(run)
+        if checkpoint is not None:
+            return run, checkpoint
+    if resume == "newest":
+        raise CheckpointError(f"no run of {name!r} under {runs_dir} has a checkpoint to resume; leave --resume out")
+    print(f"no run of {name} to resume, starting a fresh one")
+    return None
+
+
+def _check_changes(old: Experiment, planned: Planned, run_dir: RunDirectory) -> None:
+    """Refuse to resume with options that would make it another run; name other changes."""
+    problems = []
+    for key, before, now, rule in changed_options(old, planned.experiment):
+        if rule == "refuse":
+            keep = f"--set '{key}={json.dumps(before)}'" if before is not None else "leave it out"
+            message = f"was {before!r} in {run_dir.path}, is {now!r}: a resumed run can't change it; keep it ({keep}) "
+            problems.append(Problem(key, message + "or start a fresh run without --resume"))
+        elif rule == "warn":
+            print(f"changed on resume: {key} was {before!r}, is {now!r}")
+    if problems:
+        error = ConfigError(problems)
+        add_places(error, planned.origins)
+        raise error
+
+
+def _explain_horizon(old: Experiment, planned: Planned, run_dir: RunDirectory, step: int) -> None:
+    """Say what the learning rate does when a run goes on with another horizon or schedule."""
+    new, schedule = planned.plan, planned.experiment.schedule
+    old_horizon = run_dir.read_status().get("num_iterations", new.num_iterations)
+    if old_horizon == new.num_iterations and old.schedule == schedule:
+        return
+    before = lr_multiplier(old.schedule, max(step - 1, 0), old_horizon)
+    now = lr_multiplier(schedule, step, new.num_iterations)
+    warmdown = new.num_iterations - new.warmdown_steps
+    print(
+        f"the horizon was {old_horizon} steps, is {new.num_iterations}: the learning-rate multiplier goes from "
+        f"{before:.3f} at step {step - 1} to {now:.3f} at step {step}, and falls from step {warmdown} "
+        f"to {schedule.final_lr_frac:g} at the end"
+    )
