@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from nanochat_core.documents import Documents, hold_out
 from nanochat_core.errors import CheckpointError, ConfigError, DataError, NanochatError, PluginError, Problem
 from nanochat_core.hookspecs import HOOK_API, hookimpl
 from nanochat_core.options import above, at_least, between, one_of, option
+from nanochat_core.paths import cache_dir
 
 if TYPE_CHECKING:
     from nanochat_core.distributed import World
@@ -20,8 +22,6 @@ if TYPE_CHECKING:
         Evaluation,
         Evaluator,
         EvaluatorContext,
-        Logger,
-        LoggerContext,
         Model,
         ModelContext,
         Multipliers,
@@ -34,15 +34,47 @@ if TYPE_CHECKING:
         Tokens,
         default_roles,
     )
+    from nanochat_core.logger import Logger, LoggerContext
     from nanochat_core.loss import cross_entropy
     from nanochat_core.reduction import GradientReducer, TorchOptimizer
     from nanochat_core.registry import Registrar
     from nanochat_core.sampling import generate
+    from nanochat_core.scoring import (
+        OutOfTime,
+        Span,
+        SpanScore,
+        choice_spans,
+        cropped_span,
+        greedy_match,
+        is_close_call,
+        pick_choice,
+        score_choices,
+        score_spans,
+        token_spans,
+    )
 
 _LAZY = {
     "World": "distributed",
+    "Logger": "logger",
+    "LoggerContext": "logger",
     "Registrar": "registry",
     "generate": "sampling",
+    **dict.fromkeys(
+        [
+            "OutOfTime",
+            "Span",
+            "SpanScore",
+            "choice_spans",
+            "token_spans",
+            "cropped_span",
+            "greedy_match",
+            "is_close_call",
+            "pick_choice",
+            "score_choices",
+            "score_spans",
+        ],
+        "scoring",
+    ),
     "cross_entropy": "loss",
     "GradientReducer": "reduction",
     "TorchOptimizer": "reduction",
@@ -56,8 +88,6 @@ _LAZY = {
             "Evaluation",
             "Evaluator",
             "EvaluatorContext",
-            "Logger",
-            "LoggerContext",
             "Model",
             "ModelContext",
             "Multipliers",
@@ -85,6 +115,7 @@ __all__ = [
     "DataContext",
     "DataError",
     "DataSource",
+    "Documents",
     "Evaluation",
     "Evaluator",
     "EvaluatorContext",
@@ -97,10 +128,13 @@ __all__ = [
     "NanochatError",
     "Optimizer",
     "OptimizerContext",
+    "OutOfTime",
     "PluginError",
     "Problem",
     "Registrar",
     "Resolved",
+    "Span",
+    "SpanScore",
     "Split",
     "Tokenizer",
     "TokenizerContext",
@@ -110,12 +144,22 @@ __all__ = [
     "above",
     "at_least",
     "between",
+    "cache_dir",
+    "choice_spans",
+    "cropped_span",
     "cross_entropy",
     "default_roles",
     "generate",
+    "greedy_match",
+    "hold_out",
     "hookimpl",
+    "is_close_call",
     "one_of",
     "option",
+    "pick_choice",
+    "score_choices",
+    "score_spans",
+    "token_spans",
 ]
 
 

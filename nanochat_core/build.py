@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import attrs
 import torch
 
+from nanochat_core import packing
 from nanochat_core.checkpoint import load_model_tensors, load_weights
 from nanochat_core.distributed import World
 from nanochat_core.errors import DataError, PluginError
@@ -22,16 +23,20 @@ from nanochat_core.interfaces import (
     Optimizer,
     Split,
     Tokenizer,
-    TokenizerContext,
 )
 from nanochat_core.load import load
-from nanochat_core.loader import ValidationRows
+from nanochat_core.loader import TrainLoader, ValidationRows
 from nanochat_core.paths import cache_dir
 from nanochat_core.plan import Plan, build_model, optimizer_context
 from nanochat_core.plugins import load_plugins
 from nanochat_core.prepare import newest_checkpoint
 from nanochat_core.rundir import find_run
-from nanochat_core.schema import Choice, Experiment
+from nanochat_core.schema import Choice, DataSourceKeys, Experiment
+from nanochat_core.state import TrainState
+from nanochat_core.token_cache import open_cache
+from nanochat_core.tokenizers import load_tokenizer
+
+MOST_TO_COUNT = 2**31  # bytes of text that are read only to count them
 
 
 def build_source(choice: Choice) -> DataSource:
@@ -42,33 +47,6 @@ def build_source(choice: Choice) -> DataSource:
     return source
 
 
-def train_tokenizer(choice: Choice, source: DataSource, directory: Path) -> None:
-    """Train the tokenizer, or make one that needs no training, and save it as ``directory``, which appears whole."""
-
-    def documents() -> Iterable[str]:
-        train = source.documents("train")
-        for start in range(0, len(train), 256):
-            yield from train[start : start + 256]
-
-    tokenizer: Tokenizer = choice.build(TokenizerContext(documents=documents))
-    partial = directory.with_name(f".{directory.name}")
-    partial.mkdir(exist_ok=True)
-    tokenizer.save(partial)
-    partial.rename(directory)
-
-
-def load_tokenizer(choice: Choice, directory: Path) -> Tokenizer:
-    """The tokenizer that a run saved."""
-
-    def no_documents() -> Iterable[str]:
-        raise PluginError(f"tokenizer {choice.plugin!r} asks for documents although context.saved is given")
-
-    tokenizer = choice.build(TokenizerContext(documents=no_documents, saved=directory))
-    if not isinstance(tokenizer, Tokenizer):
-        raise PluginError(f"the factory of tokenizer {choice.plugin!r} must return a nanochat_core.Tokenizer")
-    return tokenizer
-
-
 def build_optimizer(choice: Choice, model: Model, plan: Plan, world: World) -> Optimizer:
     """The optimizer of ``model``."""
     context = optimizer_context(model, world, plan.total_batch_size, plan.num_iterations)
@@ -76,6 +54,68 @@ def build_optimizer(choice: Choice, model: Model, plan: Plan, world: World) -> O
     if not isinstance(optimizer, Optimizer):
         raise PluginError(f"the factory of optimizer {choice.plugin!r} must return a nanochat_core.Optimizer")
     return optimizer
+
+
+def allowed_epochs(keys: DataSourceKeys) -> int | None:
+    """Passes over the training data that a run may make, None for any number."""
+    if keys.epochs == "repeat":
+        return None
+    return 1 if keys.epochs == "error" else keys.epochs
+
+
+def _check_epochs(keys: DataSourceKeys, plan: Plan, source: DataSource) -> None:
+    """Refuse a run that is sure to use the data up: a token has at least one byte. The source knows its bytes only
+    roughly, so where they seem too few, and aren't too many to look at, they are counted."""
+    epochs, estimate = allowed_epochs(keys), source.describe().get("text_bytes")
+    if epochs is None or not isinstance(estimate, int) or estimate > MOST_TO_COUNT:
+        return
+    documents = source.documents("train")
+    needed = -(-plan.total_tokens // epochs) - len(documents)  # one token of each document is bos
+    if estimate >= needed:
+        return
+    counted = 0
+    for document in documents:
+        counted += len(document.encode(errors="replace"))
+        if counted >= needed:
+            return
+    raise DataError(
+        f"data.epochs: the run needs {plan.total_tokens:,} tokens, more than there are in {counted:,} bytes of "
+        f"training text read {epochs} times: give more data, train for fewer steps, or set data.epochs to "
+        f'"repeat" or a higher number'
+    )
+
+
+def build_loader(
+    choice: Choice, source: DataSource, tokenizer: Tokenizer, plan: Plan, state: TrainState, world: World
+) -> TrainLoader:
+    """This rank's training steps from ``state`` on; pins the number of lanes in a fresh state.
+
+    Raises:
+        DataError: when the data can't be enough for the plan; see ``[data] epochs``.
+    """
+    keys, documents = choice.keys, source.documents("train")
+    assert isinstance(keys, DataSourceKeys)
+    world.on_main(lambda: _check_epochs(keys, plan, source))
+    if not state.lanes:
+        state.lanes = packing.lanes(plan.rows_per_step, len(documents), keys.packing, keys.packing_window)
+    tokens: packing.TokenSource = packing.Encoder(documents, tokenizer)
+    if keys.cache:
+        tokens = open_cache(cache_dir(), tokens, source.fingerprint("train"), tokenizer)
+    return TrainLoader(
+        tokens,
+        rows_per_step=plan.rows_per_step,
+        lanes=state.lanes,
+        max_seq_len=plan.max_seq_len,
+        device_batch_size=plan.device_batch_size,
+        rank=world.rank,
+        world_size=world.size,
+        device=world.device,
+        cursors={lane: packing.Cursor(*cursor) for lane, cursor in state.cursors.items()} or None,
+        packing=keys.packing,
+        window=keys.packing_window,
+        epochs=allowed_epochs(keys),
+        threads=keys.threads,
+    )
 
 
 def rows_of(

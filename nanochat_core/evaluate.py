@@ -76,6 +76,7 @@ class Evaluations:
             with inference(model, self.dtype):
                 try:
                     evaluation = evaluator.evaluate(model, step)
+                    _check(evaluation)
                 except Exception as error:
                     last = traceback.extract_tb(error.__traceback__)[-1]
                     self.report(
@@ -92,3 +93,18 @@ class Evaluations:
                 path = self.samples_dir / f"{choice.name}_{step:06d}.json"
                 path.write_text(json.dumps(dict(evaluation.texts), indent=1, ensure_ascii=False) + "\n")
             yield choice.name, evaluation
+
+
+def _check(evaluation: Evaluation) -> None:
+    """Raise a TypeError for what the ledger could not hold."""
+    if not isinstance(evaluation, Evaluation):
+        raise TypeError(f"evaluate() must return a nanochat_core.Evaluation, not {type(evaluation).__name__}")
+    for name, value in evaluation.metrics.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"metric {name!r} must be a Python int or float, not {type(value).__name__}: use .item()")
+    for name, text in evaluation.texts.items():
+        if not isinstance(text, str):
+            raise TypeError(f"text {name!r} must be a str, not {type(text).__name__}")
+    taken = {"step", "time", "evaluator"} & {*evaluation.metrics, *evaluation.texts}
+    if taken:
+        raise TypeError(f"{', '.join(sorted(taken))} are names of the ledger: give the metric another name")

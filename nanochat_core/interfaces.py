@@ -7,6 +7,7 @@ A factory is called as ``factory(config, context)`` with the plugin's typed conf
 from __future__ import annotations
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from nanochat_core.distributed import World
+from nanochat_core.logger import Logger as Logger
+from nanochat_core.logger import LoggerContext as LoggerContext
 from nanochat_core.loss import IGNORED as IGNORED
 from nanochat_core.loss import cross_entropy
 
@@ -148,6 +151,20 @@ class DataSource(ABC):
             digest.update(len(data).to_bytes(8, "little") + data)
         return digest.hexdigest()
 
+    def problems(self) -> Sequence[str]:
+        """What was skipped so far because it can't be read: a line each, in the order it was met."""
+        return ()
+
+    def describe(self) -> Mapping[str, str | int]:
+        """What ``nanochat data info`` says of the source: name to value, such as ``files`` and ``bytes``. Fetches no
+        documents. Known to the core: ``text_bytes`` (of the training documents) and ``missing`` (files not here yet).
+        """
+        return {}
+
+    def download(self, workers: int) -> Sequence[str]:
+        """Bring everything here that isn't yet, and check it. Returns what is still missing and why, a line each."""
+        return ()
+
 
 # -------------------------------------------------------------------------------------------------------- models
 
@@ -181,7 +198,11 @@ class ModelContext:
 
 
 class Cache(Protocol):
-    """State of a model between chunks of one batch of sequences."""
+    """State of a model between chunks of one batch of sequences.
+
+    Where ``length`` can be set to a smaller number, the positions from there on are forgotten, and what several
+    choices begin with is computed once when they are scored.
+    """
 
     @property
     def length(self) -> int:
@@ -350,6 +371,8 @@ class EvaluatorContext:
         device_batch_size: rows a device handles at once in training.
         rows: ``rows(split, tokens)`` gives this rank's share of the first ``tokens`` tokens of a split (fewer if it
             has fewer), as batches on the device, always [device_batch_size, max_seq_len], filled up with ``IGNORED``.
+        time_left: seconds until the entry's ``time_budget`` is used up, infinity without one. Ranks may differ.
+        directory: where to keep partial results that should survive an interruption; None: nowhere. Not created.
     """
 
     tokenizer: Tokenizer
@@ -357,6 +380,8 @@ class EvaluatorContext:
     max_seq_len: int
     device_batch_size: int
     rows: Callable[[Split, int], Iterator[Batch]]
+    time_left: Callable[[], float] = lambda: math.inf
+    directory: Path | None = None
 
 
 @attrs.frozen
@@ -366,10 +391,20 @@ class Evaluation:
     Args:
         metrics: metric name to value. An entry renamed in TOML gets its name and a slash in front of each.
         texts: name to text, for people (samples).
+        examples: a row for each example, for people who want to look, and for comparisons: ``task``, ``example`` (the
+            same for every model, such as a hash), ``value`` (the mean of a task's values is its score, such as 1 for
+            right and 0 for wrong), optionally ``centered`` (the same, 0 for a guess), and what else a table can hold.
+        files: file name to text: tables to keep besides.
+        facts: what else should be recorded, as JSON, such as versions and counts.
+        notes: lines for people.
     """
 
     metrics: Mapping[str, float] = attrs.field(factory=dict)
     texts: Mapping[str, str] = attrs.field(factory=dict)
+    examples: Sequence[Mapping[str, Any]] = ()
+    files: Mapping[str, str] = attrs.field(factory=dict)
+    facts: Mapping[str, Any] = attrs.field(factory=dict)
+    notes: Sequence[str] = ()
 
 
 class Evaluator(ABC):
@@ -377,41 +412,3 @@ class Evaluator(ABC):
 
     @abstractmethod
     def evaluate(self, model: Model, step: int) -> Evaluation: ...
-
-
-# ------------------------------------------------------------------------------------------------------- loggers
-
-
-@attrs.frozen
-class LoggerContext:
-    """What a logger may know when it is built, once a run and only on rank 0.
-
-    Args:
-        directory: the run's directory.
-        name: experiment name; ``id``: the run's id.
-        project, group, tags: of ``[run]``.
-        experiment: the resolved experiment as nested plain data.
-        num_iterations: optimizer steps of the run.
-        start_step: step the run starts or resumes from.
-    """
-
-    directory: Path
-    name: str
-    id: str
-    project: str
-    group: str
-    tags: tuple[str, ...]
-    experiment: Mapping[str, Any]
-    num_iterations: int
-    start_step: int
-
-
-class Logger(ABC):
-    """Mirrors the ledger. What it raises is reported once and never stops a run."""
-
-    @abstractmethod
-    def log(self, record: Mapping[str, float | str]) -> None:
-        """One line of the ledger: ``step``, ``time`` (seconds since the epoch), and metrics or texts by name."""
-
-    def finish(self, status: Literal["finished", "failed", "preempted"]) -> None:
-        """The run ended."""

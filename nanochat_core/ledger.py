@@ -39,6 +39,11 @@ def rewind_ledger(path: Path, keep_bytes: int, step: int) -> list[dict[str, Any]
     which are made after the checkpoint, stay. Returns their records.
     """
     with path.open("rb+") as file:
+        size = file.seek(0, 2)
+        if size < keep_bytes:  # a power cut took its end: go on after the last whole line
+            file.seek(0)
+            keep_bytes = file.read().rfind(b"\n") + 1
+            file.truncate(keep_bytes)
         file.seek(keep_bytes)
         kept: list[bytes] = []
         rewound: list[bytes] = []

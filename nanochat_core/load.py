@@ -136,7 +136,7 @@ def _read_layers(file: Path, problems: list[Problem]) -> list[tuple[Tree, _Where
             raise ConfigError([Problem("extends", f"files extend each other in a circle: {chain}", asked)])
         seen.append(current)
         try:
-            text = current.read_text(encoding="utf-8")
+            text = current.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte-order mark
             raw = tomllib.loads(text)
         except FileNotFoundError:
             near = sorted(p.name for p in current.parent.glob("*.toml")) if current.parent.is_dir() else []
@@ -499,6 +499,8 @@ def changed_options(old: Experiment, new: Experiment) -> list[tuple[str, Any, An
         plain_a, plain_b = (_choice_table(x) if isinstance(x, Choice) else to_plain(x) for x in (a, b))
         config: Any = a.config if isinstance(a, Choice) else a
         fields = fields_of(type(config)) if attrs.has(type(config)) else {}
+        if isinstance(a, Choice):
+            fields |= fields_of(type(a.keys))
         for key in sorted(plain_a.keys() | plain_b.keys()):
             if plain_a.get(key) != plain_b.get(key):
                 rule = fields[key].metadata.get("on_resume") if key in fields else None

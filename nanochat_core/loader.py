@@ -17,7 +17,19 @@ import torch
 from torch import Tensor
 
 from nanochat_core.interfaces import IGNORED, Batch, Tokenizer, Tokens
-from nanochat_core.packing import START, Cursor, StreamLane, validation_rows
+from nanochat_core.packing import (
+    START,
+    WINDOW,
+    BestFitLane,
+    Cursor,
+    Lane,
+    Packing,
+    Rows,
+    StreamLane,
+    TokenSource,
+    join,
+    validation_rows,
+)
 
 CPU = torch.device("cpu")
 AHEAD = 2  # steps made in advance
@@ -31,11 +43,17 @@ class Step:
         batches: micro-batches, each [B, T], on the CPU (pinned when the device is a GPU).
         cursors: where the lanes of this rank stand after the step, by lane: the state to save.
         epoch: passes over the data so far, the mean of this rank's lanes.
+        cropped: tokens cut off documents so that they end with a row of this rank; see ``packing.best_fit``.
+        dropped: tokens of unfinished rows at the ends of windows.
+        is_last: no rows are left for another step within the epochs allowed, in a lane of this rank.
     """
 
     batches: list[Batch]
     cursors: dict[int, Cursor]
     epoch: float
+    cropped: int = 0
+    dropped: int = 0
+    is_last: bool = False
 
 
 def _use(device: torch.device) -> None:
@@ -44,27 +62,32 @@ def _use(device: torch.device) -> None:
 
 
 class TrainLoader:
-    """An endless iterator over this rank's steps. A background thread reads, tokenizes and packs two steps ahead.
+    """An iterator over this rank's steps, endless unless ``epochs`` are limited. A background thread reads, tokenizes
+    and packs two steps ahead.
 
     What is made in advance is no state: a loader that starts from a step's cursors goes on with exactly the next rows.
-    It ends its thread when it is closed, collected, or the interpreter exits.
+    Memory is bounded by the steps ahead, and of each lane a chunk of documents (``stream``) or two windows
+    (``best_fit``). It ends its threads when it is closed, collected, or the interpreter exits.
 
     Args:
-        documents: all training documents.
+        source: all training documents, as tokens.
         rows_per_step: G, all ranks together.
         lanes: S; see ``packing.lanes``.
         device: where the batches will go.
         cursors: a cursor for every lane of this rank (others are ignored), or None to start from the beginning.
+        packing, window: how rows are made; see ``packing``.
+        epochs: passes over the data that may be made, None for any number. The last step within them says so; asking
+            for another is a DataError.
+        threads: lanes that are read and tokenized at the same time.
 
     Raises:
         ValueError: when S, R or B don't divide what they should, or a cursor is missing.
-        DataError, CheckpointError: see ``StreamLane``; also while iterating, with the traceback of the thread.
+        DataError, CheckpointError: see ``packing.Lane``; also while iterating, with the traceback of the thread.
     """
 
     def __init__(
         self,
-        documents: Sequence[str],
-        tokenizer: Tokenizer,
+        source: TokenSource,
         *,
         rows_per_step: int,
         lanes: int,
@@ -74,6 +97,10 @@ class TrainLoader:
         world_size: int = 1,
         device: torch.device = CPU,
         cursors: Mapping[int, Cursor] | None = None,
+        packing: Packing = "stream",
+        window: int = WINDOW,
+        epochs: int | None = None,
+        threads: int = 1,
     ) -> None:
         if rows_per_step % lanes or rows_per_step % (world_size * device_batch_size):
             raise ValueError(
@@ -85,14 +112,21 @@ class TrainLoader:
         mine = range(self._slots.start // self._rows_per_lane, (self._slots.stop - 1) // self._rows_per_lane + 1)
         if cursors is not None and not set(mine) <= set(cursors):
             raise ValueError(f"no cursors for lanes {sorted(set(mine) - set(cursors))}")
-        starts = {lane: Cursor(*cursors[lane]) if cursors is not None else START for lane in mine}
-        self._lanes = {lane: StreamLane(documents, tokenizer, lane, lanes, cursor) for lane, cursor in starts.items()}
-        self._max_seq_len, self._device_batch_size = max_seq_len, device_batch_size
-        self._device = device
+
+        def open_lane(index: int) -> Lane:
+            cursor = START if cursors is None else Cursor(*cursors[index])
+            if packing == "best_fit":
+                return BestFitLane(source, max_seq_len, index, lanes, cursor, epochs, window)
+            return StreamLane(source, max_seq_len, index, lanes, cursor, epochs)
+
+        self._lanes = {index: open_lane(index) for index in mine}
+        self._device_batch_size, self._device = device_batch_size, device
+        self._is_limited = epochs is not None
         self._error: BaseException | None = None
         self._ahead: deque[Future[Step]] = deque()
         # One thread: steps are made one after the other, and Python joins it at exit.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="train-loader", initializer=_use, initargs=(device,))
+        self._helpers = ThreadPoolExecutor(threads, thread_name_prefix="train-loader-lane") if threads > 1 else None
 
     def __iter__(self) -> Iterator[Step]:
         return self
@@ -112,28 +146,40 @@ class TrainLoader:
         return step
 
     def _make_step(self) -> Step:
-        T, B = self._max_seq_len, self._device_batch_size
-        rows: list[Tokens] = []
-        for index, lane in self._lanes.items():
-            first = index * self._rows_per_lane
-            lane_rows = lane.next_rows(self._rows_per_lane, T)
-            # A lane that this rank shares with another is advanced by both; each keeps its own slots.
-            rows.append(lane_rows[max(self._slots.start - first, 0) : self._slots.stop - first])
-        all_rows = np.concatenate(rows)
-        ids, targets = self._tensor(all_rows[:, :-1]), self._tensor(all_rows[:, 1:])
-        batches = [Batch(ids[i : i + B], targets[i : i + B]) for i in range(0, len(ids), B)]
-        cursors = {index: lane.cursor for index, lane in self._lanes.items()}
-        epoch = sum(lane.epoch for lane in self._lanes.values()) / len(self._lanes)
-        return Step(batches, cursors, epoch)
+        B = self._device_batch_size
+        each_lane = self._helpers.map if self._helpers is not None else map
+        rows = join(list(each_lane(self._next_rows, self._lanes)))
+        ids, targets = self._tensor(rows.tokens[:, :-1]), self._tensor(rows.tokens[:, 1:])
+        return Step(
+            batches=[Batch(ids[i : i + B], targets[i : i + B]) for i in range(0, len(ids), B)],
+            cursors={index: lane.cursor for index, lane in self._lanes.items()},
+            epoch=sum(lane.epoch for lane in self._lanes.values()) / len(self._lanes),
+            cropped=int(rows.cropped.sum()),
+            dropped=int(rows.dropped.sum()),
+            is_last=self._is_limited and not all(each_lane(self._has_next_rows, self._lanes)),
+        )
+
+    def _next_rows(self, index: int) -> Rows:
+        """The next rows of a lane that are this rank's. A lane shared with another rank is advanced by both."""
+        first = index * self._rows_per_lane
+        rows = self._lanes[index].next_rows(self._rows_per_lane)
+        return rows.part(max(self._slots.start - first, 0), self._slots.stop - first)
+
+    def _has_next_rows(self, index: int) -> bool:
+        return self._lanes[index].has(self._rows_per_lane)
 
     def _tensor(self, tokens: Tokens) -> Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(tokens, dtype=np.int64))
         return tensor.pin_memory() if self._device.type == "cuda" else tensor
 
     def close(self) -> None:
-        """End the thread; what it made in advance is dropped. May be called twice."""
+        """End the threads; what they made in advance is dropped. May be called twice."""
         self._ahead.clear()
+        if self._helpers is not None:
+            self._helpers.shutdown(wait=False, cancel_futures=True)  # a step in progress fails, and nobody asks for it
         self._thread.shutdown(wait=True, cancel_futures=True)
+        if self._helpers is not None:
+            self._helpers.shutdown(wait=True)
         self._error = self._error or RuntimeError("the loader is closed")
 
     def __enter__(self) -> TrainLoader:

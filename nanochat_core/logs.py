@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 import traceback
 from typing import IO, Literal
 
@@ -10,10 +11,14 @@ import attrs
 from tqdm import tqdm
 
 from nanochat_core.errors import PluginError
-from nanochat_core.interfaces import Logger, LoggerContext
+from nanochat_core.follower import Job
 from nanochat_core.ledger import Ledger
+from nanochat_core.logger import Logger, LoggerContext
+from nanochat_core.logger_process import LoggerProcess
 from nanochat_core.rundir import RunDirectory
-from nanochat_core.schema import Choice
+from nanochat_core.schema import Choice, LoggerKeys
+
+GRACE_SECONDS = 2.0  # a logger's process ends itself at its timeout; after that it is killed
 
 Status = Literal["finished", "failed", "preempted"]
 
@@ -25,7 +30,8 @@ class Logs:
     run_dir: RunDirectory
     _text: IO[str] | None = attrs.field(default=None, init=False)
     _ledger: Ledger | None = attrs.field(default=None, init=False)
-    _loggers: list[tuple[Choice, Logger]] = attrs.field(factory=list, init=False)
+    _loggers: list[tuple[Choice, Logger]] = attrs.field(factory=list, init=False)  # in this process
+    _processes: list[LoggerProcess] = attrs.field(factory=list, init=False)
 
     def open(self) -> None:
         self._text = self.run_dir.log.open("a", encoding="utf-8")
@@ -38,9 +44,16 @@ class Logs:
         return self._ledger is not None
 
     def start_loggers(self, choices: tuple[Choice, ...], context: LoggerContext) -> None:
-        """Build the experiment's loggers. One that raises is reported, and the run goes on without it."""
+        """Start the experiment's loggers, each in a process of its own unless its entry says otherwise.
+
+        One that raises is reported, and the run goes on without it.
+        """
         for choice in choices:
             try:
+                if not (choice.entry and choice.entry.in_process):
+                    assert isinstance(choice.keys, LoggerKeys)
+                    self._processes.append(LoggerProcess(Job(choice, context, choice.keys.timeout), self.report))
+                    continue
                 logger = choice.build(context)
                 if not isinstance(logger, Logger):
                     raise PluginError("its factory must return a nanochat_core.Logger")
@@ -61,7 +74,8 @@ class Logs:
             print(line, file=self._text, flush=True)
 
     def record(self, step: int, values: dict[str, float | str]) -> None:
-        """A ledger line, mirrored to the loggers. A logger that raises is reported once and left out from then on."""
+        """A ledger line. A logger of this process that raises is reported once and left out from then on; those that
+        have a process of their own read the ledger, and are only looked at here."""
         if self._ledger is None:
             return
         record = self._ledger.write(step, values)
@@ -72,21 +86,28 @@ class Logs:
                 self._loggers.remove((choice, logger))
                 self.report(f"logger {choice.name} failed at step {step}, the run goes on without it: {error!r}")
                 self.note(traceback.format_exc())
+        self._processes = [process for process in self._processes if process.look()]
 
     def ledger_bytes(self) -> int:
         return self._ledger.bytes if self._ledger is not None else 0
 
     def finish(self, status: Status) -> None:
-        """Tell the loggers that the run ended, and close the ledger."""
+        """Close the ledger and tell the loggers that the run ended; each has its ``timeout`` for that."""
+        if self._ledger is not None:
+            self._ledger.close()
+            self._ledger = None
+        for process in self._processes:
+            process.end(status)
         for choice, logger in self._loggers:
             try:
                 logger.finish(status)
             except Exception as error:
                 self.report(f"logger {choice.name} failed to finish: {error!r}")
         self._loggers.clear()
-        if self._ledger is not None:
-            self._ledger.close()
-            self._ledger = None
+        started = time.monotonic()
+        for process in self._processes:
+            process.wait(started + process.job.timeout + GRACE_SECONDS)
+        self._processes.clear()
 
     def close(self) -> None:
         if self._text is not None:

@@ -53,7 +53,7 @@ def cross_entropy(
         kept = (targets_N != IGNORED).nonzero().squeeze(1)
         hidden_ND, targets_N = hidden_ND.index_select(0, kept), targets_N.index_select(0, kept)
     if len(targets_N) == 0:
-        return hidden_ND.float().sum()  # 0, and still a part of the graph
+        return hidden_ND.to(torch.promote_types(hidden_ND.dtype, torch.float32)).sum()  # 0, and a part of the graph
     head = head_parameters(model, hidden_ND)
     loss: Tensor = _ChunkedCrossEntropy.apply(model.logits, rows, targets_N, hidden_ND, *head)
     return loss
@@ -115,7 +115,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 head_grads = grads
         ctx.wants_hidden = wants_hidden
         ctx.save_for_backward(*([torch.cat(hidden_grads)] if wants_hidden else []), *head_grads)
-        return torch.stack(losses).sum().float()
+        return torch.stack(losses).sum()
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]

@@ -138,4 +138,6 @@ def _check_keys(entry: Entry) -> None:
         raise PluginError(f"{entry.kind} {entry.name!r}: defaults names {key!r}, which is no key of the core")
     for old, new in entry.aliases.items():
         if new not in own | reserved or old in own | reserved:
-            raise PluginError(f"{entry.kind} {entry.name!r}: alias {old!r} must be a new name of an option, not {new!r}")
+            raise PluginError(
+                f"{entry.kind} {entry.name!r}: alias {old!r} must be a new name of an option, not {new!r}"
+            )

@@ -97,13 +97,15 @@ def _find_resume(resume: str | None, name: str, runs_dir: Path) -> tuple[RunDire
     if resume not in ("auto", "newest"):
         run = find_run(resume, runs_dir)
         return run, newest_checkpoint(run)
-    for run in all_runs(runs_dir, name):
-        checkpoint = _sound_checkpoint(run)
+    why = f"there is no run of {name} under {runs_dir}"
+    for newest in all_runs(runs_dir, name)[:1]:
+        checkpoint = _sound_checkpoint(newest)
         if checkpoint is not None:
-            return run, checkpoint
+            return newest, checkpoint
+        why = f"{newest.path} has no sound checkpoint"
     if resume == "newest":
-        raise CheckpointError(f"no run of {name!r} under {runs_dir} has a checkpoint to resume; leave --resume out")
-    print(f"no run of {name} to resume, starting a fresh one")
+        raise CheckpointError(f"{why}: leave --resume out to start a fresh run, or name an older one")
+    print(f"{why}: starting a fresh run")
     return None
 
 

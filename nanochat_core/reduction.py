@@ -31,8 +31,8 @@ class _Bucket:
 class GradientReducer:
     """Sums gradients over ranks in flat buckets, sent while the backward pass still runs.
 
-    The layout is decided here, from the parameters alone, and buckets are sent in one order, so that every step of every
-    run sums alike. With one rank nothing is copied.
+    The layout is decided here, from the parameters alone, and buckets are sent in one order, so that every step of
+    every run sums alike. With one rank nothing is copied.
 
     Args:
         parameters: trainable parameters by name, in the model's order, the same on every rank.
@@ -103,12 +103,8 @@ class GradientReducer:
         Returns:
             L2 norm of all gradients together, float32 (), the same on every rank.
         """
-        for bucket in self.buckets[self._sent :]:
-            self._send(bucket)
-        self._disarm()
+        self._exchange()
         for bucket in self.buckets:
-            assert bucket.work is not None
-            bucket.work.wait()
             for view, parameter in zip(bucket.views(), bucket.parameters, strict=True):
                 if parameter.grad is None:
                     parameter.grad = view.clone()
@@ -120,13 +116,20 @@ class GradientReducer:
         return global_norm([p.grad for p in self.parameters if p.grad is not None])
 
     def discard(self) -> None:
-        """Clear the gradients; messages under way are waited for and forgotten."""
-        for bucket in self.buckets[: self._sent]:
-            if bucket.work is not None:
-                bucket.work.wait()
-        self._disarm()
+        """Clear the gradients. Between ``begin`` and ``finish`` it is collective: what one rank sent all must send."""
+        if self._handles:
+            self._exchange()
         for parameter in self.parameters:
             parameter.grad = None
+
+    def _exchange(self) -> None:
+        """Send what the backward pass did not, and wait for all."""
+        for bucket in self.buckets[self._sent :]:
+            self._send(bucket)
+        self._disarm()
+        for bucket in self.buckets:
+            assert bucket.work is not None
+            bucket.work.wait()
 
 
 def global_norm(tensors: Sequence[Tensor]) -> Tensor:
@@ -188,7 +191,7 @@ class TorchOptimizer(Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        restored: dict[nn.Parameter, dict[str, Tensor]] = {}
+        restored: dict[Tensor, dict[str, Tensor]] = {}
         for key, value in state.items():
             name, _, what = key.rpartition("/")
             if name not in self.parameters:

@@ -29,6 +29,8 @@ class Entry:
         install: what to type when one of them is missing.
         defaults: values of the options that the core reserves on entries of this kind, such as ``every``.
         aliases: other names of options, accepted in TOML files: old to new.
+        in_process: a logger that must run in the training process, as one that writes to the terminal; others have a
+            process of their own.
         plugin: entry-point name of the plugin; ``distribution`` and ``version``: the package it came in.
     """
 
@@ -41,6 +43,7 @@ class Entry:
     install: str = ""
     defaults: Mapping[str, Any] = attrs.field(factory=dict)
     aliases: Mapping[str, str] = attrs.field(factory=dict)
+    in_process: bool = False
     plugin: str = ""
     distribution: str = ""
     version: str = ""
@@ -141,6 +144,7 @@ class Registrar:
         install: str = "",
         defaults: Mapping[str, Any] | None = None,
         aliases: Mapping[str, str] | None = None,
+        in_process: bool = False,
     ) -> None:
         """Offer ``name``. See ``Entry`` for the arguments.
 
@@ -160,6 +164,7 @@ class Registrar:
                 install=install,
                 defaults=dict(defaults or {}),
                 aliases=dict(aliases or {}),
+                in_process=in_process,
                 plugin=self.plugin,
                 distribution=self.distribution,
                 version=self.version,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
@@ -11,8 +12,7 @@ from typing import IO
 import attrs
 import torch
 
-from nanochat_core import packing
-from nanochat_core.build import build_evaluators, build_optimizer, build_source, load_tokenizer, train_tokenizer
+from nanochat_core.build import build_evaluators, build_loader, build_optimizer, build_source
 from nanochat_core.checkpoint import CheckpointContent, load_checkpoint, load_model_tensors, load_weights
 from nanochat_core.distributed import OtherRankFailed, World, join_world, leave_world
 from nanochat_core.errors import CheckpointError, ConfigError, DataError, NanochatError, Problem
@@ -21,13 +21,13 @@ from nanochat_core.hardware import peak_flops, peak_memory_mib
 from nanochat_core.interfaces import LoggerContext, Model, ModelContext, Optimizer, Tokenizer
 from nanochat_core.ledger import rewind_ledger
 from nanochat_core.load import add_places, dump, to_tables
-from nanochat_core.loader import TrainLoader
 from nanochat_core.logs import Logs, Status
 from nanochat_core.plan import build_model, format_plan
 from nanochat_core.prepare import Setup, prepare
 from nanochat_core.provenance import provenance
 from nanochat_core.rundir import RunDirectory, write_atomic
 from nanochat_core.state import TrainState, restore_rng
+from nanochat_core.tokenizers import load_tokenizer, make_tokenizer
 from nanochat_core.trainer import PREEMPTED_EXIT_CODE, Trainer
 
 
@@ -70,9 +70,15 @@ class _Session:
             self.logs.report(f"run directory {self.run_dir.path}")
             with trainer.loader:
                 status = trainer.fit()
+            problems = sorted({line for lines in self.world.gather(list(trainer.data_problems())) for line in lines})
+            if problems:
+                self.logs.report(f"{len(problems)} places in the data could not be read and were skipped; see log.txt")
         except NanochatError as error:
             add_places(error, self.planned.origins)
             self.logs.note(f"failed: {error}")
+            raise
+        except Exception:
+            self.logs.note(traceback.format_exc())
             raise
         finally:
             self._end(status)
@@ -87,8 +93,8 @@ class _Session:
         if self._lock is None:
             return  # not rank 0
         if self.logs.has_ledger:
-            self.logs.finish(status)
             self.run_dir.write_status(status, self.state.step, self.plan.num_iterations)
+            self.logs.finish(status)  # waits for loggers, so that it comes after what others want to know
             if status == "finished":
                 self._say_goodbye()
         self.logs.close()
@@ -103,18 +109,11 @@ class _Session:
         content = load_checkpoint(self.setup.checkpoint) if self.setup.checkpoint is not None else None
         if content is not None:
             self.state = content.state
+        world.on_main(self._prepare_data)  # rank 0 first: it fetches, and what is wrong is said once
         source = build_source(experiment.data)
-        documents = source.documents("train")
-        if not len(documents):
-            raise DataError(f"data source {experiment.data.plugin!r} has no training documents; see [data]")
-        if not self.run_dir.tokenizer.is_dir():
-            logs.report("building the tokenizer")
-            world.on_main(lambda: train_tokenizer(experiment.tokenizer, source, self.run_dir.tokenizer))
         tokenizer = self._load_tokenizer()
         splits = {"train": source.fingerprint("train"), "val": source.fingerprint("val")}
         world.on_main(lambda: self._write_run_files({"tokenizer": tokenizer.fingerprint, **splits}))
-        if not self.state.lanes:
-            self.state.lanes = packing.lanes(plan.rows_per_step, len(documents))
         model = self._build_model(tokenizer, content)
         if type(model).parameter_roles is Model.parameter_roles:
             roles = ", ".join(sorted(set(model.parameter_roles().values())))
@@ -123,18 +122,7 @@ class _Session:
         if content is not None:
             optimizer.load_state_dict(content.optimizer)
         self._seed(content)
-        loader = TrainLoader(
-            documents,
-            tokenizer,
-            rows_per_step=plan.rows_per_step,
-            lanes=self.state.lanes,
-            max_seq_len=plan.max_seq_len,
-            device_batch_size=plan.device_batch_size,
-            rank=world.rank,
-            world_size=world.size,
-            device=world.device,
-            cursors={lane: packing.Cursor(*c) for lane, c in self.state.cursors.items()} or None,
-        )
+        loader = build_loader(experiment.data, source, tokenizer, plan, self.state, world)
         evaluators = build_evaluators(experiment.evaluators, source, tokenizer, plan, world)
         samples = self.run_dir.path / "samples"
         evaluated: list[str] = world.on_main(self._rewind_ledger) if content is not None else []
@@ -156,8 +144,18 @@ class _Session:
             evaluations=Evaluations(evaluators, plan.num_iterations, self.dtype, world, samples, logs.report),
             state=self.state,
             logs=logs,
+            data_problems=source.problems,
             evaluated=evaluated,
         )
+
+    def _prepare_data(self) -> None:
+        """See that there are documents, and that the run has its tokenizer."""
+        choice, directory = self.experiment.data, self.run_dir.tokenizer
+        source = build_source(choice)
+        if not len(source.documents("train")):
+            raise DataError(f"data source {choice.plugin!r} has no training documents; see [data]")
+        if not directory.is_dir():
+            make_tokenizer(self.experiment.tokenizer, source, self.logs.report).copy_to(directory)
 
     def _load_tokenizer(self) -> Tokenizer:
         tokenizer = load_tokenizer(self.experiment.tokenizer, self.run_dir.tokenizer)

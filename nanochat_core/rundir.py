@@ -6,7 +6,6 @@ import datetime
 import fcntl
 import json
 import os
-import secrets
 import time
 from pathlib import Path
 from typing import IO, Any
@@ -111,8 +110,9 @@ def create_run(runs_dir: Path, name: str) -> RunDirectory:
     try:
         (runs_dir / name).mkdir(parents=True, exist_ok=True)
         while True:
-            stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-            run = RunDirectory(runs_dir / name / f"{stamp}-{secrets.token_hex(2)}")
+            # Microseconds: ids sort by age, and of two processes that pick the same one the second fails to make it.
+            stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+            run = RunDirectory(runs_dir / name / stamp)
             try:
                 run.path.mkdir()
             except FileExistsError:
@@ -145,7 +145,7 @@ def find_run(reference: str, runs_dir: Path) -> RunDirectory:
     direct = Path(reference)
     for candidate in (direct, runs_dir / reference):
         if (candidate / "experiment.toml").is_file():
-            return RunDirectory(candidate)
+            return RunDirectory(candidate if candidate.name else candidate.resolve())
     runs = all_runs(runs_dir)
     if Path(reference).name:
         named = [r for r in runs if reference in (r.id, r.name)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import traceback
 import types
 import typing
@@ -13,7 +14,7 @@ import attrs
 import cattrs
 
 from nanochat_core.errors import NanochatError, PluginError, did_you_mean
-from nanochat_core.options import above, at_least, between, option
+from nanochat_core.options import at_least, between, option
 from nanochat_core.registry import Entry
 
 # ------------------------------------------------------------------------------------------- tables of the core
@@ -22,6 +23,11 @@ from nanochat_core.registry import Entry
 def _plain_name(_: Any, attribute: Any, value: str) -> None:
     if value != value.strip() or any(c in value for c in '/\\\0:"') or value.startswith("."):
         raise ValueError(f"must be usable as a directory name, not {value!r}")
+
+
+def _finite(_: Any, attribute: Any, value: Any) -> None:
+    if value is not None and not 0 < value < math.inf:
+        raise ValueError(f"must be a finite number greater than 0, not {value}")
 
 
 def _entry_name(_: Any, attribute: Any, value: str) -> None:
@@ -67,9 +73,9 @@ class Train:
         validator=at_least(1), on_resume="refuse",
     )  # fmt: skip
     num_iterations: int | None = option(None, "horizon: optimizer steps", validator=at_least(1))
-    target_flops: float | None = option(None, "horizon: FLOPs of the whole training", validator=above(0))
+    target_flops: float | None = option(None, "horizon: FLOPs of the whole training", validator=_finite)
     target_param_data_ratio: float | None = option(
-        None, "horizon: training tokens a parameter; 20 when no horizon is given", validator=above(0)
+        None, "horizon: training tokens a parameter; 20 when no horizon is given", validator=_finite
     )
     scaling_parameters: Literal["all", "matrix_and_head"] = option(
         "all", "which parameters the ratio and the auto batch size count"
@@ -108,14 +114,26 @@ class EntryKeys:
 
 
 @attrs.frozen
-class LoggerKeys(EntryKeys):
-    """Keys the core reserves on ``[[loggers]]``."""
+class NamedKeys(EntryKeys):
+    """Keys the core reserves on the tables of lists."""
 
     name: str = option("", "identity of the entry; default: the plugin's name", validator=_entry_name)
 
 
 @attrs.frozen
-class EvaluatorKeys(LoggerKeys):
+class LoggerKeys(NamedKeys):
+    """Keys the core reserves on ``[[loggers]]``."""
+
+    timeout: float = option(
+        60.0,
+        "seconds that a logger may take to start, over one record, and to send the rest at the end; then it is ended, "
+        "and nanochat log-sync can send what it missed",
+        validator=_finite,
+    )
+
+
+@attrs.frozen
+class EvaluatorKeys(NamedKeys):
     """Keys the core reserves on ``[[evaluators]]``."""
 
     every: int = option(0, "evaluate every so many steps; 0 is off", validator=at_least(0))
@@ -123,7 +141,29 @@ class EvaluatorKeys(LoggerKeys):
     at_end: bool = option(True, "evaluate after the last step")
 
 
-RESERVED: Mapping[str, type[EntryKeys]] = {"evaluator": EvaluatorKeys, "logger": LoggerKeys}
+@attrs.frozen
+class DataSourceKeys(EntryKeys):
+    """Keys the core reserves on ``[data]``."""
+
+    packing: Literal["stream", "best_fit"] = option(
+        "stream",
+        "rows of tokens: stream cuts documents laid end to end; best_fit starts every row with a document, and crops "
+        "what fits nowhere",
+    )
+    packing_window: int = option(64, "documents that best_fit packs together", validator=at_least(1))
+    epochs: int | Literal["repeat", "error"] = option(
+        "repeat",
+        "when the training data are used up: repeat reads them again, error ends the run after saving, a number ends "
+        "it after so many passes",
+        validator=at_least(1), on_resume="free",
+    )  # fmt: skip
+    cache: bool = option(False, "keep the tokens on disk, so that they are made only once", on_resume="free")
+    threads: int = option(1, "threads of each process that read and tokenize", validator=at_least(1), on_resume="free")
+
+
+RESERVED: Mapping[str, type[EntryKeys]] = {
+    "data_source": DataSourceKeys, "evaluator": EvaluatorKeys, "logger": LoggerKeys,
+}  # fmt: skip
 
 
 @attrs.frozen
@@ -293,7 +333,7 @@ def _attrs_hook(cls: Any) -> Callable[[Any, Any], Any]:
                     except (ValueError, TypeError) as error:
                         problems.append(((name,), str(error.args[0]) if error.args else str(error)))
             elif field.default is attrs.NOTHING:
-                problems.append(((name,), f"missing: give it a {type_name(field.type)}"))
+                problems.append(((name,), f"missing: give a value ({type_name(field.type)})"))
         if problems:
             raise Mismatch(problems)
         try:

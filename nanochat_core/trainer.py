@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from types import FrameType
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nanochat_core.checkpoint import CheckpointContent, model_tensors, save_checkpoint
 from nanochat_core.distributed import World
-from nanochat_core.errors import CheckpointError, NanochatError
+from nanochat_core.errors import CheckpointError, DataError, NanochatError
 from nanochat_core.evaluate import Evaluations
 from nanochat_core.hardware import peak_flops, peak_memory_mib
 from nanochat_core.interfaces import IGNORED, Model, Multipliers, Optimizer
@@ -23,7 +23,7 @@ from nanochat_core.logs import Logs
 from nanochat_core.plan import Plan
 from nanochat_core.rundir import RunDirectory
 from nanochat_core.schedule import lr_multiplier
-from nanochat_core.schema import Experiment
+from nanochat_core.schema import DataSourceKeys, Experiment
 from nanochat_core.state import TrainState, rng_state
 
 UNTIMED_STEPS = 10  # compilation and warm caches: not part of the training time
@@ -67,6 +67,7 @@ class Trainer:
 
     Args:
         forward: ``model`` or its compiled twin: (ids_BT, targets_BT) to the summed loss.
+        data_problems: what the data source could not read so far.
         evaluated: entries that have evaluated the step the run starts at, before it was interrupted.
     """
 
@@ -81,15 +82,19 @@ class Trainer:
     evaluations: Evaluations
     state: TrainState
     logs: Logs
+    data_problems: Callable[[], Sequence[str]]
     evaluated: Collection[str] = ()
     _skipped_in_row: int = attrs.field(default=0, init=False)
     _steps_here: int = attrs.field(default=0, init=False)
+    _known_problems: int = attrs.field(default=0, init=False)
+    _data_ended: bool = attrs.field(default=False, init=False)
 
     def fit(self) -> Status:
         """Train to the horizon, or to the step at which a signal asks for a stop.
 
         Raises:
             TrainingDiverged: after too many skipped steps in a row.
+            DataError: when the data are used up before the horizon, after saving; see ``[data] epochs``.
         """
         state, horizon = self.state, self.plan.num_iterations
         save_every = self.experiment.checkpoint.save_every
@@ -103,11 +108,13 @@ class Trainer:
                 data_wait = time.perf_counter() - waiting
                 stopping = self._train_step(step, data_wait, started, stop.signal is not None)
                 at_end = state.step == horizon
-                if at_end or stopping or (save_every is not None and state.step % save_every == 0):
+                if at_end or stopping or self._data_ended or (save_every is not None and state.step % save_every == 0):
                     self.save()
                 if stopping and not at_end:
                     self.logs.report(f"stopped by a signal after step {state.step}, saved; run it again with --resume")
                     return "preempted"
+                if self._data_ended and not at_end:
+                    raise self._data_used_up()
                 self._evaluate()
                 started = time.perf_counter()
         return "finished"
@@ -127,11 +134,14 @@ class Trainer:
             loss.backward()  # type: ignore[no-untyped-call]
             loss_sum += loss.detach()
         norm_of_sums = self.optimizer.reduce()
-        counts = torch.tensor([tokens, stop], dtype=self._sum_dtype, device=loss_sum.device)
+        counts = torch.tensor(
+            [tokens, stop, step.is_last, step.cropped + step.dropped], dtype=self._sum_dtype, device=loss_sum.device
+        )
         sums = torch.cat([loss_sum.to(self._sum_dtype).reshape(1), counts])
         self.world.all_reduce(sums)
         # the one synchronisation of device and host in a step
-        total_loss, total_tokens, stops, norm = torch.cat([sums, norm_of_sums.to(sums.dtype).reshape(1)]).tolist()
+        everything = torch.cat([sums, norm_of_sums.to(sums.dtype).reshape(1)]).tolist()
+        total_loss, total_tokens, stops, ends, lost, norm = everything
         loss_mean, norm = total_loss / total_tokens, norm / total_tokens
         finite = abs(loss_mean) < float("inf") and norm < float("inf")  # False for NaN too
         if finite:
@@ -142,7 +152,8 @@ class Trainer:
             self.optimizer.discard()
             state.skipped += 1
             self._skipped_in_row += 1
-        self._finish_step(step, loss_mean, norm, int(total_tokens), finite, multipliers.lr, data_wait, started)
+        self._data_ended = ends > 0
+        self._finish_step(step, loss_mean, norm, int(total_tokens), lost, finite, multipliers.lr, data_wait, started)
         if self._skipped_in_row > train.max_skipped_steps:
             raise self._diverged(loss_mean, norm, multipliers.lr)
         return stops > 0
@@ -160,7 +171,16 @@ class Trainer:
         return lr_multiplier(self.experiment.schedule, self.state.step, self.plan.num_iterations)
 
     def _finish_step(
-        self, step: Step, loss: float, norm: float, tokens: int, finite: bool, lrm: float, wait: float, started: float
+        self,
+        step: Step,
+        loss: float,
+        norm: float,
+        tokens: int,
+        lost: float,
+        finite: bool,
+        lrm: float,
+        wait: float,
+        started: float,
     ) -> None:
         """Advance the state and write the step's ledger line."""
         state, plan = self.state, self.plan
@@ -191,7 +211,14 @@ class Trainer:
             "total_training_flops": plan.flops_per_token * state.tokens,
             "total_training_time": state.training_time,
         }
+        keys = self.experiment.data.keys
+        if isinstance(keys, DataSourceKeys) and keys.packing == "best_fit":
+            values["train/cropped"] = lost / (lost + tokens)
         self.logs.record(done, values)
+        problems = self.data_problems()
+        for line in problems[self._known_problems :]:
+            self.logs.report(f"skipped in the data: {line}")
+        self._known_problems = len(problems)
 
     def _evaluate(self, done: Collection[str] = ()) -> None:
         for name, evaluation in self.evaluations.run(self.model, self.state.step, done):
@@ -216,6 +243,15 @@ class Trainer:
                 self.logs.report(f"{error}; the run goes on, the last good checkpoint stays")
             self.run_dir.write_status("running", state.step, self.plan.num_iterations)
         self.world.barrier()
+
+    def _data_used_up(self) -> DataError:
+        keys = self.experiment.data.keys
+        assert isinstance(keys, DataSourceKeys)
+        return DataError(
+            f"data.epochs: the training data are used up after step {self.state.step} of {self.plan.num_iterations} "
+            f"(epochs = {keys.epochs!r}), which is saved. To go on: --resume with more epochs, as in "
+            f"--set data.epochs=repeat, or with fewer steps, as in --set train.num_iterations={self.state.step}"
+        )
 
     def _diverged(self, loss: float, norm: float, lrm: float) -> TrainingDiverged:
         saved = sorted(p.name for p in self.run_dir.checkpoints.glob("step_*"))

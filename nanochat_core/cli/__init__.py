@@ -16,8 +16,10 @@ COMMANDS = {
     "run": "train an experiment",
     "show": "print every resolved value and where it came from",
     "plan": "say what a run will cost, without running it",
+    "data": "bring data here (data download), or say what they hold (data info)",
     "plugins": "list what is installed, or explain one plugin's options",
     "runs": "list runs",
+    "tokenizer": "make a tokenizer, show the tokens of a text, compare tokenizers",
     "sample": "continue a text with a trained model",
 }
 

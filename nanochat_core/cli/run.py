@@ -17,9 +17,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume",
         nargs="?",
         const="newest",
+        type=_reference,
         metavar="auto|RUN",
         help="continue the newest run of this experiment, or RUN; auto starts fresh when there is none",
     )
+
+
+def _reference(text: str) -> str:
+    if text.endswith(".toml"):
+        raise argparse.ArgumentTypeError(f"{text} is an experiment, not a run: write it before --resume")
+    return text
 
 
 def main(options: argparse.Namespace, arguments: Sequence[str]) -> int:

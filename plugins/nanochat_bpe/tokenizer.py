@@ -9,9 +9,10 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import rustbpe
@@ -20,6 +21,7 @@ import tiktoken
 from nanochat_bpe.config import BYTES, SPECIAL_TOKENS, BPEConfig
 from nanochat_core import CheckpointError, ConfigError, DataError, Tokenizer, TokenizerContext, Tokens
 
+Encoder: TypeAlias = Literal["tiktoken", "gigatoken"]
 FORMAT = "nanochat-bpe-1"
 SETTINGS, MERGES = "tokenizer.json", "merges.tiktoken"
 
@@ -37,13 +39,14 @@ class BPETokenizer(Tokenizer):
     Args:
         pattern: regular expression whose matches are encoded one by one.
         tokens: bytes of the ordinary tokens by id, the 256 single bytes first; special tokens follow them.
+        encoder: library that encodes; see ``BPEConfig``.
 
     Raises:
         ConfigError: when the pattern is no regular expression, or leaves out text.
     """
 
-    def __init__(self, pattern: str, tokens: Sequence[bytes]) -> None:
-        self._pattern, self._tokens = pattern, tokens
+    def __init__(self, pattern: str, tokens: Sequence[bytes], encoder: Encoder = "tiktoken") -> None:
+        self._pattern, self._tokens, self._encoder = pattern, tokens, encoder
         self._special = {name: len(tokens) + i for i, name in enumerate(SPECIAL_TOKENS)}
         try:
             self._encoding = tiktoken.Encoding(
@@ -54,11 +57,19 @@ class BPETokenizer(Tokenizer):
             )
         except ValueError as error:
             raise ConfigError(f"tokenizer.pattern: no regular expression that tiktoken knows: {error}") from error
+        self._encode_piece: Callable[[str], Tokens] = self._by_tiktoken
+        if encoder == "gigatoken":
+            from nanochat_bpe.fast import make_encoder
+
+            self._encode_piece = make_encoder(pattern, tokens, self._by_tiktoken)
         if self.decode(self.encode(_PROBE)) != _PROBE:
             raise ConfigError(
                 "tokenizer.pattern: some characters match no part of it and would be lost; "
                 r"end it with alternatives such as |\s+|. that take whatever is left"
             )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return BPETokenizer, (self._pattern, self._tokens, self._encoder)
 
     @property
     def vocab_size(self) -> int:
@@ -71,7 +82,10 @@ class BPETokenizer(Tokenizer):
     def _encode(self, text: str) -> Tokens:
         pieces = _cut_long_runs(text)
         if len(pieces) > 1:
-            return np.concatenate([self._encode(piece) for piece in pieces])
+            return np.concatenate([self._encode_piece(piece) for piece in pieces])
+        return self._encode_piece(text)
+
+    def _by_tiktoken(self, text: str) -> Tokens:
         try:
             ids = self._encoding.encode_to_numpy(text, disallowed_special=())
         except UnicodeEncodeError:
@@ -134,7 +148,9 @@ def _training_text(documents: Iterable[str], config: BPEConfig) -> Iterator[str]
     for document in documents:
         text = document[: min(config.doc_cap, left)]
         left -= len(text)
-        if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
             text = _mend(text)  # rustbpe refuses surrogates
         yield from _cut_long_runs(text)
         if left <= 0:
@@ -158,7 +174,7 @@ def train(documents: Iterable[str], config: BPEConfig) -> BPETokenizer:
             f"tokenizer.vocab_size = {config.vocab_size}: the training documents yield only "
             f"{len(tokens) - BYTES} merges; set it to {len(tokens) + len(SPECIAL_TOKENS)} or less, or give more data"
         )
-    return BPETokenizer(config.pattern, tokens)
+    return BPETokenizer(config.pattern, tokens, config.encoder)
 
 
 def _check_pattern(pattern: str) -> None:
@@ -169,7 +185,7 @@ def _check_pattern(pattern: str) -> None:
         raise ConfigError(f"tokenizer.pattern: no regular expression that rustbpe knows: {error}") from error
 
 
-def load(directory: Path) -> BPETokenizer:
+def load(directory: Path, encoder: Encoder = "tiktoken") -> BPETokenizer:
     """Read what ``save`` wrote.
 
     Raises:
@@ -181,7 +197,7 @@ def load(directory: Path) -> BPETokenizer:
             raise ValueError(f"its format is {settings['format']!r}, this version reads {FORMAT!r}")
         lines = (directory / MERGES).read_text(encoding="ascii").splitlines()
         tokens = [base64.b64decode(line.split()[0], validate=True) for line in lines]
-        tokenizer = BPETokenizer(settings["pattern"], tokens)
+        tokenizer = BPETokenizer(settings["pattern"], tokens, encoder)
         if tokenizer.fingerprint != settings["fingerprint"]:
             raise ValueError("the files don't belong together: their fingerprint is another")
     except (OSError, ValueError, LookupError, TypeError) as error:
@@ -201,7 +217,7 @@ def build(config: BPEConfig, context: TokenizerContext) -> BPETokenizer:
     """
     if context.saved is None:
         return train(context.documents(), config)
-    tokenizer = load(context.saved)
+    tokenizer = load(context.saved, config.encoder)
     for name, found in (("vocab_size", tokenizer.vocab_size), ("pattern", tokenizer._pattern)):
         if found != getattr(config, name):
             raise CheckpointError(

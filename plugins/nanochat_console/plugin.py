@@ -18,4 +18,5 @@ def nanochat_register_loggers(registry: Registrar) -> None:
         config=ConsoleConfig,
         factory="nanochat_console.logger:Console",
         summary="one line a step, and a progress bar on a terminal",
+        in_process=True,
     )

@@ -32,10 +32,9 @@ class Attention(nn.Module):
         B, T, _ = x_BTD.shape
         weight = torch.cat([self.query.weight, self.key.weight, self.value.weight])  # one product instead of three
         qkv_BTSC = linear(x_BTD, weight, dtype).view(B, T, -1, self.head_dim)
-        q_BTHC, k_BTKC, v_BTKC = split_heads(qkv_BTSC, self.heads, self.kv_heads, *rotary, eps)
-        q_BHTC, k_BKTC, v_BKTC = q_BTHC.transpose(1, 2), k_BTKC.transpose(1, 2), v_BTKC.transpose(1, 2)
-        y_BHTC = attend(q_BHTC, k_BKTC, v_BKTC, cache)
-        return linear(y_BHTC.transpose(1, 2).reshape(B, T, -1), self.output.weight, dtype)
+        q_HBTC, k_KBTC, v_KBTC = split_heads(qkv_BTSC, self.heads, self.kv_heads, *rotary, eps)
+        y_HBTC = attend(q_HBTC, k_KBTC, v_KBTC, cache)
+        return linear(y_HBTC.permute(1, 2, 0, 3).reshape(B, T, -1), self.output.weight, dtype)
 
 
 class MLP(nn.Module):
@@ -64,8 +63,8 @@ class Block(nn.Module):
 class GPT(Model):
     """See the options for what can vary.
 
-    Matrices are float32 and cast to ``dtype`` for their products. With bfloat16 the embedding is stored in bfloat16, and
-    the residual stream has its dtype.
+    Matrices are float32 and cast to ``dtype`` for their products (float64 serves tests). With bfloat16 the embedding
+    is stored in bfloat16, and the residual stream has its dtype.
 
     Args:
         config: the options.
@@ -82,13 +81,14 @@ class GPT(Model):
         self.blocks = nn.ModuleList(Block(self.shape) for _ in range(config.depth))
         # Rows padded to a multiple of 64 make the largest product fast; they take no part in the logits.
         self.head = nn.Linear(self.hidden_size, math.ceil(vocab_size / 64) * 64, bias=False)
-        cos_TC, sin_TC = rotary_tables(0, 10 * max_seq_len, self.shape.head_dim, config.rope_base)
-        self.register_buffer("cos_TC", cos_TC, persistent=False)
-        self.register_buffer("sin_TC", sin_TC, persistent=False)
-        self.initialize()
+        self.initialize()  # in float32, so that one seed gives the same numbers whatever the dtype
+        self.to(torch.promote_types(dtype, torch.float32))
         if dtype == torch.bfloat16:
             self.embedding.to(dtype)
-        self._compiled: Callable[[Tensor, tuple[Tensor, Tensor]], Tensor] | None = None
+        cos_TC, sin_TC = self._rotary_tables(0, 10 * max_seq_len)
+        self.register_buffer("cos_TC", cos_TC, persistent=False)
+        self.register_buffer("sin_TC", sin_TC, persistent=False)
+        self._compiled_block: Callable[..., Tensor] | None = None
 
     @torch.no_grad()
     def initialize(self) -> None:
@@ -108,28 +108,33 @@ class GPT(Model):
         assert cache is None or isinstance(cache, KVCache), "a cache comes from new_cache"
         with torch.autocast(ids_BT.device.type, enabled=False):
             x_BTD = embed(ids_BT, self.embedding.weight)
-            start = cache.length if cache else 0
+            start = 0
+            if cache is not None:
+                cache.reserve(ids_BT.shape[1])
+                start = cache.length
             rotary = self._rotary(start, start + ids_BT.shape[1])
-            if self._compiled and cache is None and self.training and torch.is_grad_enabled():
-                return self._compiled(x_BTD, rotary)
-            return self._trunk(x_BTD, rotary, cache)
-
-    def _trunk(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], cache: KVCache | None = None) -> Tensor:
-        eps = self.config.norm_eps
-        x_BTD = rms_norm(x_BTD, eps)
-        for index, block in enumerate(self.blocks):
-            x_BTD = block(x_BTD, rotary, eps, self.dtype, cache.layer(index) if cache else None)
-        if cache:
-            cache.length += x_BTD.shape[1]
-        return rms_norm(x_BTD, eps)
+            training = self.training and torch.is_grad_enabled() and cache is None
+            run = self._compiled_block if training and self._compiled_block else Block.__call__
+            eps = self.config.norm_eps
+            x_BTD = rms_norm(x_BTD, eps)
+            for index, block in enumerate(self.blocks):
+                x_BTD = run(block, x_BTD, rotary, eps, self.dtype, cache.layer(index) if cache is not None else None)
+            if cache is not None:
+                cache.length += x_BTD.shape[1]
+            return rms_norm(x_BTD, eps)
 
     def _rotary(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        assert isinstance(self.cos_TC, Tensor)
-        assert isinstance(self.sin_TC, Tensor)
-        if stop <= len(self.cos_TC):
-            return self.cos_TC[start:stop], self.sin_TC[start:stop]
-        cos_TC, sin_TC = rotary_tables(start, stop, self.shape.head_dim, self.config.rope_base, self.cos_TC.device)
-        return cos_TC.to(self.cos_TC.dtype), sin_TC.to(self.sin_TC.dtype)
+        cos_TC, sin_TC = self.get_buffer("cos_TC"), self.get_buffer("sin_TC")
+        if stop > len(cos_TC):
+            # The tables stay as they are: compiled training would be compiled anew when they grew.
+            cos_TC, sin_TC = (t.to(cos_TC.device) for t in self._rotary_tables(start, stop))
+            return cos_TC, sin_TC
+        return cos_TC[start:stop], sin_TC[start:stop]
+
+    def _rotary_tables(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        cos_TC, sin_TC = rotary_tables(start, stop, self.shape.head_dim, self.config.rope_base)
+        wide = torch.promote_types(self.dtype, torch.float32)
+        return cos_TC.to(wide), sin_TC.to(wide)
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         with torch.autocast(hidden_ND.device.type, enabled=False):
@@ -162,9 +167,13 @@ class GPT(Model):
         attention = 12 * self.shape.heads * self.shape.head_dim * max_seq_len
         return 6.0 * (counts["matrix"] + counts["head"]) + len(self.blocks) * attention
 
-    def compile_training(self) -> None:
-        """Compile what training runs through. Evaluation and sampling, whose shapes vary, stay eager."""
-        self._compiled = torch.compile(self._trunk, dynamic=False)
+    def compile_training(self, backend: str = "inductor") -> None:
+        """Compile the block that training runs through: once, for all of them, so that depth costs no compile time.
+
+        Evaluation and sampling, whose shapes vary, stay eager, and so do the embedding, whose compiled gradient would
+        not repeat, and the head, which is not faster compiled.
+        """
+        self._compiled_block = torch.compile(Block.forward, dynamic=False, backend=backend)
 
 
 def build(config: GPTConfig, context: ModelContext) -> GPT:

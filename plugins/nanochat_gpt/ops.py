@@ -1,7 +1,7 @@
-"""The small pieces of a block. Where training runs eagerly, each is an autograd function with few passes over memory.
+"""The small pieces of a block.
 
-Each function has a plain formula, which the compiler fuses by itself, and derivatives by hand, which save eager training about
-half of the time it would spend in these pieces. Reductions, rotations and scale factors are float32 whatever the dtype.
+Each has a plain formula, which a compiler fuses by itself, and an autograd function with few passes over memory, with
+which eager training on a CPU is as fast as compiled training. Rotations and mean squares are float32 in any dtype.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ def linear(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     return F.linear(x.to(dtype), weight.to(dtype))
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def embed(ids_BT: Tensor, weight_VD: Tensor) -> Tensor:
-    """Rows of the embedding. Its gradient is summed in float32, always in the same order; never compiled."""
+    """Rows of the embedding. Its gradient is summed in float32 and in one order (compiled, it would be atomic adds)."""
     if not (torch.is_grad_enabled() and weight_VD.requires_grad):
         return F.embedding(ids_BT, weight_VD)
     rows: Tensor = _Embed.apply(ids_BT, weight_VD)
@@ -44,7 +45,7 @@ class _Embed(torch.autograd.Function):
 
 def rms_norm(x: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) over the last dimension."""
-    if _by_hand(x):
+    if _by_hand():
         y: Tensor = _RMSNorm.apply(x, eps)
         return y
     return (x * _inverse_rms(x, eps)).to(x.dtype)
@@ -70,7 +71,7 @@ class _RMSNorm(torch.autograd.Function):
 
 def mlp(x: Tensor, up: Tensor, down: Tensor, dtype: torch.dtype) -> Tensor:
     """relu(x U^T)^2 D^T."""
-    if _by_hand(x):
+    if _by_hand():
         y: Tensor = _MLP.apply(x.to(dtype), up.to(dtype), down.to(dtype))
         return y
     return linear(F.relu(linear(x, up, dtype)).square(), down, dtype)
@@ -80,17 +81,16 @@ class _MLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, up: Tensor, down: Tensor) -> Tensor:
         a = F.linear(x, up).relu_()
-        squared = a * a
-        ctx.save_for_backward(x, up, down, a, squared)
-        return F.linear(squared, down)
+        ctx.save_for_backward(x, up, down, a)
+        return F.linear(a * a, down)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, up, down, a, squared = ctx.saved_tensors
+        x, up, down, a = ctx.saved_tensors
         # d(a^2) = 2 a da: doubling the weights is exact and saves a pass over the activations.
         dup = (dy @ (2 * down)).mul_(a)
-        return dup @ up, _outer(dup, x), _outer(dy, squared)
+        return dup @ up, _outer(dup, x), _outer(dy, a * a)  # a^2 again: cheaper than to keep it
 
 
 def _outer(dy: Tensor, x: Tensor) -> Tensor:
@@ -98,13 +98,11 @@ def _outer(dy: Tensor, x: Tensor) -> Tensor:
     return dy.flatten(0, -2).t() @ x.flatten(0, -2)
 
 
-def rotary_tables(
-    start: int, stop: int, head_dim: int, base: float, device: torch.device | None = None
-) -> tuple[Tensor, Tensor]:
-    """cos and sin of positions [start, stop), each float32 [stop - start, head_dim / 2]; computed in float64."""
+def rotary_tables(start: int, stop: int, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
+    """cos and sin of positions [start, stop), each float64 [stop - start, head_dim / 2]."""
     frequencies = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     angles = torch.outer(torch.arange(start, stop, dtype=torch.float64), frequencies)
-    return angles.cos().float().to(device), angles.sin().float().to(device)
+    return angles.cos(), angles.sin()
 
 
 def rotate(x_BTHC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
@@ -123,15 +121,15 @@ def split_heads(
         qkv_BTSC: S = heads + 2 kv_heads heads of size C.
 
     Returns:
-        [B, T, H, C], [B, T, K, C], [B, T, K, C].
+        [H, B, T, C], [K, B, T, C], [K, B, T, C]: each head's matrices lie in one piece.
     """
-    if _by_hand(qkv_BTSC):
-        qk_BTSC, v_BTKC = _RotateNorm.apply(qkv_BTSC, kv_heads, cos_TC, sin_TC, eps)
-    else:
-        qk_BTSC, v_BTKC = qkv_BTSC.split([heads + kv_heads, kv_heads], dim=2)
-        qk_BTSC = rms_norm(rotate(qk_BTSC, cos_TC, sin_TC), eps).to(qkv_BTSC.dtype)
-    q_BTHC, k_BTKC = qk_BTSC.split([heads, kv_heads], dim=2)
-    return q_BTHC, k_BTKC, v_BTKC
+    if _by_hand():
+        q_HBTC, k_KBTC, v_KBTC = _RotateNorm.apply(qkv_BTSC, heads, kv_heads, cos_TC, sin_TC, eps)
+        return q_HBTC, k_KBTC, v_KBTC
+    qk_BTSC, v_BTKC = qkv_BTSC.split([heads + kv_heads, kv_heads], dim=2)
+    qk_BTSC = rms_norm(rotate(qk_BTSC, cos_TC, sin_TC), eps).to(qkv_BTSC.dtype)
+    q_HBTC, k_KBTC = qk_BTSC.permute(2, 0, 1, 3).split([heads, kv_heads])
+    return q_HBTC, k_KBTC, v_BTKC.permute(2, 0, 1, 3)
 
 
 class _RotateNorm(torch.autograd.Function):
@@ -139,26 +137,31 @@ class _RotateNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, qkv_BTSC: Tensor, kv_heads: int, cos_TC: Tensor, sin_TC: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor]:
-        x_BTSC, v_BTKC = qkv_BTSC.split([qkv_BTSC.shape[2] - kv_heads, kv_heads], dim=2)
-        r = _inverse_rms(x_BTSC, eps)
-        y = torch.empty(x_BTSC.shape, dtype=x_BTSC.dtype, device=x_BTSC.device)
-        _rotate_into(y, x_BTSC * r, cos_TC[:, None], sin_TC[:, None])
-        ctx.save_for_backward(y, r, cos_TC, sin_TC)
-        return y, v_BTKC.contiguous()
+        ctx: Any, qkv_BTSC: Tensor, heads: int, kv_heads: int, cos_TC: Tensor, sin_TC: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        B, T, _, C = qkv_BTSC.shape
+        x_BTSC, v_BTKC = qkv_BTSC.split([heads + kv_heads, kv_heads], dim=2)
+        r_BTS1 = _inverse_rms(x_BTSC, eps)
+        y_SBTC = qkv_BTSC.new_empty(heads + kv_heads, B, T, C)
+        _rotate_into(y_SBTC.permute(1, 2, 0, 3), x_BTSC * r_BTS1, cos_TC[:, None], sin_TC[:, None])
+        ctx.save_for_backward(y_SBTC, r_BTS1, cos_TC, sin_TC)
+        q_HBTC, k_KBTC = y_SBTC.split([heads, kv_heads])
+        return q_HBTC, k_KBTC, v_BTKC.permute(2, 0, 1, 3).contiguous()
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, dy: Tensor, dv: Tensor) -> tuple[Tensor, None, None, None, None]:
-        y, r, cos_TC, sin_TC = ctx.saved_tensors
-        mean = torch.linalg.vecdot(y, dy).div_(y.shape[-1]).unsqueeze(-1)
-        dn = torch.addcmul(dy, y, mean, value=-1) * r
-        B, T, S, C = y.shape
-        dqkv = torch.empty(B, T, S + dv.shape[2], C, dtype=y.dtype, device=y.device)
-        _rotate_into(dqkv[:, :, :S], dn, cos_TC[:, None], -sin_TC[:, None])
-        dqkv[:, :, S:] = dv
-        return dqkv, None, None, None, None
+    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
+        y_SBTC, r_BTS1, cos_TC, sin_TC = ctx.saved_tensors
+        (_, B, T, C), H, K = y_SBTC.shape, len(dq), len(dk)
+        dqkv_BTSC = dq.new_empty(B, T, H + 2 * K, C)
+        y_parts, r_parts = y_SBTC.split([H, K]), r_BTS1.split([H, K], dim=2)
+        out_parts = dqkv_BTSC.split([H, K, K], dim=2)
+        for dy, y, r, out in zip((dq, dk), y_parts, r_parts, out_parts, strict=False):
+            mean = torch.linalg.vecdot(y, dy).div_(C).unsqueeze(-1)
+            dn = torch.addcmul(dy, y, mean, value=-1).permute(1, 2, 0, 3) * r
+            _rotate_into(out, dn, cos_TC[:, None], -sin_TC[:, None])
+        out_parts[2].copy_(dv.permute(1, 2, 0, 3))
+        return dqkv_BTSC, None, None, None, None, None
 
 
 def _rotate_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> None:
@@ -169,16 +172,14 @@ def _rotate_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:
-    mean_square = x.to(_wide(x.dtype)).square().mean(-1, keepdim=True) if not _by_hand(x) else _mean_square(x)
-    return torch.rsqrt(mean_square + eps)
+    wide = _wide(x.dtype)
+    if _by_hand():
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+        return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return torch.rsqrt(x.to(wide).square().mean(-1, keepdim=True) + eps)
 
 
-def _mean_square(x: Tensor) -> Tensor:
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_wide(x.dtype))
-    return norm.square_().div_(x.shape[-1])
-
-
-def _by_hand(x: Tensor) -> bool:
+def _by_hand() -> bool:
     return not torch.compiler.is_compiling()
 
 

@@ -1,43 +1,84 @@
-"""A sequence of documents over the row groups of many files, read when asked for."""
+"""A sequence of documents over the row groups of many parquet files, read when asked for."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
-from pathlib import Path
 from threading import Lock
-from typing import overload
+from typing import Any, Literal
 
 import attrs
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanochat_core import DataError
+from nanochat_core import DataError, Documents
+from nanochat_parquet.files import File, read_tail
 
 # Lanes of a training run drift apart, so that several row groups are in use at once. What is kept in memory for them:
 CACHE_BYTES = 256 * 2**20
+MOST_SKIPPED = 10_000  # places; beyond that the data are broken as a whole, or an option is wrong
+
+
+@attrs.frozen
+class Footer:
+    """What the end of a parquet file says.
+
+    Args:
+        rows: of each row group.
+        text_bytes: of all texts, about.
+        metadata: all of it, parsed.
+    """
+
+    rows: tuple[int, ...]
+    text_bytes: int
+    metadata: pq.FileMetaData = attrs.field(eq=False, repr=False)
 
 
 @attrs.frozen
 class Shard:
-    """A parquet file and the number of rows of each of its row groups."""
+    """A parquet file and its footer."""
 
-    path: Path
-    rows: tuple[int, ...]
+    file: File
+    footer: Footer
 
 
-class Documents(Sequence[str]):
-    """Every row of the shards, in order. A null is an empty document.
+class Problems:
+    """What could not be read, and what that leads to. Any thread may use it."""
 
-    Any thread may read. A slice reads each row group it touches once, whatever its step.
+    def __init__(self, on_error: Literal["fail", "skip"] = "fail") -> None:
+        self.on_error = on_error
+        self._lines: dict[str, None] = {}  # a set that keeps its order
+        self._lock = Lock()
+
+    def meet(self, what: str, remedy: str, error: Exception | None = None) -> None:
+        """Note it, or raise a DataError."""
+        what = " ".join(what.split())  # messages of libraries have line breaks
+        if self.on_error == "fail":
+            raise DataError(f"data.on_error: {what}; {remedy}, or set data.on_error to skip") from error
+        with self._lock:
+            self._lines[f"skipped: {what}"] = None
+            if len(self._lines) > MOST_SKIPPED:
+                raise DataError(f"data.on_error: more than {MOST_SKIPPED:,} places can't be read, the last: {what}")
+
+    def lines(self) -> list[str]:
+        with self._lock:
+            return list(self._lines)
+
+
+class ParquetDocuments(Documents):
+    """Every row of the shards, in order. A null is an empty document, and so is what is skipped.
+
+    Reading neighbours reads each row group once.
     """
 
-    def __init__(self, shards: Sequence[Shard], column: str, cache_bytes: int = CACHE_BYTES) -> None:
-        self._column, self._cache_bytes = column, cache_bytes
-        self._groups = [(shard.path, i) for shard in shards for i in range(len(shard.rows))]
-        self._starts = [0, *accumulate(rows for shard in shards for rows in shard.rows)]
+    def __init__(
+        self, shards: Sequence[Shard], column: str, problems: Problems | None = None, cache_bytes: int = CACHE_BYTES
+    ) -> None:
+        self._column, self._problems, self._cache_bytes = column, problems or Problems(), cache_bytes
+        self._groups = [(shard, i) for shard in shards for i in range(len(shard.footer.rows))]
+        self._starts = [0, *accumulate(rows for shard in shards for rows in shard.footer.rows)]
         self._cache: OrderedDict[int, pa.ChunkedArray] = OrderedDict()  # most recently used last
         self._cached_bytes = 0
         self._lock = Lock()
@@ -45,28 +86,20 @@ class Documents(Sequence[str]):
     def __len__(self) -> int:
         return self._starts[-1]
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return list(self._read(range(*index.indices(len(self)))))
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"document {index} of {len(self)}")
-        return next(self._read(range(index % len(self), len(self))))
-
-    def __iter__(self) -> Iterator[str]:
-        return self._read(range(len(self)))
-
-    def _read(self, indices: range) -> Iterator[str]:
+    def read(self, indices: Iterable[int]) -> Iterator[str]:
         start = stop = 0
         for index in indices:
             if not start <= index < stop:
                 group = bisect_right(self._starts, index) - 1
                 start, stop = self._starts[group], self._starts[group + 1]
                 column = self._row_group(group)
-            yield column[index - start].as_py() or ""
+            try:
+                yield column[index - start].as_py() or ""
+            except UnicodeDecodeError as error:
+                shard, i = self._groups[group]
+                what = f"row {index - start} of row group {i} of {shard.file.name} is not UTF-8 ({error})"
+                self._problems.meet(what, "mend the file", error)
+                yield ""
 
     def _row_group(self, group: int) -> pa.ChunkedArray:
         with self._lock:
@@ -83,11 +116,54 @@ class Documents(Sequence[str]):
         return column
 
     def _read_file(self, group: int) -> pa.ChunkedArray:
-        path, i = self._groups[group]
+        shard, i = self._groups[group]
+        rows = shard.footer.rows[i]
+        what = f"row group {i} of {shard.file.name} can't be read"
         try:
-            with pq.ParquetFile(path) as file:
-                return file.read_row_group(i, columns=[self._column], use_threads=False)[self._column]
+            with shard.file.open() as stream, pq.ParquetFile(stream, metadata=shard.footer.metadata) as file:
+                column = file.read_row_group(i, columns=[self._column], use_threads=False)[self._column]
+        except FileNotFoundError as error:  # the disk is gone, not a part of the data
+            raise DataError(f"data.path: {what} ({error}); put this file back") from error
         except (pa.ArrowException, OSError) as error:
-            raise DataError(
-                f"data.path: row group {i} of {path} can't be read ({error}); get this file again"
-            ) from error
+            self._problems.meet(f"{what}: its {rows} documents ({error})", "get this file again", error)
+            return pa.chunked_array([pa.nulls(rows, pa.string())])
+        if len(column) != rows:
+            self._problems.meet(f"{what}: it holds {len(column)} rows instead of {rows}", "get this file again")
+            return pa.chunked_array([pa.nulls(rows, pa.string())])
+        return column
+
+
+def read_shard(file: File, column: str) -> Shard:
+    """A shard from its file's footer.
+
+    Raises:
+        DataError: when the column is missing or not of strings.
+        pa.ArrowException, OSError: when the file is damaged.
+    """
+    return Shard(file, parse_footer(file.name, read_tail(file), column))
+
+
+def parse_footer(name: str, tail: bytes, column: str) -> Footer:
+    """The bytes at the end of a parquet file, see ``files.footer_bytes``, understood. Raises like ``read_shard``."""
+    with pq.ParquetFile(pa.BufferReader(tail)) as parsed:
+        schema, metadata = parsed.schema_arrow, parsed.metadata
+    _check_column(name, schema, column)
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    rows = tuple(group.num_rows for group in groups)
+    text_bytes = sum(_column_bytes(group, column) - 4 * group.num_rows for group in groups)  # 4: length of each text
+    return Footer(rows, max(text_bytes, 0), metadata)
+
+
+def _column_bytes(group: Any, column: str) -> int:
+    chunks = (group.column(i) for i in range(group.num_columns))
+    return next((chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == column), 0)
+
+
+def _check_column(name: str, schema: pa.Schema, column: str) -> None:
+    remedy = f"set data.text_column to one of {', '.join(map(repr, schema.names))}"
+    if column not in schema.names:
+        raise DataError(f"data.path: {name} has no column {column!r}; {remedy}")
+    kind = schema.field(column).type
+    value = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if not (pa.types.is_string(value) or pa.types.is_large_string(value)):
+        raise DataError(f"data.path: column {column!r} of {name} holds {kind}, not strings; {remedy}")

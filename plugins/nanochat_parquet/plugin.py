@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from nanochat_core import hookimpl
-from nanochat_parquet.config import ParquetConfig
+from nanochat_parquet.config import ClimbmixConfig, FinewebEduConfig, HubParquetConfig, ParquetConfig
 
 if TYPE_CHECKING:
     from nanochat_core import Registrar
@@ -17,7 +17,21 @@ def nanochat_register_data_sources(registry: Registrar) -> None:
         "parquet",
         config=ParquetConfig,
         factory="nanochat_parquet.source:build",
-        summary="a directory of parquet shards; the last one is for validation",
+        summary="parquet shards on disk, in an object store or behind URLs; the last one is for validation",
         requires=("pyarrow",),
         install="pip install pyarrow",
     )
+    on_the_hub = {
+        "fineweb_edu": (FinewebEduConfig, "FineWeb-Edu, 100B tokens, shuffled, from the Hugging Face hub"),
+        "climbmix": (ClimbmixConfig, "ClimbMix, 400B tokens, shuffled, from the Hugging Face hub"),
+        "hub_parquet": (HubParquetConfig, "the parquet files of any data set on the Hugging Face hub"),
+    }
+    for name, (config, summary) in on_the_hub.items():
+        registry.add(
+            name,
+            config=config,
+            factory=f"nanochat_parquet.hub_source:build_{name}",
+            summary=summary,
+            requires=("huggingface_hub", "filelock", "pyarrow"),
+            install="pip install huggingface_hub",
+        )

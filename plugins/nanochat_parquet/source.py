@@ -3,38 +3,44 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from nanochat_core import DataContext, DataError, DataSource, Split
+from nanochat_core import DataContext, DataError, DataSource, Documents, Split, hold_out
 from nanochat_parquet.config import ParquetConfig
-from nanochat_parquet.documents import Documents, Shard
+from nanochat_parquet.documents import ParquetDocuments, Problems, Shard, read_shard
+from nanochat_parquet.files import File, HttpFile, find, hash_file, hash_samples
 
-# Splits up to this many bytes are hashed whole (a second or two), larger ones by samples.
+# Splits up to this many bytes on disk are hashed whole (a second or two), others by samples.
 HASH_WHOLE = 2**30
-SAMPLE = 2**16
 
 
 class ParquetSource(DataSource):
-    """Shards of a directory. Row groups may have any size.
+    """Shards of one or more places. Row groups may have any size.
 
     Raises:
-        DataError: when the directory is missing or holds fewer than two shards.
+        DataError: when a place is missing, or holds too few shards.
     """
 
-    def __init__(self, directory: Path, text_column: str) -> None:
-        self._directory, self._column = directory.expanduser(), text_column
-        if not self._directory.is_dir():
-            raise DataError(f"data.path: {self._directory} is no directory; point data.path at your *.parquet shards")
-        self._paths = sorted(self._directory.glob("*.parquet"))
-        if len(self._paths) < 2:
-            raise DataError(
-                f"data.path: {self._directory} holds {len(self._paths)} *.parquet files, but two or more are needed: "
-                f"the last is for validation, the others for training"
-            )
+    def __init__(self, config: ParquetConfig) -> None:
+        self._config, self._problems = config, Problems(config.on_error)
+        files = find(config.path, "data.path")
+        self._files: dict[Split, list[File]] = {"train": files, "val": files}
+        if config.val_path is not None:
+            self._files["val"] = find(config.val_path, "data.val_path")
+            shared = {f.name for f in files} & {f.name for f in self._files["val"]}
+            if shared:
+                raise DataError(f"data.val_path: {sorted(shared)[0]} is among the training shards too; keep it apart")
+        elif config.val_fraction is None:
+            if len(files) < 2:
+                raise DataError(
+                    f"data.path: {_join(config.path)} holds {len(files)} *.parquet files, but two or more are needed, "
+                    f"the last for validation, the others for training; or set data.val_path or data.val_fraction"
+                )
+            self._files = {"train": files[:-1], "val": files[-1:]}
 
     def documents(self, split: Split) -> Documents:
         """The split's documents; rows are read when they are asked for.
@@ -46,84 +52,75 @@ class ParquetSource(DataSource):
 
     @cached_property
     def _train(self) -> Documents:
-        return self._open("train")
+        return self._open("train") if self._held_out is None else self._held_out[0]
 
     @cached_property
     def _val(self) -> Documents:
-        return self._open("val")
+        return self._open("val") if self._held_out is None else self._held_out[1]
 
-    def _shards(self, split: Split) -> list[Path]:
-        return self._paths[:-1] if split == "train" else self._paths[-1:]
+    @cached_property
+    def _held_out(self) -> tuple[Documents, Documents] | None:
+        fraction = self._config.val_fraction
+        return None if fraction is None else hold_out(self._open("train"), fraction)
 
-    def _open(self, split: Split) -> Documents:
-        shards = [read_footer(path, self._column) for path in self._shards(split)]
-        if not any(sum(shard.rows) for shard in shards):
-            raise DataError(f"data.path: the {split} shards in {self._directory} hold no rows; get them again")
-        return Documents(shards, self._column)
+    @cached_property
+    def _shards(self) -> dict[str, Shard | None]:
+        """Every shard by name; None where the footer can't be read."""
+        files = {f.name: f for f in (*self._files["train"], *self._files["val"])}
+        with ThreadPoolExecutor(8) as threads:
+            return dict(zip(files, threads.map(self._read_shard, files.values()), strict=True))
+
+    def _read_shard(self, file: File) -> Shard | None:
+        try:
+            return read_shard(file, self._config.text_column)
+        except (pa.ArrowException, OSError) as error:
+            remedy = "get this file again, or remove it"
+            self._problems.meet(f"{file.name} can't be read as parquet ({error})", remedy, error)
+            return None
+
+    def _open(self, split: Split) -> ParquetDocuments:
+        found = [self._shards[file.name] for file in self._files[split]]
+        shards = [shard for shard in found if shard is not None]
+        if not any(sum(shard.footer.rows) for shard in shards):
+            raise DataError(f"data.path: the {split} shards in {_join(self._config.path)} hold no rows; get them again")
+        return ParquetDocuments(shards, self._config.text_column, self._problems)
 
     def fingerprint(self, split: Split) -> str:
         """Digest of the column's name and of each shard's name, size and bytes.
 
-        Of splits larger than 1 GiB it takes the footers (they hold the compressed size of every row group) and three
-        samples a shard instead of all bytes: a change that keeps all of these goes unseen.
+        Of splits larger than 1 GiB, and of files behind URLs, it takes the footers (they hold the compressed size of
+        every row group) and three samples a shard instead of all bytes: a change that keeps all of these goes unseen.
         """
-        paths = self._shards(split)
-        whole = sum(path.stat().st_size for path in paths) <= HASH_WHOLE
-        digest = hashlib.sha256(self._column.encode())
-        for path in paths:
-            digest.update(f"\n{path.name} {path.stat().st_size} ".encode())
-            digest.update(hash_file(path) if whole else hash_samples(path))
+        files = self._files[split]
+        remote = any(isinstance(file, HttpFile) or "://" in file.name for file in files)
+        whole = not remote and sum(file.size for file in files) <= HASH_WHOLE
+        digest = hashlib.sha256(self._config.text_column.encode())
+        if self._config.val_fraction is not None:
+            digest.update(f" {split} {self._config.val_fraction}".encode())
+        with ThreadPoolExecutor(8 if remote else 2) as threads:
+            for file, content in zip(files, threads.map(hash_file if whole else hash_samples, files), strict=True):
+                digest.update(f"\n{file.name.rpartition('/')[2]} {file.size} ".encode() + content)
         return digest.hexdigest()
 
+    def problems(self) -> Sequence[str]:
+        return self._problems.lines()
 
-def read_footer(path: Path, column: str) -> Shard:
-    """What the end of a parquet file says: its row groups, and whether the column is there.
-
-    Raises:
-        DataError: when the file is damaged, or the column is missing or not of strings.
-    """
-    try:
-        with pq.ParquetFile(path) as file:
-            schema, metadata = file.schema_arrow, file.metadata
-            rows = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
-    except (pa.ArrowException, OSError) as error:
-        raise damaged(path, error) from error
-    if column not in schema.names:
-        raise DataError(
-            f"data.path: {path} has no column {column!r}; set data.text_column to one of "
-            f"{', '.join(map(repr, schema.names))}"
-        )
-    kind = schema.field(column).type
-    value = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if not (pa.types.is_string(value) or pa.types.is_large_string(value)):
-        raise DataError(
-            f"data.path: column {column!r} of {path} holds {kind}, not strings; set data.text_column to one of "
-            f"{', '.join(map(repr, schema.names))}"
-        )
-    return Shard(path, rows)
+    def describe(self) -> Mapping[str, str | int]:
+        files = {f.name: f for f in (*self._files["train"], *self._files["val"])}
+        shards = [self._shards[file.name] for file in self._files["train"]]
+        text_bytes = sum(shard.footer.text_bytes for shard in shards if shard is not None)
+        fraction = self._config.val_fraction or 0.0
+        return {
+            "files": len(files),
+            "bytes": sum(file.size for file in files.values()),
+            "row_groups": sum(len(shard.footer.rows) for shard in self._shards.values() if shard is not None),
+            "text_bytes": round(text_bytes * (1 - fraction)),
+        }
 
 
-def damaged(path: Path, error: Exception) -> DataError:
-    return DataError(f"data.path: {path} can't be read as parquet ({error}); get this file again, or remove it")
-
-
-def hash_file(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
-
-
-def hash_samples(path: Path) -> bytes:
-    """sha256 of the footer and of 64 KiB at the start, in the middle and at the end."""
-    digest = hashlib.sha256()
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        file.seek(max(0, size - 8))
-        footer = int.from_bytes(file.read(4), "little")
-        for start, length in ((0, SAMPLE), (size // 2, SAMPLE), (size - SAMPLE, SAMPLE), (size - 8 - footer, footer)):
-            file.seek(max(0, start))
-            digest.update(file.read(length))
-    return digest.digest()
+def _join(path: str | tuple[str, ...]) -> str:
+    return path if isinstance(path, str) else ", ".join(path)
 
 
 def build(config: ParquetConfig, context: DataContext) -> ParquetSource:
-    return ParquetSource(config.path, config.text_column)
+    return ParquetSource(config)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import textwrap
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch.utils.tensorboard import SummaryWriter
 
@@ -17,6 +17,8 @@ _NOT_FINITE = ("nan", "inf", "-inf")  # JSON has no such numbers, so the ledger 
 
 class TensorBoard(Logger):
     """Scalars and texts under their metric names, at the step and wall time of the record; the experiment as JSON."""
+
+    rewinds: ClassVar[bool] = True
 
     def __init__(self, config: TensorBoardConfig, context: LoggerContext) -> None:
         directory = context.directory / "tensorboard"

@@ -12,6 +12,7 @@ import traceback
 from collections import deque
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from nanochat_bytes.tokenizer import build
 from nanochat_core import DataError, TokenizerContext
 from nanochat_core.interfaces import IGNORED, Batch
 from nanochat_core.loader import Step, TrainLoader, ValidationRows
-from nanochat_core.packing import Cursor
+from nanochat_core.packing import Cursor, Encoder
 
 TOKENIZER = build(BytesConfig(), TokenizerContext(documents=list))
 T = 16
@@ -35,8 +36,7 @@ def make_documents(count: int = 60) -> list[str]:
 
 def make_loader(documents: list[str] | None = None, G: int = 8, S: int = 4, B: int = 1, **more) -> TrainLoader:  # type: ignore[no-untyped-def]
     return TrainLoader(
-        documents or make_documents(),
-        TOKENIZER,
+        Encoder(documents or make_documents(), TOKENIZER),
         rows_per_step=G,
         lanes=S,
         max_seq_len=T,
@@ -62,15 +62,22 @@ def loader_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("train-loader")]
 
 
+STREAM: dict[str, Any] = {}
+BEST_FIT: dict[str, Any] = {"packing": "best_fit", "window": 3}
+
+
 # S = 2 splits lanes across ranks: four ranks share two lanes.
 @pytest.mark.parametrize("S", [1, 2, 4, 8])
 @pytest.mark.parametrize(("R", "B"), [(1, 8), (1, 2), (2, 2), (4, 1), (8, 1)])
-def test_global_batch_is_the_same_at_every_world_size(S: int, R: int, B: int) -> None:
-    one = take(make_loader(S=S, B=1), 6)
-    ranks = [take(make_loader(S=S, B=B, rank=r, world_size=R), 6) for r in range(R)]
+@pytest.mark.parametrize("how", [STREAM, {**BEST_FIT, "threads": 3}], ids=["stream", "best_fit"])
+def test_global_batch_is_the_same_at_every_world_size(S: int, R: int, B: int, how: dict[str, Any]) -> None:
+    one = take(make_loader(S=S, B=1, **how), 6)
+    ranks = [take(make_loader(S=S, B=B, rank=r, world_size=R, **how), 6) for r in range(R)]
     for n, reference in enumerate(one):
         assert torch.equal(torch.cat([ids_of(steps[n]) for steps in ranks]), ids_of(reference))
         assert torch.equal(torch.cat([targets_of(steps[n]) for steps in ranks]), targets_of(reference))
+        assert sum(steps[n].cropped for steps in ranks) == reference.cropped
+        assert sum(steps[n].dropped for steps in ranks) == reference.dropped
         merged: dict[int, Cursor] = {}
         for steps in ranks:
             for lane, cursor in steps[n].cursors.items():
@@ -90,14 +97,44 @@ def test_batches() -> None:
 
 
 @pytest.mark.parametrize("R", [1, 2, 4])
-def test_resumes_from_any_step_at_any_world_size(R: int) -> None:
-    reference = take(make_loader(S=2), 12)
+@pytest.mark.parametrize("how", [STREAM, BEST_FIT], ids=["stream", "best_fit"])
+def test_resumes_from_any_step_at_any_world_size(R: int, how: dict[str, Any]) -> None:
+    reference = take(make_loader(S=2, **how), 12)
     for start in (0, 4, 8):
         cursors = {lane: tuple(cursor) for lane, cursor in reference[start].cursors.items()}
-        ranks = [take(make_loader(S=2, rank=r, world_size=R, cursors=cursors), 3) for r in range(R)]
+        ranks = [take(make_loader(S=2, rank=r, world_size=R, cursors=cursors, **how), 3) for r in range(R)]
         for n in range(3):
             ids = torch.cat([ids_of(steps[n]) for steps in ranks])
             assert torch.equal(ids, ids_of(reference[start + 1 + n]))
+
+
+def test_losses_are_counted() -> None:
+    documents = [text[: 3 * (i % 5)] for i, text in enumerate(make_documents())]
+    steps = take(make_loader(documents, S=1, **BEST_FIT), 12)
+    assert sum(step.cropped for step in steps) > 0
+    assert sum(step.dropped for step in steps) > 0
+    assert all(step.cropped == step.dropped == 0 for step in take(make_loader(S=1), 12))
+
+
+@pytest.mark.parametrize("how", [STREAM, BEST_FIT, {"threads": 2}], ids=["stream", "best_fit", "threads"])
+@pytest.mark.parametrize("R", [1, 2])
+def test_the_last_step_within_the_epochs_says_so(how: dict[str, Any], R: int) -> None:
+    endless = take(make_loader(S=2, **how), 40)
+    ends = []
+    for rank in range(R):
+        with make_loader(S=2, rank=rank, world_size=R, epochs=1, **how) as loader:
+            for step in loader:
+                ends.append(step.is_last)
+                if step.is_last:
+                    break
+            assert all(cursor.epoch == 0 or cursor == (1, 0, 0) for cursor in step.cursors.values())
+            with pytest.raises(DataError, match=r"data\.epochs"):
+                next(loader)
+    assert ends.count(True) == R
+    count = len(ends) // R
+    assert not any(step.is_last for step in endless)
+    beyond = endless[count].cursors.values()
+    assert any(cursor.epoch == 1 for cursor in beyond), "it could have given another step"
 
 
 def test_epoch_goes_on() -> None:
@@ -134,8 +171,9 @@ def test_errors_of_the_thread_surface_with_their_traceback() -> None:
     assert not loader_threads()
 
 
-def test_close() -> None:
-    loader = make_loader()
+@pytest.mark.parametrize("threads", [1, 2])
+def test_close(threads: int) -> None:
+    loader = make_loader(threads=threads)
     next(loader)
     assert loader_threads()
     loader.close()
@@ -147,7 +185,7 @@ def test_close() -> None:
 
 
 def test_thread_ends_with_the_loader() -> None:
-    next(make_loader())
+    next(make_loader(threads=2))
     gc.collect()
     deadline = time.monotonic() + 5
     while loader_threads() and time.monotonic() < deadline:
@@ -156,7 +194,8 @@ def test_thread_ends_with_the_loader() -> None:
 
 
 def test_interpreter_exits_while_the_thread_works() -> None:
-    code = "from tests.core.test_loader import make_loader\nloader = make_loader()\nnext(loader)\nraise SystemExit(7)\n"
+    code = "from tests.core.test_loader import make_loader\nloader = make_loader(threads=2)\n"
+    code += "next(loader)\nraise SystemExit(7)\n"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
     assert (done.returncode, done.stderr) == (7, "")
 

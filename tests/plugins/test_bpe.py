@@ -16,6 +16,7 @@ from tiktoken.load import load_tiktoken_bpe
 from nanochat_bpe.config import PATTERN, SPECIAL_TOKENS, BPEConfig
 from nanochat_bpe.tokenizer import BPETokenizer, build
 from nanochat_core import CheckpointError, ConfigError, DataError, TokenizerContext
+from nanochat_core.testing import check_tokenizer
 
 ROOT = Path(__file__).parents[2]
 CONFIG = BPEConfig(vocab_size=600)
@@ -34,6 +35,10 @@ def train(config: BPEConfig = CONFIG, documents: list[str] | None = None) -> BPE
 @pytest.fixture(scope="module")
 def tokenizer() -> BPETokenizer:
     return train()
+
+
+def test_contract() -> None:
+    check_tokenizer(build, BPEConfig(vocab_size=500))
 
 
 def test_delivers_exactly_the_vocabulary(tokenizer: BPETokenizer) -> None:
@@ -203,3 +208,41 @@ def test_config(wrong) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ValueError, match="at least"):
         BPEConfig(**wrong)
     assert BPEConfig().vocab_size == 32768
+
+
+# ------------------------------------------------------------------------------------------------------ gigatoken
+
+AWKWARD = " \n\r\t'sdmtlvre12²٣Ⅷaé漢!.-\u00a0\u3000\u2028\u0301<|>🙂\u088f\ud800"
+
+
+@pytest.mark.parametrize("digits", [2, 3])
+def test_gigatoken_gives_the_same_tokens(tokenizer: BPETokenizer, digits: int) -> None:
+    pytest.importorskip("gigatoken")
+    pattern = PATTERN.replace("{1,2}", f"{{1,{digits}}}")
+    slow = BPETokenizer(pattern, tokenizer._tokens)
+    fast = BPETokenizer(pattern, tokenizer._tokens, "gigatoken")
+    assert fast.fingerprint == slow.fingerprint
+
+    @settings(max_examples=300, deadline=None)
+    @given(st.text() | st.text(alphabet=AWKWARD))
+    def check(text: str) -> None:
+        assert fast.encode(text) == slow.encode(text)
+
+    check()
+    for text in make_documents():
+        assert fast.encode(text) == slow.encode(text)
+    text = " " * 1_000_000 + "x1234567"
+    assert fast.encode(text) == slow.encode(text)
+
+
+def test_contract_with_gigatoken() -> None:
+    pytest.importorskip("gigatoken")
+    check_tokenizer(build, BPEConfig(vocab_size=500, encoder="gigatoken"), other_process=False)
+
+
+def test_gigatoken_that_is_missing_or_does_not_know_the_pattern(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"tokenizer\.encoder: gigatoken doesn't know this"):
+        train(BPEConfig(vocab_size=300, pattern=r"\s+|\S+", encoder="gigatoken"))
+    monkeypatch.setitem(sys.modules, "gigatoken", None)
+    with pytest.raises(ConfigError, match=r"tokenizer\.encoder: .*pip install gigatoken"):
+        train(BPEConfig(vocab_size=300, encoder="gigatoken"))

@@ -11,8 +11,13 @@ from hypothesis import strategies as st
 from nanochat_bytes.config import BytesConfig
 from nanochat_bytes.tokenizer import ByteTokenizer, build
 from nanochat_core import CheckpointError, TokenizerContext
+from nanochat_core.testing import check_tokenizer
 
 TOKENIZER = build(BytesConfig(), TokenizerContext(documents=list))
+
+
+def test_contract() -> None:
+    check_tokenizer(build, BytesConfig(), list, other_process=False)
 
 
 @given(st.text())

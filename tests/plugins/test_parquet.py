@@ -3,8 +3,10 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,10 +14,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from hub_server import serve
+
 from nanochat_core import DataContext, DataError
 from nanochat_parquet.config import ParquetConfig
-from nanochat_parquet.documents import Documents, Shard
-from nanochat_parquet.source import ParquetSource, build, hash_samples, read_footer
+from nanochat_parquet.documents import ParquetDocuments, read_shard
+from nanochat_parquet.files import File, find, hash_samples
+from nanochat_parquet.source import ParquetSource, build
 
 CORPUS = Path(__file__).parents[2].parent / "shared" / "data" / "corpus"
 SIZES = (10, 25, 7, 3)  # documents of each shard, the last for validation
@@ -38,8 +44,13 @@ def shards(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def source(directory: Path, column: str = "text") -> ParquetSource:
-    return build(ParquetConfig(path=directory, text_column=column), DataContext(cache_dir=directory))
+def source(path: Path | str | tuple[str, ...], column: str = "text", **options: Any) -> ParquetSource:
+    where = str(path) if isinstance(path, Path) else path
+    return build(ParquetConfig(path=where, text_column=column, **options), DataContext(cache_dir=Path("unused")))
+
+
+def file(path: Path) -> File:
+    return find(str(path), "data.path")[0]
 
 
 def test_splits(shards: Path) -> None:
@@ -69,7 +80,7 @@ def test_nulls_are_empty_documents(shards: Path) -> None:
     assert source(shards).documents("train")[10:14] == ["one", "", "", "two"]
 
 
-class Counting(Documents):
+class Counting(ParquetDocuments):
     """Counts the row groups that are read from files."""
 
     reads = 0
@@ -80,7 +91,7 @@ class Counting(Documents):
 
 
 def counting(shards: Path, cache_bytes: int) -> Counting:
-    return Counting([read_footer(path, "text") for path in sorted(shards.glob("*.parquet"))], "text", cache_bytes)
+    return Counting([read_shard(f, "text") for f in find(str(shards), "data.path")], "text", cache_bytes=cache_bytes)
 
 
 def test_slice_reads_each_row_group_once(shards: Path) -> None:
@@ -138,12 +149,12 @@ def test_another_column(shards: Path) -> None:
 
 
 def test_directory_errors(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"data\.path: .*nowhere is no directory"):
+    with pytest.raises(DataError, match=r"data\.path: .*nowhere is no directory and no file"):
         source(tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"data\.path: .* holds 0 \*\.parquet"):
         source(tmp_path)
     write(tmp_path / "a.parquet", ["x"])
-    with pytest.raises(DataError, match=r"data\.path: .* holds 1 .* two or more"):
+    with pytest.raises(DataError, match=r"data\.path: .* holds 1 .* two or more .* or set data\.val_path"):
         source(tmp_path)
 
 
@@ -197,15 +208,134 @@ def test_samples_of_a_large_file(tmp_path: Path) -> None:
     rng = random.Random(0)
     texts = ["".join(rng.choices("abcdefgh", k=5_000)) for _ in range(200)]
     write(path, list(texts))
-    before = hash_samples(path)
-    assert hash_samples(path) == before
+    before = hash_samples(file(path))
+    assert hash_samples(file(path)) == before
     texts[31] = texts[31][:-1]  # outside the samples: the footer tells
     write(path, list(texts))
-    assert hash_samples(path) != before
+    assert hash_samples(file(path)) != before
 
 
-def test_shard_lists_its_row_groups(shards: Path) -> None:
-    assert read_footer(shards / "shard_00000.parquet", "text") == Shard(shards / "shard_00000.parquet", (4, 4, 2))
+def test_footer(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", ["".join(random.Random(i).choices("abcdefgh", k=5000)) for i in range(10)])
+    footer = read_shard(file(tmp_path / "a.parquet"), "text").footer
+    assert footer.rows == (4, 4, 2)
+    assert footer.text_bytes == pytest.approx(50_000, rel=0.05)
+
+
+# --------------------------------------------------------------------------------------------- where shards may be
+
+
+def test_places(shards: Path) -> None:
+    everything = [*texts_of(0), *texts_of(1), *texts_of(2)]
+    assert list(source(f"{shards}/shard_*.parquet").documents("train")) == everything
+    assert list(source(f"file://{shards}").documents("train")) == everything
+    listed = tuple(str(shards / f"shard_0000{i}.parquet") for i in (2, 0, 3))
+    assert list(source(listed).documents("train")) == [*texts_of(2), *texts_of(0)]
+    with pytest.raises(DataError, match="matches no files"):
+        source(f"{shards}/*.csv")
+
+
+def test_validation_files(shards: Path) -> None:
+    only = source(str(shards / "shard_0000[012].parquet"), val_path=str(shards / "shard_00003.parquet"))
+    assert list(only.documents("train")) == [*texts_of(0), *texts_of(1), *texts_of(2)]
+    assert list(only.documents("val")) == texts_of(3)
+    assert only.fingerprint("val") == source(shards).fingerprint("val")
+    with pytest.raises(DataError, match=r"shard_00003\.parquet is among the training shards too"):
+        source(shards, val_path=str(shards / "shard_00003.parquet"))
+    with pytest.raises(ValueError, match="not both"):
+        source(shards, val_path="x", val_fraction=0.1)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.sampled_from([0.5, 0.3, 0.1, 0.04]), st.slices(45))
+def test_validation_fraction(shards: Path, fraction: float, part: slice) -> None:
+    everything = [*texts_of(0), *texts_of(1), *texts_of(2), *texts_of(3)]
+    held_out = source(shards, val_fraction=fraction)
+    k = round(1 / fraction)
+    expected = [text for i, text in enumerate(everything) if i % k != k - 1], everything[k - 1 :: k]
+    train, val = held_out.documents("train"), held_out.documents("val")
+    assert (list(train), list(val)) == expected
+    assert (len(train), len(val)) == tuple(map(len, expected))
+    assert train[part] == expected[0][part]
+    assert val[part] == expected[1][part]
+    assert held_out.fingerprint("train") != held_out.fingerprint("val")
+
+
+def test_urls(shards: Path) -> None:
+    with serve(shards) as server:
+        server.faults, server.spare_ends = ["503", "drop"], False
+        urls = tuple(f"{server.url}/plain/shard_0000{i}.parquet" for i in range(4))
+        remote = source(urls)
+        assert list(remote.documents("train")) == [*texts_of(0), *texts_of(1), *texts_of(2)]
+        assert list(remote.documents("val")) == texts_of(3)
+        assert not server.faults
+        assert all(part for _, part in server.ranges)  # never whole files
+        assert remote.fingerprint("train") == source(urls).fingerprint("train")
+        with pytest.raises(DataError, match=r"nothing\.parquet answers 404"):
+            source((f"{server.url}/plain/nothing.parquet",))
+
+
+def test_file_systems_of_fsspec(shards: Path) -> None:
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.put(str(shards), "/bucket/texts", recursive=True)
+    for place in ("memory://bucket/texts", "memory://bucket/texts/*.parquet"):
+        assert list(source(place).documents("train")) == [*texts_of(0), *texts_of(1), *texts_of(2)]
+    assert (
+        list(source("memory://bucket/texts/shard_00003.parquet", val_fraction=0.5).documents("val"))
+        == texts_of(3)[1::2]
+    )
+    for place, problem in (("memory://bucket/none", "holds no parquet files"), ("nosuch://a/b", "can't be listed")):
+        with pytest.raises(DataError, match=problem):
+            source(place)
+
+
+# -------------------------------------------------------------------------------------------------- what is damaged
+
+
+def test_damaged_row_group_is_skipped(shards: Path) -> None:
+    path = shards / "shard_00001.parquet"
+    whole = path.read_bytes()
+    path.write_bytes(b"PAR1" + b"\xff" * 400 + whole[404:])
+    with pytest.raises(DataError, match=r"its 4 documents .*; get this file again, or set data\.on_error to skip"):
+        list(source(shards).documents("train"))
+    skipping = source(shards, on_error="skip")
+    train = skipping.documents("train")
+    expected = [*texts_of(0), *texts_of(1), *texts_of(2)]
+    got = list(train)
+    assert len(got) == len(expected)
+    assert [text for text in got if text] == [e for e, g in zip(expected, got, strict=True) if g]
+    empty = got.count("")
+    assert empty >= 4
+    assert empty % 4 == 0
+    list(train)
+    assert len(skipping.problems()) == empty // 4  # each told once
+    assert skipping.problems()[0].startswith(f"skipped: row group 0 of {path} can't be read: its 4 documents")
+    path.write_bytes(whole[:-20])
+    with pytest.raises(DataError, match=r"can't be read as parquet"):
+        source(shards).documents("train")
+    without = source(shards, on_error="skip")
+    assert list(without.documents("train")) == [*texts_of(0), *texts_of(2)]
+    assert len(without.problems()) == 1
+
+
+def test_file_that_vanishes_is_never_skipped(shards: Path) -> None:
+    documents = source(shards, on_error="skip").documents("train")
+    assert len(documents) == 42
+    (shards / "shard_00001.parquet").unlink()
+    with pytest.raises(DataError, match="put this file back"):
+        list(documents)
+
+
+def test_text_that_is_not_utf8(shards: Path) -> None:
+    broken = pa.Array.from_buffers(pa.string(), 3, pa.array([b"fine", b"\xff\xfe", b"fine too"]).buffers())
+    pq.write_table(pa.table({"text": broken}), shards / "shard_00003.parquet")
+    with pytest.raises(DataError, match=r"row 1 of row group 0 of .*shard_00003\.parquet is not UTF-8"):
+        list(source(shards).documents("val"))
+    skipping = source(shards, on_error="skip")
+    assert list(skipping.documents("val")) == ["fine", "", "fine too"]
+    assert len(skipping.problems()) == 1
 
 
 @pytest.mark.skipif(not CORPUS.is_dir(), reason="no corpus here")

@@ -1,0 +1,192 @@
+"""``nanochat data``: bring data here, and say what they hold."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nanochat_core.cli import positive
+from nanochat_core.errors import ConfigError, NanochatError, Problem
+
+if TYPE_CHECKING:
+    from nanochat_core.interfaces import DataSource
+    from nanochat_core.load import LoadedExperiment
+
+BYTES_A_TOKEN = 4.2  # of English text and a vocabulary of some ten thousand tokens
+SAMPLES = 200  # documents read to estimate the length of all
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    download = actions.add_parser("download", help="bring everything here that a data source needs, and check it")
+    info = actions.add_parser("info", help="say what a data source holds")
+    for action in (download, info):
+        what = action.add_mutually_exclusive_group(required=True)
+        what.add_argument("file", nargs="?", type=Path, metavar="FILE", help="an experiment: its [data]")
+        what.add_argument("--source", metavar="NAME", help="a data source, with the defaults of its options")
+        action.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
+            dest="overrides",
+            help="override a value, as in --set data.shards=10; may be repeated",
+        )
+        action.add_argument(
+            "-n", "--shards", type=positive, metavar="N", help="training shards, instead of data.shards"
+        )
+    download.add_argument(
+        "-w", "--workers", type=positive, default=4, metavar="N", help="files at the same time (default: 4)"
+    )
+
+
+def main(options: argparse.Namespace, _: Sequence[str]) -> int:
+    from nanochat_core.load import add_places
+
+    overrides = [*options.overrides, *([f"data.shards={options.shards}"] if options.shards else [])]
+    if options.source:
+        return _act(options, _named_source(options.source, overrides), None)
+    loaded = _load(options.file, overrides)
+    try:
+        return _act(options, _build(loaded.experiment.data), loaded)
+    except NanochatError as error:
+        add_places(error, loaded.origins)
+        raise
+
+
+def _act(options: argparse.Namespace, source: DataSource, loaded: LoadedExperiment | None) -> int:
+    return _download(source, options.workers) if options.action == "download" else _info(source, loaded)
+
+
+def _load(file: Path, overrides: Sequence[str]) -> LoadedExperiment:
+    from nanochat_core.load import load
+    from nanochat_core.plugins import load_plugins
+
+    loaded = load(file, overrides, load_plugins())
+    needed = [problem for problem in loaded.missing if problem.key.split(".")[0] == "data"]
+    if needed:
+        raise ConfigError(needed)
+    return loaded
+
+
+def _named_source(name: str, overrides: Sequence[str]) -> DataSource:
+    from nanochat_core.load import parse_override
+    from nanochat_core.plugins import load_plugins
+    from nanochat_core.schema import Choice, EntryKeys, Mismatch, converter
+
+    plugins = load_plugins()
+    registry = plugins["data_source"]
+    entry = registry.get(name)
+    if entry is None:
+        hint = registry.explain_clash(name) if registry.claims(name) else f"no such data source{registry.suggest(name)}"
+        raise ConfigError([Problem("", hint + plugins.explain_failure(name), f"--source {name}")])
+    if entry.missing():
+        needs = f"needs {', '.join(entry.missing())}: {entry.how_to_install()}"
+        raise ConfigError([Problem("", needs, f"--source {name}")])
+    given: dict[str, Any] = {}
+    for text in overrides:
+        path, value = parse_override(text)
+        if path[0] != "data" or len(path) != 2:
+            raise ConfigError([Problem("", f"write data.OPTION=VALUE, not {text!r}", "--set")])
+        given[path[1]] = value
+    try:
+        config: Any = converter.structure(given, entry.config)
+    except Mismatch as error:
+        raise ConfigError([Problem(".".join(("data", *key)), text, "--set") for key, text in error.problems]) from None
+    return _build(Choice(EntryKeys(plugin=name), entry, config))
+
+
+def _build(choice: Any) -> DataSource:
+    from nanochat_core.interfaces import DataContext
+    from nanochat_core.paths import cache_dir
+
+    source: DataSource = choice.build(DataContext(cache_dir=cache_dir()))
+    return source
+
+
+# ------------------------------------------------------------------------------------------------------- download
+
+
+def _download(source: DataSource, workers: int) -> int:
+    missing = source.download(workers)
+    if missing:
+        print(f"{len(missing)} files are still missing:", file=sys.stderr)
+        for line in missing:
+            print(f"  {line}", file=sys.stderr)
+        print("run the same command again: what has arrived is kept", file=sys.stderr)
+        return 2
+    print("everything is here")
+    return 0
+
+
+# ----------------------------------------------------------------------------------------------------------- info
+
+
+def _info(source: DataSource, loaded: LoadedExperiment | None) -> int:
+    facts = dict(source.describe())
+    text_bytes, absent = facts.pop("text_bytes", None), facts.get("missing")
+    for name, value in facts.items():
+        print(f"{name.replace('_', ' ')}: {_bytes(value) if name == 'bytes' else _number(value)}")
+    train, val = source.documents("train"), source.documents("val")
+    print(f"documents: {len(train):,} for training, {len(val):,} for validation")
+    print(f"fingerprints: train {source.fingerprint('train')[:16]}, val {source.fingerprint('val')[:16]}")
+    samples: list[str] = []
+    if not absent and len(train):
+        samples = list(train[:: max(1, len(train) // SAMPLES)])[:SAMPLES]
+    if text_bytes is None and samples:
+        text_bytes = round(sum(len(text.encode(errors="replace")) for text in samples) / len(samples) * len(train))
+    if isinstance(text_bytes, int):
+        _estimates(text_bytes, samples, loaded)
+    for text in samples[:: max(1, len(samples) // 3)][:3]:
+        print(f"\n{_opening(text)}")
+    if absent:
+        print(f"\n{absent} files are not here yet; nanochat data download brings them")
+    for line in source.problems():
+        print(line, file=sys.stderr)
+    return 0
+
+
+def _estimates(text_bytes: int, samples: Sequence[str], loaded: LoadedExperiment | None) -> None:
+    per_token, how = BYTES_A_TOKEN, f"at {BYTES_A_TOKEN} bytes a token, as is usual"
+    if loaded is not None and not loaded.missing and samples:
+        choice = loaded.experiment.tokenizer
+        if not isinstance(getattr(choice.config, "vocab_size", None), int):  # it needs no training
+            per_token, how = _measure(choice, samples), f"measured on {len(samples)} documents"
+    tokens = text_bytes / per_token
+    print(f"training text: {_bytes(text_bytes)}, about {tokens:,.0f} tokens ({how})")
+    if loaded is not None and not [p for p in loaded.missing if p.key.split(".")[0] != "loggers"]:
+        from nanochat_core.distributed import pick_device
+        from nanochat_core.plan import make_plan
+
+        plan = make_plan(loaded, 1, pick_device(0)).plan
+        print(f"the run trains on {plan.total_tokens:,} tokens: about {plan.total_tokens / max(tokens, 1):.2f} epochs")
+
+
+def _measure(choice: Any, samples: Sequence[str]) -> float:
+    """Bytes a token."""
+    from nanochat_core.interfaces import Tokenizer, TokenizerContext
+
+    tokenizer: Tokenizer = choice.build(TokenizerContext(documents=lambda: iter(samples)))
+    tokens = sum(len(tokenizer.encode(text)) + 1 for text in samples)
+    return sum(len(text.encode(errors="replace")) for text in samples) / tokens
+
+
+def _number(value: str | int) -> str:
+    return f"{value:,}" if isinstance(value, int) else value
+
+
+def _bytes(value: str | int | float) -> str:
+    number = float(value)
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if number >= size:
+            return f"{number / size:,.1f} {unit}"
+    return f"{number:,.0f} bytes"
+
+
+def _opening(text: str) -> str:
+    """The first three lines, shortened."""
+    lines = [line if len(line) <= 110 else line[:107] + "..." for line in text.strip().splitlines()[:3]]
+    return "\n".join(f"  | {line}" for line in lines) or "  | (empty)"

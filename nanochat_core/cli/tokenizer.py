@@ -1,0 +1,227 @@
+"""``nanochat tokenizer train|show|compare``: make a tokenizer, look at it, and measure it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nanochat_core.cli import add_experiment, add_runs_dir, positive
+from nanochat_core.errors import ConfigError, NanochatError, Problem
+
+if TYPE_CHECKING:
+    from nanochat_core.interfaces import DataSource, Tokenizer
+    from nanochat_core.schema import Experiment
+
+COLOURS = (194, 223, 189, 217, 153)  # backgrounds of the 256-colour palette, light, one token after the other
+OTHERS = ("gpt2", "cl100k_base")  # compared with when they are there
+REFERENCE = "an experiment (a TOML file) or a run (its name, name/id, id, or directory)"
+
+TEXTS = {
+    "English": "The river had risen in the night, and by morning the lower fields were a single sheet of brown water. "
+    "Nobody in the village was surprised; it happened every few years, and the old people said it always would.",
+    "code": "def moving_average(values, width):\n    total = sum(values[:width])\n    yield total / width\n"
+    "    for i in range(width, len(values)):\n        total += values[i] - values[i - width]\n"
+    "        yield total / width\n",
+    "numbers": "In 1984, 12,450 of 98,317 samples (12.66%) exceeded 3.14159; 2 ** 31 - 1 = 2147483647, 0x7fffffff.",
+    "German": "Der Fluss war in der Nacht gestiegen, und am Morgen standen die tiefer gelegenen Felder unter Wasser. "
+    "Niemand im Dorf war überrascht; das geschah alle paar Jahre.",
+    "Russian": "Ночью река поднялась, и к утру нижние поля превратились в сплошную гладь бурой воды.",
+    "Chinese": "夜里河水涨了，到了早晨，低处的田地已经成了一片褐色的水面。村里没有人感到意外。",
+    "Arabic": "ارتفع النهر في الليل، وبحلول الصباح كانت الحقول المنخفضة صفحة واحدة من الماء البني.",
+    "emoji": "🙂👍🏽 see you at 7 🍕🎉 👩‍👩‍👧‍👦",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(dest="action", metavar="train|show|compare", required=True)
+    train = commands.add_parser("train", help="make an experiment's tokenizer and keep it in the cache")
+    add_experiment(train)
+    show = commands.add_parser("show", help="show the tokens of a text")
+    show.add_argument("reference", metavar="FILE|RUN", help=REFERENCE)
+    show.add_argument("text", nargs="?", metavar="TEXT", help="the text; default: what comes through the pipe")
+    show.add_argument("--ids", action="store_true", help="print the tokens' numbers too")
+    add_runs_dir(show)
+    compare = commands.add_parser("compare", help="bytes a token on several texts")
+    compare.add_argument(
+        "references", nargs="+", metavar="FILE|RUN|ENCODING",
+        help=f"{REFERENCE}, or an encoding of tiktoken such as o200k_base; {' and '.join(OTHERS)} are added when "
+        f"tiktoken has them on this machine",
+    )  # fmt: skip
+    compare.add_argument(
+        "--text", action="append", type=Path, default=[], metavar="PATH", help="a text file to measure"
+    )
+    compare.add_argument(
+        "--val-bytes", type=positive, default=1_000_000, metavar="N",
+        help="bytes of the first one's validation documents to measure (default: 1000000)",
+    )  # fmt: skip
+    add_runs_dir(compare)
+
+
+def main(options: argparse.Namespace, _: Sequence[str]) -> int:
+    return {"train": _train, "show": _show, "compare": _compare}[options.action](options)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------------- train
+
+
+def _train(options: argparse.Namespace) -> int:
+    from nanochat_core.build import build_source
+    from nanochat_core.load import add_places, load
+    from nanochat_core.plugins import load_plugins
+    from nanochat_core.tokenizers import make_tokenizer
+
+    loaded = load(options.file, options.overrides, load_plugins())
+    _require(loaded.missing)
+    experiment = loaded.experiment
+    try:
+        source = build_source(experiment.data)
+        made = make_tokenizer(experiment.tokenizer, source, _say)
+    except NanochatError as error:
+        add_places(error, loaded.origins)
+        raise
+    how = f"made in {made.seconds:.1f} s" if made.seconds else "already in the cache"
+    print(f"tokenizer {experiment.tokenizer.plugin}: {made.tokenizer.vocab_size:,} tokens, {how}")
+    print(f"fingerprint {made.tokenizer.fingerprint}\n{made.directory}")
+    return 0
+
+
+def _require(missing: Sequence[Problem]) -> None:
+    """Only the tokenizer and the data are needed here."""
+    needed = [p for p in missing if p.key.split(".")[0] in ("tokenizer", "data")]
+    if needed:
+        raise ConfigError(needed)
+
+
+# ------------------------------------------------------------------------------------------------------------ show
+
+
+def _open(reference: str, runs_dir: Path) -> tuple[Tokenizer, Experiment]:
+    """The tokenizer of an experiment file (made now if it isn't in the cache) or of a run."""
+    from nanochat_core.build import build_source
+    from nanochat_core.load import load
+    from nanochat_core.plugins import load_plugins
+    from nanochat_core.rundir import find_run
+    from nanochat_core.tokenizers import load_tokenizer, make_tokenizer
+
+    if reference.endswith(".toml"):
+        loaded = load(Path(reference), (), load_plugins())
+        _require(loaded.missing)
+        experiment = loaded.experiment
+        return make_tokenizer(experiment.tokenizer, build_source(experiment.data), _say).tokenizer, experiment
+    run = find_run(reference, runs_dir)
+    loaded = load(run.experiment, (), load_plugins())
+    _require([p for p in loaded.missing if p.key.startswith("tokenizer")])
+    return load_tokenizer(loaded.experiment.tokenizer, run.tokenizer), loaded.experiment
+
+
+def _show(options: argparse.Namespace) -> int:
+    tokenizer, _ = _open(options.reference, options.runs_dir)
+    text = sys.stdin.read() if options.text is None else options.text
+    ids = tokenizer.encode(text)
+    pieces = [_readable(tokenizer.decode_bytes([i])) for i in ids]
+    if sys.stdout.isatty() and "NO_COLOR" not in os.environ:
+        print("".join(_coloured(piece, COLOURS[n % len(COLOURS)]) for n, piece in enumerate(pieces)))
+    else:
+        print("|".join(pieces))
+    if options.ids:
+        print(" ".join(map(str, ids)))
+    size = len(text.encode(errors="replace"))
+    print(f"{len(ids)} tokens, {size} bytes" + (f", {size / len(ids):.2f} bytes a token" if ids else ""))
+    return 0
+
+
+def _readable(token: bytes) -> str:
+    """A token on one line: line ends and other control characters as escapes, parts of characters as their bytes."""
+    text = token.decode("utf-8", errors="backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _coloured(text: str, colour: int) -> str:
+    return f"\x1b[48;5;{colour};38;5;16m{text}\x1b[0m"
+
+
+# --------------------------------------------------------------------------------------------------------- compare
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from nanochat_core.build import build_source
+
+    tokenizers: dict[str, Tokenizer] = {}
+    source: DataSource | None = None
+    for index, reference in enumerate(options.references):
+        encoding = _encoding(reference)
+        if encoding is not None:
+            tokenizers[reference] = encoding
+            continue
+        tokenizer, experiment = _open(reference, options.runs_dir)
+        tokenizers[Path(reference).stem if reference.endswith(".toml") else reference] = tokenizer
+        if index == 0:
+            try:
+                source = build_source(experiment.data)
+            except NanochatError as error:
+                _say(f"without validation documents: {error}")
+    for name in OTHERS:
+        try:
+            other = _encoding(name)
+        except NanochatError:
+            _say(f"without {name}: it isn't in tiktoken's cache")
+            continue
+        if other is not None:
+            tokenizers.setdefault(name, other)
+    texts = dict(TEXTS)
+    for path in options.text:
+        try:
+            texts[path.name] = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError([Problem("--text", f"{path} can't be read as UTF-8 text: {error}")]) from error
+    if source is not None:
+        texts["validation"] = "\n".join(_first(source.documents("val"), options.val_bytes))
+    rows = [
+        ["BYTES A TOKEN", "BYTES", *tokenizers],
+        ["(vocabulary)", "", *(f"{t.vocab_size:,}" for t in tokenizers.values())],
+    ]
+    for name, text in texts.items():
+        size = len(text.encode(errors="replace"))
+        if size:
+            rates = [f"{size / len(tokenizer.encode(text)):.2f}" for tokenizer in tokenizers.values()]
+            rows.append([name, f"{size:,}", *rates])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        first, *others = (cell.rjust(width) if i else cell.ljust(width)
+                          for i, (cell, width) in enumerate(zip(row, widths, strict=True)))  # fmt: skip
+        print("  ".join([first, *others]).rstrip())
+    return 0
+
+
+def _first(documents: Sequence[str], size: int) -> Iterator[str]:
+    """Documents until they hold ``size`` bytes; the last one is cut."""
+    for document in documents:
+        data = document.encode(errors="replace")
+        yield data[:size].decode(errors="ignore")
+        size -= len(data)
+        if size <= 0:
+            return
+
+
+def _encoding(name: str) -> Tokenizer | None:
+    """An encoding of tiktoken by its name; None when it has no such name."""
+    from nanochat_core.plugins import load_plugins
+    from nanochat_core.schema import Choice, EntryKeys, converter
+    from nanochat_core.tokenizers import build_tokenizer
+
+    entry = load_plugins()["tokenizer"].get("tiktoken")
+    if entry is None or "/" in name or name.endswith(".toml"):
+        return None
+    choice = Choice(EntryKeys("tiktoken"), entry, converter.structure({"encoding": name}, entry.config))
+    try:
+        return build_tokenizer(choice)
+    except ConfigError:
+        return None

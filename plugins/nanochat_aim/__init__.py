@@ -1,0 +1,1 @@
+"""Logger ``aim``: an Aim repository, on disk or behind a server."""

@@ -1,0 +1,87 @@
+"""Aim: one Aim run, found again when the run is resumed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+from aim import Repo, Run, Text
+
+from nanochat_aim.config import AimConfig
+from nanochat_core import Logger, LoggerContext
+
+_NOT_FINITE = ("nan", "inf", "-inf")  # JSON has no such numbers, so the ledger writes words
+
+
+class Aim(Logger):
+    """Metrics and texts under their names, at the step of the record. Aim keeps one value a step: a step that is told
+    again replaces what was there. ``aim_run.json`` in the run's directory remembers the Aim run of each repository."""
+
+    rewinds: ClassVar[bool] = True
+
+    def __init__(self, config: AimConfig, context: LoggerContext) -> None:
+        self.context = context
+        self.repo = config.repo or str(context.directory.parents[1])
+        if not Repo.is_remote_path(self.repo) and not Repo.exists(self.repo):
+            Repo.from_path(self.repo, init=True)
+        memory = context.directory / "aim_run.json"
+        known: dict[str, str] = json.loads(memory.read_text(encoding="utf-8")) if memory.exists() else {}
+        run: Any = Run(
+            known.get(self.repo),
+            repo=self.repo,
+            experiment=context.project,
+            force_resume=self.repo in known,  # the lock may be that of a machine that has died
+            system_tracking_interval=10 if config.system_metrics and context.live else None,
+            capture_terminal_logs=False,
+        )
+        self.run = run
+        memory.write_text(json.dumps({**known, self.repo: run.hash}) + "\n", encoding="utf-8")
+        run.name = f"{context.name} {context.id}"
+        seed = context.experiment.get("train", {}).get("seed")
+        for tag in {*context.tags, *([] if seed is None else [f"seed-{seed}"])} - set(run.tags):
+            run.add_tag(tag)
+        run["run"] = {"name": context.name, "id": context.id, "group": context.group, "status": "running"}
+        for table, values in context.experiment.items():
+            run["experiment", table] = values
+        context.report(f"run {run.hash} in {self.repo}; look at it with: aim up --repo {self.repo}")
+
+    def log(self, record: Mapping[str, float | str]) -> None:
+        step = int(record["step"])
+        for name, value in record.items():
+            if name in ("step", "time", "evaluator"):
+                continue
+            if isinstance(value, str) and value not in _NOT_FINITE:
+                self.run.track(Text(value), name=name, step=step)
+            else:
+                self.run.track(float(value), name=name, step=step)
+
+    def finish(self, status: Literal["finished", "failed", "preempted"]) -> None:
+        self.run["run", "status"] = status
+        table = _evaluations(self.context)
+        if table:
+            self.run.track(Text(table), name="evaluations", step=0)
+        if status == "finished" and not Repo.is_remote_path(self.repo):
+            self.run.report_successful_finish(block=False)
+        repo, name = self.run.repo, self.run.hash
+        self.run.close()
+        if not Repo.is_remote_path(self.repo):
+            # Readers see what is in the index; without a web server nobody else would put it there.
+            with contextlib.suppress(Exception):
+                from aim.sdk.index_manager import RepoIndexManager
+
+                RepoIndexManager.get_index_manager(repo).index(name)
+
+
+def _evaluations(context: LoggerContext) -> str:
+    """A table of everything that evaluators found since the run began, columns separated by tabs."""
+    lines = []
+    with (context.directory / "metrics.jsonl").open(encoding="utf-8") as ledger:
+        for line in ledger:
+            if line.endswith("\n") and '"evaluator"' in line:
+                record = json.loads(line)
+                for name, value in record.items():
+                    if name not in ("step", "time", "evaluator") and not isinstance(value, str):
+                        lines.append(f"{record['step']}\t{record.get('evaluator', '')}\t{name}\t{value}")
+    return "\n".join(["step\tevaluator\tmetric\tvalue", *lines]) if lines else ""

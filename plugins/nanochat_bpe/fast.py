@@ -1,0 +1,62 @@
+"""The same tokens by gigatoken, several times as fast as by tiktoken.
+
+gigatoken knows GPT-4's split pattern but not groups of two digits. In that pattern a digit never shares a word with
+what is not a digit, so text that is cut after every second digit of a number gives just these groups. The two libraries
+have different Unicode tables: text with a character that is assigned in no table we know goes to tiktoken.
+"""
+
+from __future__ import annotations
+
+import base64
+import tempfile
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import regex  # tiktoken brings it
+
+from nanochat_bpe.config import PATTERN
+from nanochat_core import ConfigError, Tokens
+
+GPT4_PATTERN = PATTERN.replace("{1,2}", "{1,3}")
+_SPECIAL_CARE = regex.compile(r"\p{N}{3}|\p{Cn}|\p{Cs}")
+_UNKNOWN = regex.compile(r"\p{Cn}|\p{Cs}")
+_CUT = regex.compile(r"\p{N}{2}(?=\p{N})")
+
+
+def make_encoder(pattern: str, tokens: Sequence[bytes], slow: Callable[[str], Tokens]) -> Callable[[str], Tokens]:
+    """A function from text to int32 tokens that gives what ``slow`` gives.
+
+    Raises:
+        ConfigError: when gigatoken isn't installed, or doesn't know the pattern.
+    """
+    if pattern not in (PATTERN, GPT4_PATTERN):
+        raise ConfigError(
+            'tokenizer.encoder: gigatoken doesn\'t know this tokenizer.pattern; set encoder to "tiktoken"'
+        )
+    try:
+        import gigatoken
+    except ImportError as error:
+        raise ConfigError(
+            f"tokenizer.encoder: gigatoken can't be imported ({error}): pip install gigatoken, or set it to "
+            f'"tiktoken", which gives the same tokens'
+        ) from error
+    with tempfile.TemporaryDirectory() as directory:  # it reads nothing but files
+        file = Path(directory) / "merges.tiktoken"
+        lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)]
+        file.write_text("".join(lines), encoding="ascii", newline="\n")
+        fast = gigatoken.Tokenizer.from_tiktoken(str(file), pretokenizer="gpt4")
+    cut_numbers = pattern == PATTERN
+
+    def encode(text: str) -> Tokens:
+        if _SPECIAL_CARE.search(text) is not None:
+            if _UNKNOWN.search(text) is not None:
+                return slow(text)
+            if cut_numbers:
+                cuts = [0, *(match.end() for match in _CUT.finditer(text)), len(text)]
+                return np.concatenate([fast.encode(text[start:stop]) for start, stop in pairwise(cuts)]).view(np.int32)
+        ids: Tokens = fast.encode(text).view(np.int32)
+        return ids
+
+    return encode

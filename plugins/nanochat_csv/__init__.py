@@ -1,0 +1,1 @@
+"""Logger ``csv``: a table that spreadsheets and pandas read."""

@@ -1,0 +1,14 @@
+"""Options of the logger ``csv``."""
+
+from pathlib import Path
+
+import attrs
+
+from nanochat_core import option
+
+
+@attrs.frozen
+class CSVConfig:
+    directory: Path | None = option(
+        None, "write to <directory>/<run name>/<run id>; absent: to csv/ in the run's directory"
+    )

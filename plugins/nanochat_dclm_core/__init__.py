@@ -1,0 +1,1 @@
+"""Evaluator ``core``: DCLM's CORE metric, 22 tasks of in-context learning."""

@@ -1,0 +1,260 @@
+"""The evaluator: tasks of a bundle, scored one task after the other."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import attrs
+
+from nanochat_core import (
+    ConfigError,
+    Evaluation,
+    Evaluator,
+    EvaluatorContext,
+    Model,
+    Span,
+    cache_dir,
+    is_close_call,
+    pick_choice,
+    score_spans,
+)
+from nanochat_dclm_core.bundle import CORE_TASKS, Bundle, Task, open_bundle
+from nanochat_dclm_core.config import CoreConfig
+from nanochat_dclm_core.partial import PartialResults, weights_digest
+from nanochat_dclm_core.prompts import chosen_examples, prompts, shots, spans
+
+SCORING = 1  # another number: partial results of earlier versions are not taken over
+UNLIMITED = 10  # training lengths: rotary positions carry about so far
+MAX_KEPT_TOKENS = 2**25  # tokens kept from one evaluation to the next, 128 MiB
+CLOSE_MARGIN = 1e-4
+
+
+@attrs.frozen
+class Question:
+    """One example, ready to be scored.
+
+    Args:
+        key: hash of its texts.
+        gold: index of the right choice; 0 for language modeling.
+        cropped: the end of a longer prompt.
+    """
+
+    key: str
+    spans: list[Span]
+    gold: int
+    cropped: bool
+
+
+class Core(Evaluator):
+    """Metrics ``core/<task>`` (centered), and ``core_metric``, their mean, when all 22 tasks of CORE were evaluated in
+    full length; any other mean is ``core/partial_mean``."""
+
+    def __init__(self, config: CoreConfig, context: EvaluatorContext) -> None:
+        self.config, self.context = config, context
+        self.max_len = context.max_seq_len * (UNLIMITED if config.max_len == "unlimited" else 1)
+        self._bundle: Bundle | None = None
+        self._questions: dict[str, list[Question]] = {}
+        self._digests: dict[str, str] = {}
+
+    def evaluate(self, model: Model, step: int) -> Evaluation:
+        """See the class.
+
+        Raises:
+            DataError: when the bundle can't be read or downloaded.
+            ConfigError: when ``tasks`` names one that isn't there.
+        """
+        world = self.context.world
+        if self._bundle is None:
+            world.on_main(lambda: open_bundle(self.config.bundle, cache_dir()))  # one rank downloads
+            self._bundle = open_bundle(self.config.bundle, cache_dir())
+        tasks = self._chosen(self._bundle)
+        partial = PartialResults(self.context.directory, self._facts(model, step)) if world.is_main else None
+        finished: dict[str, list[dict[str, Any]]] = world.on_main(lambda: partial.read() if partial else {})
+        examples: list[dict[str, Any]] = []
+        close: dict[str, int] = {}
+        unfinished = []
+        for number, task in enumerate(tasks, start=1):
+            rows = finished.get(task.label)
+            if rows is None:
+                rows = self._score(model, task, f"{task.label} ({number}/{len(tasks)})")
+                if rows is None:
+                    unfinished.append(task.label)
+                    continue
+                if partial is not None:
+                    partial.write(task.label, rows)
+            close[task.label] = sum(row["close"] for row in rows)
+            examples += rows
+        if partial is not None and not unfinished:
+            partial.remove()
+        return self._report(tasks, examples, close, unfinished)
+
+    def _chosen(self, bundle: Bundle) -> list[Task]:
+
+        known = {task.label: task for task in bundle.tasks}
+        unknown = [label for label in self.config.tasks if label not in known]
+        if unknown:
+            raise ConfigError(
+                f"evaluators.core.tasks: {', '.join(unknown)} not in the bundle; it has {', '.join(known)}"
+            )
+        return [task for task in bundle.tasks if not self.config.tasks or task.label in self.config.tasks]
+
+    def _facts(self, model: Model, step: int) -> dict[str, Any]:
+        """What partial results depend on."""
+        assert self._bundle is not None
+        return {
+            "scoring": SCORING,
+            "step": step,
+            "bundle": self._bundle.digest,
+            "max_per_task": self.config.max_per_task,
+            "max_len": self.max_len,
+            "tokenizer": self.context.tokenizer.fingerprint,
+            "weights": weights_digest(model),
+        }
+
+    # -- one task
+
+    def _score(self, model: Model, task: Task, title: str) -> list[dict[str, Any]] | None:
+        """Rows of a task's examples, None when time ran out."""
+        if task.label not in self._questions and self.context.world.sum([self.context.time_left() <= 0])[0]:
+            return None  # nobody prepares what nobody will score
+        questions = self._prepare(task)
+        is_text = task.type == "language_modeling"
+        scores = score_spans(
+            model,
+            [question.spans for question in questions],
+            self.context,
+            greedy=is_text,
+            batch_tokens=None if self.config.batch_tokens == "auto" else self.config.batch_tokens,
+            partial=True,
+            title=title,
+        )
+        if any(math.isnan(score.nats) for choices in scores for score in choices):
+            return None
+        rows = []
+        for question, choices in zip(questions, scores, strict=True):
+            losses = [score.mean for score in choices]
+            if is_text:
+                chosen, right, close = -1, choices[0].greedy, abs(choices[0].margin) < CLOSE_MARGIN
+            else:
+                chosen = pick_choice(losses)
+                right, close = chosen == question.gold, is_close_call(losses)
+            value = float(right)
+            rows.append(
+                {
+                    "task": task.label,
+                    "example": question.key,
+                    "value": value,
+                    "centered": centered(value, task.baseline),
+                    "scores": losses,
+                    "chosen": chosen,
+                    "gold": question.gold,
+                    "close": close,
+                    "cropped": question.cropped,
+                }
+            )
+        return rows
+
+    def _prepare(self, task: Task) -> list[Question]:
+        """The task's questions as tokens; kept for the next evaluation while they are few."""
+        known = self._questions.get(task.label)
+        if known is not None:
+            return known
+        assert self._bundle is not None
+        everything, digest = self._bundle.examples(task)
+        self._digests[task.label] = digest
+        examples = chosen_examples(everything, self.config.max_per_task)
+        questions = []
+        for index, example in enumerate(examples):
+            texts = prompts(task, example, shots(examples, index, task.shots))
+            found = spans(task.type, texts, self.context.tokenizer, self.max_len)
+            cropped = any(len(span.ids) == self.max_len for span in found)
+            key = hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+            questions.append(Question(key, found, example.get("gold", 0), cropped))
+        kept = sum(len(s.ids) for qs in (*self._questions.values(), questions) for q in qs for s in q.spans)
+        if kept <= MAX_KEPT_TOKENS:
+            self._questions[task.label] = questions
+        return questions
+
+    # -- all tasks
+
+    def _report(
+        self, tasks: Sequence[Task], rows: list[dict[str, Any]], close: Mapping[str, int], unfinished: list[str]
+    ) -> Evaluation:
+        assert self._bundle is not None
+        accuracies: dict[str, float] = {}
+        for task in tasks:
+            values = [row["value"] for row in rows if row["task"] == task.label]
+            if values:
+                accuracies[task.label] = sum(values) / len(values)
+        scores = {t.label: centered(accuracies[t.label], t.baseline) for t in tasks if t.label in accuracies}
+        missing = [label for label in self._bundle.missing() if label not in unfinished]
+        left_out = [t.label for t in self._bundle.tasks if t not in tasks]
+        metrics = {f"core/{label}": score for label, score in scores.items()}
+        mean_name, mean = aggregate(scores)
+        if scores:
+            metrics[mean_name] = mean
+        facts = {
+            "baselines": self._bundle.baselines_version,
+            "bundle": self._bundle.source,
+            "bundle_digest": self._bundle.digest,
+            "max_per_task": self.config.max_per_task,
+            "max_len": self.max_len,
+            "accuracy": accuracies,
+            "examples": {label: sum(row["task"] == label for row in rows) for label in scores},
+            "close": dict(close),
+            "cropped": {label: sum(row["cropped"] for row in rows if row["task"] == label) for label in scores},
+            "missing_tasks": missing,
+            "left_out_tasks": left_out,
+            "unfinished_tasks": unfinished,
+            "task_digests": dict(self._digests),
+        }
+        files = {"core.csv": table(accuracies, scores)} if scores else {}
+        return Evaluation(metrics=metrics, examples=rows, files=files, facts=facts, notes=self._notes(facts))
+
+    def _notes(self, facts: Mapping[str, Any]) -> tuple[str, ...]:
+        notes = []
+        if facts["missing_tasks"]:
+            missing = facts["missing_tasks"]
+            notes.append(f"{len(missing)} of CORE's 22 tasks are not in the bundle: {', '.join(missing)}")
+        if facts["left_out_tasks"]:
+            notes.append(f"left out by evaluators.core.tasks: {', '.join(facts['left_out_tasks'])}")
+        if facts["unfinished_tasks"]:
+            notes.append(f"time_budget ended before: {', '.join(facts['unfinished_tasks'])}")
+        if facts["missing_tasks"] or facts["left_out_tasks"] or facts["unfinished_tasks"]:
+            notes.append("core/partial_mean is a mean over some of the tasks, not CORE, and compares with nothing else")
+        close, cropped = sum(facts["close"].values()), sum(facts["cropped"].values())
+        if close:
+            notes.append(f"{close} examples were decided by less than {CLOSE_MARGIN:g}: another machine may differ")
+        if cropped:
+            notes.append(f"{cropped} prompts were longer than {self.max_len} tokens; their end was used")
+        notes.append(f"random baselines: {facts['baselines']}")
+        return tuple(notes)
+
+
+def centered(accuracy: float, baseline: float) -> float:
+    """0 for guessing, 1 for always right. ``baseline`` in percent."""
+    return (accuracy - 0.01 * baseline) / (1.0 - 0.01 * baseline)
+
+
+def aggregate(scores: Mapping[str, float]) -> tuple[str, float]:
+    """The metric that the mean of centered accuracies is, and its value."""
+
+    name = "core_metric" if set(scores) == set(CORE_TASKS) else "core/partial_mean"
+    return name, sum(scores.values()) / len(scores) if scores else math.nan
+
+
+def table(accuracies: Mapping[str, float], scores: Mapping[str, float]) -> str:
+    """Rows ``Task, Accuracy, Centered`` as CSV, the mean last."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["Task", "Accuracy", "Centered"])
+    for label, accuracy in accuracies.items():
+        writer.writerow([label, f"{accuracy:.6f}", f"{scores[label]:.6f}"])
+    name, mean = aggregate(scores)
+    writer.writerow(["CORE" if name == "core_metric" else "partial mean", "", f"{mean:.6f}"])
+    return text.getvalue()

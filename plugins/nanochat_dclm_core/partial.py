@@ -1,0 +1,66 @@
+"""Results of finished tasks, kept on disk until all are done, so that an interruption costs one task."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanochat_core import Model
+
+FILE = "core_partial.jsonl"
+SAMPLES = 256  # elements of each parameter that are looked at
+
+
+class PartialResults:
+    """A file with a line of facts that the results depend on, and a line for each finished task. Rank 0 only.
+
+    Args:
+        directory: where the file is; None keeps nothing.
+    """
+
+    def __init__(self, directory: Path | None, facts: dict[str, Any]) -> None:
+        self._file = directory / FILE if directory is not None else None
+        self._facts = json.dumps(facts, sort_keys=True)
+
+    def read(self) -> dict[str, list[dict[str, Any]]]:
+        """Rows by task. A file with other facts is of no use and is removed."""
+        if self._file is None or not self._file.is_file():
+            return {}
+        lines = self._file.read_text(encoding="utf-8").split("\n")
+        if lines[0] != self._facts:
+            self._file.unlink()
+            return {}
+        found = {}
+        for line in lines[1:-1]:  # what follows the last end of line is empty, or was cut off
+            task = json.loads(line)
+            found[task["task"]] = task["rows"]
+        if lines[-1]:
+            self._file.write_text("\n".join(lines[:-1]) + "\n", encoding="utf-8")
+        return found
+
+    def write(self, task: str, rows: list[dict[str, Any]]) -> None:
+        if self._file is None:
+            return
+        if not self._file.exists():
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            self._file.write_text(self._facts + "\n", encoding="utf-8")
+        with self._file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"task": task, "rows": rows}) + "\n")
+
+    def remove(self) -> None:
+        if self._file is not None:
+            self._file.unlink(missing_ok=True)
+
+
+def weights_digest(model: Model) -> str:
+    """Hash of some elements of every parameter: a step of training changes all of them."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        some = flat[:: max(1, len(flat) // SAMPLES)].to(torch.float32).cpu().numpy()
+        digest.update(name.encode() + some.tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""A tokenizer.json, read by the library tokenizers."""

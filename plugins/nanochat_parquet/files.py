@@ -1,0 +1,256 @@
+"""Files on disk, in object stores and behind URLs: finding them and reading parts of them."""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import hashlib
+import http.client
+import io
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+import attrs
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from nanochat_core import DataError
+
+SAMPLE = 2**16
+ATTEMPTS = 5
+TIMEOUT = 30.0  # seconds without a byte
+
+
+class File(Protocol):
+    """Bytes somewhere."""
+
+    @property
+    def name(self) -> str:
+        """What people call it: its path or URL."""
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+
+    def open(self) -> Any:
+        """Something with read, seek, tell and close that pyarrow reads from."""
+
+
+@attrs.frozen
+class StoredFile:
+    """A file in a file system of pyarrow: the local one, S3, GCS, or one of fsspec's."""
+
+    name: str
+    size: int
+    path: str
+    filesystem: pafs.FileSystem = attrs.field(eq=False, repr=False)
+
+    def open(self) -> pa.NativeFile:
+        return self.filesystem.open_input_file(self.path)
+
+
+@attrs.frozen
+class HttpFile:
+    """A file behind an http or https URL, whose server answers range requests."""
+
+    name: str
+    size: int
+
+    def open(self) -> HttpReader:
+        return HttpReader(self.name, self.size)
+
+
+class HttpReader(io.RawIOBase):
+    """Reads parts of a URL; what fails for a while is tried again.
+
+    Raises:
+        DataError: while reading, when the server doesn't deliver.
+    """
+
+    def __init__(self, url: str, size: int) -> None:
+        super().__init__()
+        self._url, self._size, self._position = url, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._position = offset + (0, self._position, self._size)[whence]
+        return self._position
+
+    def read(self, size: int | None = -1) -> bytes:
+        end = self._size if size is None or size < 0 else min(self._position + size, self._size)
+        if end <= self._position:
+            return b""
+        data = request(self._url, (self._position, end))
+        self._position = end
+        return data
+
+
+def _with_retries(url: str, work: Callable[[], Any]) -> Any:
+    for attempt in range(ATTEMPTS):
+        try:
+            return work()
+        except urllib.error.HTTPError as error:
+            if error.code < 500 and error.code not in (408, 429):
+                raise DataError(f"data.path: {url} answers {error.code} {error.reason}; check the URL") from error
+            reason: Exception = error
+        except (OSError, http.client.HTTPException) as error:
+            reason = error
+        if attempt < ATTEMPTS - 1:
+            time.sleep(0.5 * 2**attempt)
+    raise DataError(f"data.path: {url} can't be read, after {ATTEMPTS} attempts: {reason!r}") from reason
+
+
+def request(url: str, part: tuple[int, int]) -> bytes:
+    """Bytes [start, end) of a URL."""
+    start, end = part
+
+    def get() -> bytes:
+        asked = urllib.request.Request(url, headers={"Range": f"bytes={start}-{end - 1}"})
+        with urllib.request.urlopen(asked, timeout=TIMEOUT) as response:
+            if response.status != 206:
+                raise DataError(f"data.path: the server of {url} ignores range requests; download the file instead")
+            data: bytes = response.read()
+        if len(data) != end - start:
+            raise OSError(f"{len(data)} bytes instead of {end - start}")
+        return data
+
+    result: bytes = _with_retries(url, get)
+    return result
+
+
+def _http_file(url: str) -> HttpFile:
+    def size() -> int:
+        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=TIMEOUT) as response:
+            length = response.headers.get("Content-Length")
+        if length is None:
+            raise DataError(f"data.path: the server of {url} doesn't say how long it is; download the file instead")
+        return int(length)
+
+    return HttpFile(url, _with_retries(url, size))
+
+
+def find(places: str | Iterable[str], key: str) -> list[File]:
+    """The parquet files at ``places``, each place's in the order of their names.
+
+    Args:
+        places: directories, files, patterns or URLs.
+        key: the option that named them, for messages.
+
+    Raises:
+        DataError: when a place is missing or holds none.
+    """
+    found: list[File] = []
+    for place in [places] if isinstance(places, str) else places:
+        scheme = urlsplit(place).scheme if "://" in place else ""
+        if scheme in ("http", "https"):
+            found.append(_http_file(place))
+        elif scheme and scheme != "file":
+            found += _find_remote(place, key)
+        else:
+            found += _find_local(place.removeprefix("file://"), key)
+    return found
+
+
+def _find_local(place: str, key: str) -> list[File]:
+    path = Path(place).expanduser().absolute()
+    if path.is_dir():
+        paths = sorted(path.glob("*.parquet"))
+    elif path.is_file():
+        paths = [path]
+    elif glob.has_magic(place):
+        paths = sorted(p for p in Path(path.anchor).glob(str(path.relative_to(path.anchor))) if p.is_file())
+    else:
+        raise DataError(f"{key}: {path} is no directory and no file; point {key} at your *.parquet shards")
+    if not paths:
+        what = "matches no files" if glob.has_magic(place) else "holds 0 *.parquet files"
+        raise DataError(f"{key}: {path} {what}; point {key} at your *.parquet shards")
+    local = pafs.LocalFileSystem()
+    return [StoredFile(str(p), p.stat().st_size, str(p), local) for p in paths]
+
+
+def _find_remote(place: str, key: str) -> list[File]:
+    """Files of an object store. A pattern's fixed directory is listed, and the names are matched."""
+    magic = glob.has_magic(place)
+    base = place[: min(place.find(c) for c in "*?[" if c in place)].rpartition("/")[0] if magic else place
+    try:
+        filesystem, path = _filesystem(base)
+        info = filesystem.get_file_info(path)
+        if info.type == pafs.FileType.File:
+            infos = [info]
+        else:
+            infos = filesystem.get_file_info(pafs.FileSelector(path, recursive=magic, allow_not_found=True))
+    except (pa.ArrowException, OSError, ValueError, ImportError) as error:
+        raise DataError(
+            f"{key}: {place} can't be listed ({error}); check the address, your credentials, and that the library for "
+            f"{urlsplit(place).scheme}:// is installed"
+        ) from error
+    pattern = path + place[len(base) :] if magic else "*.parquet" if len(infos) != 1 or infos[0].path != path else "*"
+    infos = [i for i in infos if i.type == pafs.FileType.File and fnmatch.fnmatchcase(i.path, pattern)]
+    if not infos:
+        raise DataError(f"{key}: {place} holds no parquet files; point {key} at your *.parquet shards")
+    prefix = place.partition("://")[0] + "://"
+    return [StoredFile(prefix + i.path, i.size, i.path, filesystem) for i in sorted(infos, key=lambda i: i.path)]
+
+
+def _filesystem(url: str) -> tuple[pafs.FileSystem, str]:
+    if urlsplit(url).scheme in ("s3", "gs", "gcs"):
+        return pafs.FileSystem.from_uri(url)
+    import fsspec
+
+    filesystem, path = fsspec.core.url_to_fs(url)
+    return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), path
+
+
+def hash_file(file: File) -> bytes:
+    """sha256 of all bytes."""
+    with file.open() as stream:
+        digest = hashlib.sha256()
+        while block := stream.read(2**22):
+            digest.update(block)
+    return digest.digest()
+
+
+def hash_samples(file: File) -> bytes:
+    """sha256 of the footer and of 64 KiB at the start, in the middle and at the end."""
+    digest = hashlib.sha256()
+    tail = read_tail(file)
+    with file.open() as stream:
+        for start in (0, file.size // 2, max(0, file.size - SAMPLE)):
+            stream.seek(start)
+            digest.update(stream.read(SAMPLE))
+    digest.update(tail)
+    return digest.digest()
+
+
+def read_tail(file: File) -> bytes:
+    """The end of a parquet file: its footer and the eight bytes after it."""
+    with file.open() as stream:
+
+        def part(start: int) -> bytes:
+            stream.seek(start)
+            data: bytes = stream.read(file.size - start)
+            return data
+
+        return footer_bytes(part, file.size)
+
+
+def footer_bytes(part: Callable[[int], bytes], size: int) -> bytes:
+    """Footer of a parquet file and the eight bytes after it, given how to read from some position to the end."""
+    tail = part(max(0, size - SAMPLE))
+    length = int.from_bytes(tail[-8:-4], "little") + 8
+    if length > len(tail) and length <= size:
+        tail = part(size - length)
+    return tail[-length:]

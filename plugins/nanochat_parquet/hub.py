@@ -1,0 +1,397 @@
+"""Files of a data set on the Hugging Face hub: what there is, fetching it, checking it.
+
+Everything goes through ``huggingface_hub``: its cache, credentials, mirrors (``HF_ENDPOINT``) and offline mode.
+"""
+
+from __future__ import annotations
+
+import errno
+import fnmatch
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import attrs
+import pyarrow as pa
+from filelock import FileLock
+from huggingface_hub import HfApi, hf_hub_download, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import constants as hub_constants
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+from tqdm import tqdm
+
+from nanochat_core import DataError
+from nanochat_parquet.documents import Footer, parse_footer
+from nanochat_parquet.files import footer_bytes
+
+Result = TypeVar("Result")
+
+ATTEMPTS = 6
+ABANDONED = 3600.0  # seconds without a byte after which a part of a file belongs to nobody
+EDQUOT = getattr(errno, "EDQUOT", errno.ENOSPC)  # not every system has it
+PATHS_A_REQUEST = 500
+LATER = "run it again when the network is back: what has arrived is kept"
+
+
+@attrs.frozen
+class HubFile:
+    """A file of the data set.
+
+    Args:
+        etag: names its content: the sha256, for files as large as shards.
+        size: in bytes.
+    """
+
+    name: str
+    etag: str
+    size: int
+
+
+class Hub:
+    """One data set at one revision.
+
+    Args:
+        directory: where footers, locks and the last seen commit are kept.
+        endpoint, hub_cache: the hub's address and the cache of downloads; None is what the environment says.
+        backoff: seconds before the second attempt; doubles with every other.
+    """
+
+    def __init__(
+        self,
+        repo: str,
+        revision: str,
+        directory: Path,
+        *,
+        endpoint: str | None = None,
+        hub_cache: Path | None = None,
+        backoff: float = 1.0,
+    ) -> None:
+        self.repo, self.revision = repo, revision
+        self._directory = directory
+        self._endpoint, self._hub_cache, self._backoff = endpoint, hub_cache, backoff
+        self._api = HfApi(endpoint=endpoint)
+
+    # -- what there is
+
+    @cached_property
+    def _state(self) -> Path:
+        return self._directory / f"{self.repo.replace('/', '--')}@{self.revision.replace('/', '--')}.json"
+
+    @cached_property
+    def _listing(self) -> tuple[str | None, list[str], DataError | None]:
+        """Commit, names of all files, and why the hub did not answer. Without the hub: what it said the last time."""
+        try:
+            info = self._retry(
+                f"data set {self.repo}",
+                lambda: self._api.dataset_info(self.repo, revision=self.revision, timeout=30),
+                attempts=3,
+            )
+        except DataError as error:
+            try:
+                known = json.loads(self._state.read_text())
+                return known["commit"], known["names"], error
+            except (OSError, ValueError, KeyError):
+                return None, [], error
+        names = sorted(sibling.rfilename for sibling in info.siblings or [])
+        write_atomically(self._state, json.dumps({"commit": info.sha, "names": names}).encode())
+        return info.sha, names, None
+
+    @property
+    def offline(self) -> DataError | None:
+        """Why only what is on this machine can be used, or None."""
+        return self._listing[2]
+
+    def names(self, pattern: str) -> list[str]:
+        """Names of the data set's files, sorted."""
+        found = [name for name in self._listing[1] if fnmatch.fnmatchcase(name, pattern)]
+        if not found:
+            if self.offline is not None:
+                raise self.offline
+            raise DataError(f"data.files: {self.repo} at {self.revision} has no files {pattern!r} on the hub")
+        return found
+
+    def files(self, names: Sequence[str]) -> list[HubFile]:
+        """Size and etag of files.
+
+        Raises:
+            DataError: when some don't exist; offline, when some are not on this machine.
+        """
+        if self.offline is not None:
+            return self._local_files(names)
+        found: dict[str, HubFile] = {}
+        for start in range(0, len(names), PATHS_A_REQUEST):
+            part = list(names[start : start + PATHS_A_REQUEST])
+            infos = self._retry(f"data set {self.repo}", partial(self._paths_info, part))
+            for info in infos:
+                lfs = getattr(info, "lfs", None)
+                found[info.path] = HubFile(info.path, lfs.sha256 if lfs else info.blob_id, info.size)
+        missing = [name for name in names if name not in found]
+        if missing:
+            raise DataError(
+                f"data: {self.repo} at {self.revision} has no {_some(missing)} on the hub; "
+                f"lower data.shards, or set data.revision"
+            )
+        return [found[name] for name in names]
+
+    def _paths_info(self, names: list[str]) -> list[Any]:
+        return list(self._api.get_paths_info(self.repo, names, revision=self._listing[0], repo_type="dataset"))
+
+    def _local_files(self, names: Sequence[str]) -> list[HubFile]:
+        paths = {name: self._cached(name) for name in names}
+        missing = [name for name, path in paths.items() if path is None]
+        if missing:
+            raise DataError(
+                f"data: {_some(missing)} of {self.repo} ({len(missing)} of {len(names)} files) are not on this "
+                f"machine, and the hub can't be asked ({self.offline}); lower data.shards to what is here, or run "
+                f"`nanochat data download` with a network (and HF_HUB_OFFLINE unset)"
+            )
+        return [HubFile(name, _etag(path), path.stat().st_size) for name, path in paths.items() if path is not None]
+
+    def _cached(self, name: str) -> Path | None:
+        # A cache that another program filled has its own record of the commit behind a branch.
+        for revision in (self._listing[0], self.revision):
+            if revision is not None:
+                found = try_to_load_from_cache(
+                    self.repo, name, repo_type="dataset", revision=revision, cache_dir=self._hub_cache
+                )
+                if isinstance(found, str):
+                    return Path(found)
+        return None
+
+    def local(self, file: HubFile) -> Path | None:
+        """Where a file is on this machine, or None when it isn't, or isn't whole."""
+        path = self._cached(file.name)
+        if path is None or path.stat().st_size != file.size:
+            return None
+        return path if not path.is_symlink() or _etag(path) == file.etag else None
+
+    # -- footers
+
+    def footer(self, file: HubFile, column: str) -> Footer:
+        """What the footer of a file says, fetched from the hub (some KB) when neither it nor the file is here.
+
+        Raises:
+            DataError: when the column is missing, or the hub doesn't answer.
+        """
+        known = self._directory / "footers" / file.etag
+        name = f"{file.name} of {self.repo}"
+        try:
+            return parse_footer(name, known.read_bytes(), column)
+        except (OSError, pa.ArrowException):  # not there, or damaged
+            pass
+        path = self.local(file)
+        if path is not None:
+            with path.open("rb") as stream:
+                tail = footer_bytes(lambda start: _read_from(stream, start), file.size)
+        else:
+            tail = footer_bytes(lambda start: self._range(file, start), file.size)
+        try:
+            footer = parse_footer(name, tail, column)
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"data: {name} is not a parquet file ({error})") from error
+        write_atomically(known, tail)
+        return footer
+
+    def _range(self, file: HubFile, start: int) -> bytes:
+        """Bytes from ``start`` to the end, from the hub."""
+        url = hf_hub_url(self.repo, file.name, repo_type="dataset", revision=self._listing[0], endpoint=self._endpoint)
+
+        def get() -> bytes:
+            headers = {**build_hf_headers(), "Range": f"bytes={start}-{file.size - 1}", "Accept-Encoding": "identity"}
+            response = get_session().get(url, headers=headers, timeout=hub_constants.HF_HUB_DOWNLOAD_TIMEOUT)
+            hf_raise_for_status(response)
+            data: bytes = response.content
+            data = data[start:] if response.status_code == 200 else data
+            if len(data) != file.size - start:
+                raise OSError(f"{len(data)} bytes instead of {file.size - start}")
+            return data
+
+        return self._retry(f"the footer of {file.name}", get)
+
+    # -- whole files
+
+    def need(self, files: Sequence[HubFile]) -> None:
+        """Check that there is room for files, after removing what killed downloads of this data set have left.
+
+        Raises:
+            DataError: with what is free and what is needed.
+        """
+        cache = Path(self._hub_cache or hub_constants.HF_HUB_CACHE)
+        for left in (cache / f"datasets--{self.repo.replace('/', '--')}" / "blobs").glob("*.*.incomplete"):
+            with suppress(OSError):
+                if time.time() - left.stat().st_mtime > ABANDONED:
+                    left.unlink()
+        existing = next(path for path in (cache, *cache.absolute().parents) if path.exists())
+        free, needed = shutil.disk_usage(existing).free, sum(file.size for file in files)
+        if needed > free:
+            raise DataError(
+                f"data: {len(files)} files of {self.repo} need {needed / 1e9:.1f} GB, {cache} has {free / 1e9:.1f} GB "
+                f"free; lower data.shards, make room, or set HF_HOME to another disk"
+            )
+
+    def fetch(self, file: HubFile, column: str, progress: Callable[[int], None] = lambda _: None) -> Path:
+        """Bring a file here and check it, unless it is here. Other processes that want it wait until it is.
+
+        Args:
+            progress: called with numbers of bytes as they arrive; negative when some have to be fetched again.
+
+        Raises:
+            DataError: when it can't be had.
+        """
+        lock = self._directory / "locks" / f"{file.etag}.lock"
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(lock):
+            path = self.local(file)
+            if path is not None:
+                progress(file.size)
+                return path
+            received = 0
+            again = self._cached(file.name) is not None  # whole by name, but not what the hub has
+
+            class Bar(tqdm):  # type: ignore[misc]
+                """How huggingface_hub says what has arrived."""
+
+                def __init__(self, *_: Any, **__: Any) -> None:
+                    super().__init__(disable=True)
+
+                def update(self, n: float | None = 1) -> None:
+                    nonlocal received
+                    received += int(n or 0)
+                    progress(int(n or 0))
+
+            def get() -> Path:
+                nonlocal received, again
+                progress(-received)
+                received = 0
+                got = hf_hub_download(
+                    self.repo,
+                    file.name,
+                    repo_type="dataset",
+                    revision=self._listing[0],
+                    endpoint=self._endpoint,
+                    cache_dir=self._hub_cache,
+                    force_download=again,
+                    tqdm_class=Bar,
+                )
+                again = True
+                self._check(Path(got), file, column)
+                return Path(got)
+
+            path = self._retry(f"{file.name} of {self.repo}", get)
+            progress(file.size - received)  # what was here already
+            return path
+
+    def _check(self, path: Path, file: HubFile, column: str) -> None:
+        """Refuse a file that isn't what the hub says it has.
+
+        Raises:
+            OSError: so that it is fetched again.
+            DataError: when it is, but isn't usable.
+        """
+        size = path.stat().st_size
+        if size != file.size:
+            raise OSError(f"it has {size} bytes instead of {file.size}")
+        if len(file.etag) == 64:
+            digest = _sha256(path)
+            if digest != file.etag:
+                raise OSError(f"its sha256 is {digest} instead of {file.etag}")
+        self.footer(file, column)
+
+    # -- patience
+
+    def _retry(self, what: str, work: Callable[[], Result], attempts: int = ATTEMPTS) -> Result:
+        for attempt in range(attempts):
+            try:
+                return work()
+            except DataError:
+                raise
+            except Exception as error:
+                hopeless = _hopeless(error)
+                if hopeless is not None:
+                    raise DataError(f"data: {what} can't be had from the hub: {hopeless}") from error
+                reason = error
+            if attempt < attempts - 1:
+                time.sleep(self._backoff * 2**attempt)
+        text = f"{type(reason).__name__}: {str(reason).strip() or 'no details'}"
+        raise DataError(
+            f"data: {what} can't be had from the hub, after {attempts} attempts ({text}); {LATER}"
+        ) from reason
+
+
+def _hopeless(error: Exception) -> str | None:
+    """What to do about an error that waiting won't mend; None for those that pass."""
+    if isinstance(error, OfflineModeIsEnabled) or isinstance(error.__cause__, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set; unset it"
+    if isinstance(error, GatedRepoError):
+        return "its owner grants access one by one: ask for it on the hub's page, then set HF_TOKEN"
+    if isinstance(error, RepositoryNotFoundError):
+        return "there is no such data set, or it is private: check data.repo, or set HF_TOKEN"
+    if isinstance(error, RevisionNotFoundError):
+        return "there is no such revision: check data.revision"
+    if isinstance(error, LocalEntryNotFoundError):  # huggingface_hub's word for "the hub can't be reached"
+        return None
+    if isinstance(error, EntryNotFoundError):
+        return "there is no such file in the data set: lower data.shards"
+    if isinstance(error, HFValidationError):
+        return f"{error}; write data.repo as owner/name"
+    if isinstance(error, HfHubHTTPError) and error.response is not None:
+        code = error.response.status_code
+        return None if code in (408, 429) or code >= 500 else f"the hub answers {code}; check data.repo and HF_TOKEN"
+    if isinstance(error, OSError) and error.errno in (
+        errno.ENOSPC,
+        errno.EACCES,
+        errno.EROFS,
+        getattr(errno, "EDQUOT", -1),
+    ):
+        return f"{error}; make room, or set HF_HOME to another directory"
+    return None
+
+
+def _etag(path: Path) -> str:
+    """Of a file in the hub's cache: the name of the blob it links to; where links are not supported, its sha256."""
+    return path.readlink().name if path.is_symlink() else _sha256(path)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _read_from(stream: Any, start: int) -> bytes:
+    stream.seek(start)
+    data: bytes = stream.read()
+    return data
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Several processes may write the same file at once: each replaces it with a complete one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,130 @@
+"""The data sources ``fineweb_edu``, ``climbmix`` and ``hub_parquet``."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+
+from nanochat_core import DataContext, DataError, DataSource, Documents, Split
+from nanochat_parquet.config import ClimbmixConfig, FinewebEduConfig, HubConfig, HubParquetConfig
+from nanochat_parquet.documents import ParquetDocuments, Problems, Shard
+from nanochat_parquet.downloads import ArrivingFile, Downloads, download_all, say
+from nanochat_parquet.hub import Hub, HubFile
+
+FOOTERS_AT_ONCE = 16
+
+
+class HubSource(DataSource):
+    """The first shards of a data set on the hub for training, its last one for validation.
+
+    The number of documents comes from the shards' footers, a few KB each; the shards themselves are fetched in the
+    background from the first document that is read, some ahead of the reader.
+
+    Args:
+        hub: the data set.
+        config: what to take of it.
+        names: of all its shards, in order; None asks the hub, by ``config.files``.
+    """
+
+    def __init__(self, hub: Hub, config: HubConfig, names: Sequence[str] | None = None) -> None:
+        self._hub, self._config, self._names = hub, config, names
+        self._problems = Problems(config.on_error)
+
+    @cached_property
+    def _files(self) -> list[HubFile]:
+        """The training files and, last, the validation file."""
+        names = self._names
+        if names is None:
+            assert isinstance(self._config, HubParquetConfig)
+            names = self._hub.names(self._config.files)
+        if self._config.shards >= len(names):
+            raise DataError(
+                f"data.shards: {self._hub.repo} has {len(names)} shards, one of them for validation; "
+                f"set data.shards to at most {len(names) - 1}"
+            )
+        return self._hub.files([*names[: self._config.shards], names[-1]])
+
+    @cached_property
+    def _downloads(self) -> Downloads:
+        return Downloads(self._hub, self._files, self._config.text_column, self._config.workers)
+
+    @cached_property
+    def _shards(self) -> list[Shard]:
+        missing = sum(self._hub.local(file) is None for file in self._files)
+        if missing:
+            here = len(self._files) - missing
+            say(f"{self._hub.repo}: {here} of {len(self._files)} shards are here, the others come as they are needed")
+        column = self._config.text_column
+        with ThreadPoolExecutor(FOOTERS_AT_ONCE) as threads:
+            footers = list(threads.map(lambda file: self._hub.footer(file, column), self._files))
+        return [
+            Shard(ArrivingFile(f"{self._hub.repo}/{file.name}", file.size, i, self._downloads), footer)
+            for i, (file, footer) in enumerate(zip(self._files, footers, strict=True))
+        ]
+
+    def documents(self, split: Split) -> Documents:
+        """The split's documents. Reading one of a shard that isn't here waits until it is.
+
+        Raises:
+            DataError: when the hub can't be asked, a shard has no such column, or (from reading) can't be had.
+        """
+        return self._train if split == "train" else self._val
+
+    @cached_property
+    def _train(self) -> Documents:
+        self._hub.need([file for file in self._files if self._hub.local(file) is None])
+        return ParquetDocuments(self._shards[:-1], self._config.text_column, self._problems)
+
+    @cached_property
+    def _val(self) -> Documents:
+        return ParquetDocuments(self._shards[-1:], self._config.text_column, self._problems)
+
+    def fingerprint(self, split: Split) -> str:
+        """Digest of the column's name and of each shard's name and content, as the hub states it."""
+        digest = hashlib.sha256(self._config.text_column.encode())
+        for file in self._files[:-1] if split == "train" else self._files[-1:]:
+            digest.update(f"\n{file.name} {file.size} {file.etag}".encode())
+        return digest.hexdigest()
+
+    def problems(self) -> Sequence[str]:
+        return self._problems.lines()
+
+    def describe(self) -> Mapping[str, str | int]:
+        return {
+            "repo": self._hub.repo,
+            "revision": self._config.revision,
+            "files": len(self._files),
+            "missing": sum(self._hub.local(file) is None for file in self._files),
+            "bytes": sum(file.size for file in self._files),
+            "row_groups": sum(len(shard.footer.rows) for shard in self._shards),
+            "text_bytes": sum(shard.footer.text_bytes for shard in self._shards[:-1]),
+        }
+
+    def download(self, workers: int) -> Sequence[str]:
+        return download_all(self._hub, self._files, self._config.text_column, workers)
+
+
+def numbered(count: int) -> list[str]:
+    """Names of ``count`` shards."""
+    return [f"shard_{i:05d}.parquet" for i in range(count)]
+
+
+def hub_directory(cache_dir: Path) -> Path:
+    return cache_dir / "hub"
+
+
+def build_fineweb_edu(config: FinewebEduConfig, context: DataContext) -> HubSource:
+    hub = Hub("karpathy/fineweb-edu-100b-shuffle", config.revision, hub_directory(context.cache_dir))
+    return HubSource(hub, config, numbered(1823))
+
+
+def build_climbmix(config: ClimbmixConfig, context: DataContext) -> HubSource:
+    hub = Hub("karpathy/climbmix-400b-shuffle", config.revision, hub_directory(context.cache_dir))
+    return HubSource(hub, config, numbered(6543))
+
+
+def build_hub_parquet(config: HubParquetConfig, context: DataContext) -> HubSource:
+    return HubSource(Hub(config.repo, config.revision, hub_directory(context.cache_dir)), config)

@@ -1,0 +1,1 @@
+"""Subword pieces by sentencepiece: trained here, or a .model file."""

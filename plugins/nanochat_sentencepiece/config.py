@@ -1,0 +1,53 @@
+"""Options of the tokenizer ``sentencepiece``."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import attrs
+
+from nanochat_core import at_least, between, option
+
+SPECIAL_TOKENS = (
+    "<|bos|>",
+    "<|user_start|>",
+    "<|user_end|>",
+    "<|assistant_start|>",
+    "<|assistant_end|>",
+    "<|python_start|>",
+    "<|python_end|>",
+    "<|output_start|>",
+    "<|output_end|>",
+)
+LEAST = 1 + 256 + len(SPECIAL_TOKENS)  # <unk>, the bytes, special tokens
+
+
+def _is_file(_: Any, attribute: Any, value: Path | None) -> None:
+    if value is not None and not value.is_file():
+        raise ValueError(f"{value} is no file: give the path of a .model file")
+
+
+@attrs.frozen
+class SentencePieceConfig:
+    """Pieces of text that is not normalised in any way; what no piece covers is spelt in bytes."""
+
+    vocab_size: int | None = option(
+        None,
+        "number of tokens: <unk>, 256 bytes, the pieces, nine special ones; default 32768, or that of model_file",
+        validator=at_least(LEAST + 1),
+    )
+    model_file: Path | None = option(
+        None, "a .model file to use instead of training; it must leave text as it is and know bytes",
+        on_resume="free", validator=_is_file,
+    )  # fmt: skip
+    model_type: Literal["bpe", "unigram"] = option("bpe", "how pieces are learnt")
+    character_coverage: float = option(
+        0.9995, "part of the text's characters that get a piece of their own", validator=between(0.9, 1)
+    )
+    max_chars: int = option(200_000_000, "characters of training documents to learn from", validator=at_least(1))
+    doc_cap: int = option(
+        10_000, "characters of one document to learn from; the rest is left out", validator=at_least(1)
+    )
+
+    def __attrs_post_init__(self) -> None:
+        if self.model_file is None and self.vocab_size is None:
+            object.__setattr__(self, "vocab_size", 32768)

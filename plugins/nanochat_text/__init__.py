@@ -1,0 +1,1 @@
+"""Documents from JSON lines and from text files, plain or compressed."""

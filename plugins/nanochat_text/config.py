@@ -1,0 +1,66 @@
+"""Options of the data sources ``jsonl`` and ``text``."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import attrs
+
+from nanochat_core import between, option
+
+
+def _not_empty(_: Any, attribute: Any, value: Any) -> None:
+    if value in ((), ""):
+        raise ValueError("must name a directory, file or pattern")
+
+
+def _one_line(_: Any, attribute: Any, value: Any) -> None:
+    if isinstance(value, str) and ("\n" in value or "\r" in value):
+        raise ValueError("must be one line, without its line break")
+
+
+@attrs.frozen(kw_only=True)
+class FilesConfig:
+    """What both sources have."""
+
+    path: str | tuple[str, ...] = option(
+        help="directory, file, or pattern such as notes/**/*.md; or a list of these; .gz and .zst are decompressed",
+        validator=_not_empty,
+    )
+    val_path: str | tuple[str, ...] | None = option(
+        None, "the same for validation; all documents of path are for training then", validator=_not_empty
+    )
+    val_fraction: float = option(
+        0.05, "without val_path, every k-th document is for validation, k = 1 / val_fraction",
+        validator=between(1e-6, 0.5),
+    )  # fmt: skip
+    on_error: Literal["fail", "skip"] = option(
+        "fail", "what a text or file that can't be read does: fail ends the run; skip leaves an empty document",
+        on_resume="warn",
+    )  # fmt: skip
+
+    def __attrs_post_init__(self) -> None:
+        for name in ("path", "val_path"):  # a resumed run may start in another directory
+            object.__setattr__(self, name, _absolute(getattr(self, name)))
+
+
+def _absolute(path: Any) -> Any:
+    if path is None:
+        return None
+    return tuple(map(_absolute, path)) if isinstance(path, tuple) else str(Path(path).expanduser().absolute())
+
+
+@attrs.frozen(kw_only=True)
+class JsonlConfig(FilesConfig):
+    """One JSON object a line; blank lines don't count. Of directories, *.jsonl and *.ndjson, however deep."""
+
+    text_field: str = option("text", "key of the document's text; null is an empty document")
+
+
+@attrs.frozen(kw_only=True)
+class TextConfig(FilesConfig):
+    """UTF-8 text. Of directories, *.txt, however deep."""
+
+    separator: str | None = option(
+        None, 'line that stands between documents ("" is an empty line); without it each file is a document',
+        validator=_one_line,
+    )  # fmt: skip

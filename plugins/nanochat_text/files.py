@@ -1,0 +1,160 @@
+"""Finding files, decompressing them once, and hashing them."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pyarrow as pa
+from filelock import FileLock
+
+from nanochat_core import DataError
+
+COMPRESSED = (".gz", ".zst")
+BLOCK = 2**22
+# Splits up to this many bytes on disk are hashed whole (a second or two), others by samples.
+HASH_WHOLE = 2**30
+SAMPLE, SAMPLES = 2**16, 64
+
+
+def find(places: str | Iterable[str], suffixes: Sequence[str], key: str) -> list[Path]:
+    """The files at ``places``, each place's in the order of their names.
+
+    Args:
+        suffixes: what counts in a directory, such as ``.jsonl``; with ``.gz`` or ``.zst`` behind it too.
+        key: the option that named the places, for messages.
+
+    Raises:
+        DataError: when a place is missing or holds none.
+    """
+    found: list[Path] = []
+    wanted = tuple(suffix + end for suffix in suffixes for end in ("", *COMPRESSED))
+    for place in [places] if isinstance(places, str) else places:
+        path = Path(place).expanduser().absolute()
+        if path.is_dir():
+            here = sorted(p for p in path.rglob("*") if p.name.endswith(wanted) and p.is_file())
+        elif path.is_file():
+            here = [path]
+        else:
+            here = sorted(p for p in Path(path.anchor).glob(str(path.relative_to(path.anchor))) if p.is_file())
+        if not here:
+            what = f"holds no {', '.join('*' + s for s in suffixes)}" if path.is_dir() else "is not there"
+            raise DataError(f"{key}: {path} {what}; give a file, a directory, or a pattern that matches files")
+        found += here
+    return found
+
+
+def open_compressed(path: Path) -> pa.NativeFile:
+    """A stream of the decompressed bytes."""
+    return pa.input_stream(str(path), compression="gzip" if path.suffix == ".gz" else "zstd")
+
+
+def is_damage(error: Exception) -> bool:
+    """Whether an error of a decompressor speaks of the file's content: those of the system have a number."""
+    return isinstance(error, pa.ArrowException) or (isinstance(error, OSError) and error.errno is None)
+
+
+def identity(path: Path) -> str:
+    """Changes with the file: digest of its path, size and time of change."""
+    stat = path.stat()
+    return hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:32]
+
+
+@attrs.frozen
+class Plain:
+    """A file that can be read at any place.
+
+    Args:
+        path: the file, or what was decompressed from it.
+        problem: what part of it is missing because it could not be decompressed; empty when all is there.
+    """
+
+    path: Path
+    problem: str = ""
+
+
+def plain(path: Path, directory: Path, keep_damaged: bool) -> Plain:
+    """A file as it is, or decompressed into ``directory``, once: later calls, of other processes too, find it there.
+
+    Args:
+        keep_damaged: keep what precedes a damaged place, instead of raising.
+
+    Raises:
+        DataError: when it is damaged, or there is no room.
+    """
+    if path.suffix not in COMPRESSED:
+        return Plain(path)
+    directory.mkdir(parents=True, exist_ok=True)
+    base = directory / (identity(path) + ("-damaged" if keep_damaged else ""))
+    done, report = base.with_suffix(".txt"), base.with_suffix(".json")
+    with FileLock(base.with_suffix(".lock")):
+        if not report.exists():  # written last
+            problem = _decompress(path, done, keep_damaged)
+            write_atomically(report, json.dumps({"file": str(path), "problem": problem}).encode())
+        return Plain(done, json.loads(report.read_text(encoding="utf-8"))["problem"])
+
+
+def _decompress(path: Path, done: Path, keep_damaged: bool) -> str:
+    """Write what is in ``path`` to ``done``. Returns what could not be read."""
+    problem = ""
+    descriptor, name = tempfile.mkstemp(dir=done.parent, prefix=".")
+    try:
+        with os.fdopen(descriptor, "wb") as target, open_compressed(path) as source:
+            try:
+                while block := source.read(BLOCK):
+                    target.write(block)
+            except Exception as error:
+                if not is_damage(error):
+                    raise
+                problem = f"{path} can't be decompressed after its first {target.tell():,} bytes ({error})"
+                if not keep_damaged:
+                    raise DataError(
+                        f"data.on_error: {problem}; get the file again, or set data.on_error to skip"
+                    ) from error
+        Path(name).replace(done)
+    except BaseException as error:
+        Path(name).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise DataError(
+                f"data.path: no room in {done.parent} to decompress {path}; make room, "
+                f"or set NANOCHAT_HOME to another disk"
+            ) from error
+        raise
+    return problem
+
+
+def fingerprint(paths: Sequence[Path], settings: Any) -> str:
+    """Digest of settings and of each file's name, size and bytes; of more than 1 GiB, of 64 samples a file."""
+    sizes = [path.stat().st_size for path in paths]
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    for path, size in zip(paths, sizes, strict=True):
+        digest.update(f"\n{path.name} {size} ".encode())
+        with path.open("rb") as file:
+            if sum(sizes) <= HASH_WHOLE:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+                continue
+            for i in range(SAMPLES):
+                file.seek(max(0, size - SAMPLE) * i // (SAMPLES - 1))
+                digest.update(file.read(SAMPLE))
+    return digest.hexdigest()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Several processes may write the same file at once: each replaces it with a complete one."""
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+        Path(name).replace(path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            Path(name).unlink()
+        raise

@@ -1,0 +1,239 @@
+"""The data sources ``jsonl`` and ``text``."""
+
+from __future__ import annotations
+
+import json
+import os
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from threading import Lock
+from typing import Literal
+
+from nanochat_core import DataContext, DataError, DataSource, Documents, Split, hold_out
+from nanochat_text.config import FilesConfig, JsonlConfig, TextConfig
+from nanochat_text.files import COMPRESSED, find, fingerprint, is_damage, open_compressed, plain
+from nanochat_text.index import Spans, load_index
+
+MOST_SKIPPED = 10_000  # places; beyond that the data are broken as a whole, or an option is wrong
+
+
+class Problems:
+    """What could not be read, and what that leads to. Any thread may use it."""
+
+    def __init__(self, on_error: Literal["fail", "skip"]) -> None:
+        self.on_error = on_error
+        self._lines: dict[str, None] = {}  # a set that keeps its order
+        self._lock = Lock()
+
+    def meet(self, what: str, error: Exception | None = None) -> None:
+        """Note it, or raise a DataError."""
+        what = " ".join(what.split())  # messages of libraries have line breaks
+        if self.on_error == "fail":
+            raise DataError(f"data.on_error: {what}; mend it, or set data.on_error to skip") from error
+        with self._lock:
+            self._lines[f"skipped: {what}"] = None
+            if len(self._lines) > MOST_SKIPPED:
+                raise DataError(f"data.on_error: more than {MOST_SKIPPED:,} places can't be read, the last: {what}")
+
+    def lines(self) -> list[str]:
+        with self._lock:
+            return list(self._lines)
+
+
+class SpanDocuments(Documents):
+    """Documents that are parts of files.
+
+    Args:
+        files: name for people, plain file, and spans of its documents.
+        parse: the text in the bytes of a span. Raises ValueError when there is none.
+    """
+
+    def __init__(
+        self, files: Sequence[tuple[Path, Path, Spans]], parse: Callable[[bytes], str], problems: Problems
+    ) -> None:
+        self._files, self._parse, self._problems = files, parse, problems
+        self._starts = [0, *accumulate(len(spans) for _, _, spans in files)]
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def read(self, indices: Iterable[int]) -> Iterator[str]:
+        opened, descriptor = -1, -1
+        try:
+            for index in indices:
+                which = bisect_right(self._starts, index) - 1
+                name, path, spans = self._files[which]
+                if which != opened:
+                    if descriptor >= 0:
+                        os.close(descriptor)
+                        descriptor = -1
+                    descriptor, opened = _open(path, name), which
+                start, end = spans[index - self._starts[which]].tolist()
+                yield self._text(os.pread(descriptor, end - start, start), end - start, name, start)
+        finally:
+            if descriptor >= 0:
+                os.close(descriptor)
+
+    def _text(self, data: bytes, size: int, name: Path, start: int) -> str:
+        if len(data) != size:
+            raise DataError(f"data.path: {name} has become shorter since the run started; leave it as it is")
+        try:
+            return self._parse(data)
+        except ValueError as error:
+            self._problems.meet(f"the document at byte {start:,} of {name} can't be read ({error})", error)
+            return ""
+
+
+def _open(path: Path, name: Path) -> int:
+    try:
+        return os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise DataError(f"data.path: {name} can't be read any more ({error}); put it back") from error
+
+
+class FileDocuments(Documents):
+    """One document a file."""
+
+    def __init__(self, paths: Sequence[Path], problems: Problems) -> None:
+        self._paths, self._problems = paths, problems
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def read(self, indices: Iterable[int]) -> Iterator[str]:
+        for index in indices:
+            path = self._paths[index]
+            try:
+                yield parse_text(self._bytes(path))
+                continue
+            except OSError as error:
+                raise DataError(f"data.path: {path} can't be read ({error}); put it back") from error
+            except ValueError as error:
+                self._problems.meet(f"{path} can't be read ({error})", error)
+            yield ""
+
+    def _bytes(self, path: Path) -> bytes:
+        if path.suffix not in COMPRESSED:
+            return path.read_bytes()
+        try:
+            with open_compressed(path) as stream:
+                return b"".join(iter(lambda: stream.read(2**22), b""))
+        except Exception as error:
+            if is_damage(error):
+                raise ValueError(f"it can't be decompressed: {error}") from error
+            raise
+
+
+def parse_text(data: bytes) -> str:
+    """UTF-8, without a byte-order mark."""
+    return data.decode().removeprefix("\ufeff")
+
+
+class _Field:
+    """The text of a JSON line. A class, so that it can be sent to other processes."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, data: bytes) -> str:
+        try:
+            found = json.loads(data)
+        except RecursionError as error:
+            raise ValueError("nested too deeply") from error
+        if not isinstance(found, dict) or self.name not in found:
+            has = f"it has {', '.join(map(repr, list(found)[:5]))}" if isinstance(found, dict) else "it is no object"
+            raise ValueError(f"no field {self.name!r}: {has}; data.text_field names it")
+        text = found[self.name]
+        if text is None:
+            return ""
+        if not isinstance(text, str):
+            raise ValueError(f"field {self.name!r} holds {type(text).__name__}, not a string")
+        text.encode()  # half a surrogate pair is no text
+        return text
+
+
+class FilesSource(DataSource):
+    """Documents of files. With ``val_fraction`` every k-th document of all is for validation."""
+
+    def __init__(self, config: FilesConfig, cache_dir: Path) -> None:
+        self._config, self._directory = config, cache_dir / "text"
+        self._problems = Problems(config.on_error)
+        self._suffixes = (".jsonl", ".ndjson") if isinstance(config, JsonlConfig) else (".txt",)
+        self._train_files = find(config.path, self._suffixes, "data.path")
+        self._val_files = self._train_files
+        if config.val_path is not None:
+            self._val_files = find(config.val_path, self._suffixes, "data.val_path")
+            shared = {*self._train_files} & {*self._val_files}
+            if shared:
+                raise DataError(f"data.val_path: {min(shared)} is among the training files too; keep it apart")
+
+    def documents(self, split: Split) -> Documents:
+        """The split's documents, read when they are asked for.
+
+        Raises:
+            DataError: when there are too few, or a file is damaged.
+        """
+        return self._splits[0 if split == "train" else 1]
+
+    @cached_property
+    def _splits(self) -> tuple[Documents, Documents]:
+        if self._config.val_path is not None:
+            splits = self._open(self._train_files), self._open(self._val_files)
+        else:
+            splits = hold_out(self._open(self._train_files), self._config.val_fraction)
+        if not all(map(len, splits)):
+            needed = max(2, round(1 / self._config.val_fraction)) if self._config.val_path is None else 1
+            hint = ""
+            if isinstance(self._config, TextConfig) and self._config.separator is None:
+                hint = ', or data.separator to the line between the documents of a file ("" for an empty line)'
+            raise DataError(
+                f"data.path: {len(splits[0]) + len(splits[1])} documents are too few for a training and a validation "
+                f"part ({needed} or more are needed); give more, or set data.val_path or data.val_fraction{hint}"
+            )
+        return splits
+
+    def _open(self, paths: Sequence[Path]) -> Documents:
+        config = self._config
+        if isinstance(config, TextConfig) and config.separator is None:
+            return FileDocuments(paths, self._problems)
+        files = []
+        for path in paths:
+            content = plain(path, self._directory, keep_damaged=config.on_error == "skip")
+            if content.problem:
+                self._problems.meet(content.problem)
+            spans = load_index(
+                content.path, self._directory, config.separator if isinstance(config, TextConfig) else None
+            )
+            if content.problem and len(spans):
+                spans = spans[:-1]  # half of its last document is missing
+            files.append((path, content.path, spans))
+        parse = _Field(config.text_field) if isinstance(config, JsonlConfig) else parse_text
+        return SpanDocuments(files, parse, self._problems)
+
+    def fingerprint(self, split: Split) -> str:
+        """Digest of the options that decide what a document is, and of the files (their bytes as they are on disk)."""
+        config = self._config
+        settings = [type(config).__name__]
+        settings += [config.text_field] if isinstance(config, JsonlConfig) else []
+        settings += [repr(config.separator)] if isinstance(config, TextConfig) else []
+        if config.val_path is not None:
+            return fingerprint(self._train_files if split == "train" else self._val_files, settings)
+        return fingerprint(self._train_files, [*settings, split, str(config.val_fraction)])
+
+    def problems(self) -> Sequence[str]:
+        return self._problems.lines()
+
+    def describe(self) -> Mapping[str, str | int]:
+        files = {*self._train_files, *self._val_files}
+        return {"files": len(files), "bytes": sum(path.stat().st_size for path in files)}
+
+
+def build_jsonl(config: JsonlConfig, context: DataContext) -> FilesSource:
+    return FilesSource(config, context.cache_dir)
+
+
+def build_text(config: TextConfig, context: DataContext) -> FilesSource:
+    return FilesSource(config, context.cache_dir)

@@ -1,0 +1,1 @@
+"""Published encodings of tiktoken, from its cache or a file."""

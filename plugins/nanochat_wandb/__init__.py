@@ -1,0 +1,1 @@
+"""Logger ``wandb``: Weights & Biases, online or offline."""

@@ -1,0 +1,90 @@
+"""Run directories: made once, found by reference, locked while somebody trains in them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nanochat_core import CheckpointError, ConfigError
+from nanochat_core.rundir import RunDirectory, all_runs, create_run, find_run, write_atomic
+
+
+def make(runs: Path, name: str) -> RunDirectory:
+    run = create_run(runs, name)
+    run.experiment.write_text("")
+    return run
+
+
+def test_ids_differ_and_sort_by_age(tmp_path: Path) -> None:
+    made = [make(tmp_path, "x") for _ in range(20)]
+    assert len({run.id for run in made}) == 20
+    assert [run.id for run in all_runs(tmp_path, "x")] == [run.id for run in reversed(made)]
+
+
+def test_what_a_reference_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = tmp_path / "runs"
+    old, new, other = make(runs, "x"), make(runs, "x"), make(runs, "y")
+    assert find_run("x", runs) == new
+    assert find_run("y", runs) == other
+    assert find_run(old.id, runs) == old
+    assert find_run(f"x/{old.id}", runs) == old
+    assert find_run(str(old.path), runs) == old
+    assert find_run(str(runs / "x"), tmp_path / "elsewhere") == new
+    monkeypatch.chdir(old.path)
+    here = find_run(".", runs)
+    assert (here.name, here.id) == ("x", old.id)
+
+
+def test_an_unknown_run_names_what_there_is(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no run 'x' under .*there are no runs yet"):
+        find_run("x", tmp_path / "nowhere")
+    make(tmp_path, "baseline")
+    with pytest.raises(CheckpointError, match=r'did you mean "baseline"'):
+        find_run("basline", tmp_path)
+    with pytest.raises(CheckpointError, match=r"there is baseline"):
+        find_run("xyz", tmp_path)
+    with pytest.raises(CheckpointError):
+        find_run("", tmp_path)
+
+
+def test_directories_without_an_experiment_are_no_runs(tmp_path: Path) -> None:
+    create_run(tmp_path, "x")
+    assert all_runs(tmp_path) == []
+    assert all_runs(tmp_path / "nowhere") == []
+
+
+def test_an_unwritable_place_is_a_message(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"--runs-dir: can't write .*file/runs.*--runs-dir DIR"):
+        create_run(tmp_path / "file" / "runs", "x")
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    run = make(tmp_path, "x")
+    assert not run.is_locked()
+    with run.lock():
+        assert run.is_locked()
+        with pytest.raises(CheckpointError, match="another process is training this run"):
+            run.lock()
+    assert not run.is_locked()
+    run.lock().close()
+
+
+def test_a_run_that_is_not_running_any_more_was_killed(tmp_path: Path) -> None:
+    run = make(tmp_path, "x")
+    assert run.read_status() == {}
+    run.write_status("running", 3, 10)
+    with run.lock():
+        assert run.read_status()["status"] == "running"
+    assert run.read_status()["status"] == "killed"
+    run.write_status("finished", 10, 10)
+    status = run.read_status()
+    assert (status["status"], status["step"], status["num_iterations"]) == ("finished", 10, 10)
+
+
+def test_atomic_writes_leave_nothing_else(tmp_path: Path) -> None:
+    write_atomic(tmp_path / "a.json", "1")
+    write_atomic(tmp_path / "a.json", "ü")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+    assert (tmp_path / "a.json").read_text(encoding="utf-8") == "ü"

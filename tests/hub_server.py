@@ -1,0 +1,179 @@
+"""A Hugging Face hub on loopback: the routes that ``huggingface_hub`` needs to read a data set, and faults."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, unquote
+
+BLOCK = 2**16
+
+
+class HubServer(ThreadingHTTPServer):
+    """Serves the files of one directory as the data set ``repo``, and any file of it at ``/plain/NAME``.
+
+    Attributes:
+        faults: what goes wrong with the next GETs of whole files: "503", "drop" (the connection, halfway), "stall",
+            "truncate" (fewer bytes than the hub says, politely), "flip" (one wrong byte), "404"; each uses up one.
+        spare_ends: whether requests for the last 64 KiB of a file, where its footer is, go well all the same.
+        speed: bytes a second of each connection; None is unlimited.
+        requests: how often each "METHOD path" was asked for.
+        ranges: the Range headers of GETs, by name.
+        stalled: set it to end stalls.
+        down: whether connections are closed without an answer.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, directory: Path, repo: str) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.directory, self.repo = directory, repo
+        self.faults: list[str] = []
+        self.spare_ends = True
+        self.speed: float | None = None
+        self.down = False
+        self.requests: Counter[str] = Counter()
+        self.ranges: list[tuple[str, str]] = []
+        self.stalled = threading.Event()
+        self.lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def names(self) -> list[str]:
+        return sorted(p.name for p in self.directory.iterdir() if p.is_file())
+
+    def commit(self) -> str:
+        state = [(name, (self.directory / name).read_bytes()) for name in self.names()]
+        return hashlib.sha1(repr([(n, hashlib.sha256(b).hexdigest()) for n, b in state]).encode()).hexdigest()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: HubServer
+
+    def parse_request(self) -> bool:
+        if self.server.down:
+            self.close_connection = True
+            return False
+        return super().parse_request()
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def _json(self, value: Any, code: int = 200, **headers: str) -> None:
+        body = json.dumps(value).encode()
+        self.send_response(code)
+        for name, text in {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name.replace("_", "-"), text)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def _count(self) -> None:
+        with self.server.lock:
+            self.server.requests[f"{self.command} {self.path.partition('?')[0]}"] += 1
+
+    def do_POST(self) -> None:
+        self._count()
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
+        paths = parse_qs(body).get("paths", [])
+        if not re.fullmatch(rf"/api/datasets/{self.server.repo}/paths-info/\w+", self.path):
+            self._json({"error": "no such route"}, 404)
+            return
+        found = [name for name in paths if name in self.server.names()]
+        self._json([self._info(name) for name in found])
+
+    def _info(self, name: str) -> dict[str, Any]:
+        content = (self.server.directory / name).read_bytes()
+        sha256 = hashlib.sha256(content).hexdigest()
+        lfs = {"oid": sha256, "size": len(content), "pointerSize": 134}
+        return {"type": "file", "path": name, "size": len(content), "oid": sha256[:40], "lfs": lfs}
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        self._count()
+        path = unquote(self.path.partition("?")[0])
+        api, resolve = f"/api/datasets/{self.server.repo}", f"/datasets/{self.server.repo}/resolve/"
+        if path == api or path.startswith(f"{api}/revision/"):
+            siblings = [{"rfilename": name} for name in self.server.names()]
+            self._json({"id": self.server.repo, "sha": self.server.commit(), "siblings": siblings})
+        elif path.startswith(resolve):
+            self._file(path.removeprefix(resolve).partition("/")[2])
+        elif path.startswith("/plain/"):
+            self._file(path.removeprefix("/plain/"))
+        else:
+            self._json({"error": "no such data set"}, 401, X_Error_Code="RepoNotFound")
+
+    def _file(self, name: str) -> None:
+        if name not in self.server.names():
+            self._json({"error": "no such file"}, 404, X_Error_Code="EntryNotFound")
+            return
+        content = (self.server.directory / name).read_bytes()
+        etag = hashlib.sha256(content).hexdigest()
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        fault = ""
+        if self.command == "GET":
+            with self.server.lock:
+                self.server.ranges.append((name, self.headers.get("Range") or ""))
+                end_only = asked is not None and int(asked[1]) >= len(content) - BLOCK
+                if self.server.faults and not (end_only and self.server.spare_ends):
+                    fault = self.server.faults.pop(0)
+        if fault in ("404", "503"):
+            self._json({"error": "not now"}, int(fault))
+            return
+        start, end = (int(asked[1]), int(asked[2] or len(content) - 1) + 1) if asked else (0, len(content))
+        body = content[start:end]
+        if fault == "truncate":
+            body = body[: len(body) // 2]
+        if fault == "flip":
+            body = body[:100] + bytes([body[100] ^ 1]) + body[101:]
+        self.send_response(206 if asked else 200)
+        self.send_header("X-Repo-Commit", self.server.commit())
+        self.send_header("ETag", f'"{etag}"')
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(len(body)))
+        if asked:
+            self.send_header("Content-Range", f"bytes {start}-{start + len(body) - 1}/{len(content)}")
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        if fault in ("drop", "stall"):
+            self.wfile.write(body[: len(body) // 2])
+            self.wfile.flush()
+            if fault == "stall":
+                self.server.stalled.wait(30)
+            self.close_connection = True
+            return
+        try:
+            for i in range(0, len(body), BLOCK):
+                self.wfile.write(body[i : i + BLOCK])
+                if self.server.speed is not None:
+                    time.sleep(BLOCK / self.server.speed)
+        except OSError:  # the client has gone
+            self.close_connection = True
+
+
+@contextmanager
+def serve(directory: Path, repo: str = "someone/texts") -> Iterator[HubServer]:
+    server = HubServer(directory, repo)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.stalled.set()
+        server.shutdown()
+        server.server_close()

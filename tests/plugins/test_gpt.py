@@ -1,0 +1,272 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanochat_core import ConfigError, ModelContext
+from nanochat_gpt.config import GPTConfig
+from nanochat_gpt.model import GPT, build
+
+VOCAB, T = 50, 8
+SMALL = GPTConfig(depth=2, aspect_ratio=16, head_dim=8)  # width 32, 4 heads
+
+
+def make(config: GPTConfig = SMALL, dtype: torch.dtype = torch.float64, seed: int = 0) -> GPT:
+    """A model whose every matrix matters: the init leaves some at zero."""
+    torch.manual_seed(seed)
+    model = build(config, ModelContext(VOCAB, T, torch.device("cpu"), dtype))
+    for name, parameter in model.named_parameters():
+        if name != "embedding.weight":
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def batch(rows: int = 3, length: int = T, seed: int = 1) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, VOCAB, (rows, length + 1), generator=generator)
+    return ids[:, :-1], ids[:, 1:].clone()
+
+
+def norm(x: Tensor, eps: float) -> Tensor:
+    return x / torch.sqrt((x**2).mean(-1, keepdim=True) + eps)
+
+
+def recipe_logits(model: GPT, ids: Tensor) -> Tensor:
+    """The recipe read plainly, head by head and position by position, in the dtype of the weights."""
+    config, shape = model.config, model.config.shape()
+    eps, C = config.norm_eps, shape.head_dim
+    weights = dict(model.named_parameters())
+    x = norm(weights["embedding.weight"][ids], eps)
+    positions = torch.arange(ids.shape[1], dtype=x.dtype)
+    for layer in range(config.depth):
+        w = {n.removeprefix(f"blocks.{layer}."): p for n, p in weights.items() if n.startswith(f"blocks.{layer}.")}
+        y = norm(x, eps)
+        heads = []
+        for h in range(shape.heads):
+            g = h // (shape.heads // shape.kv_heads)  # the key and value head that this query head reads
+            q = y @ w["attention.query.weight"][h * C : (h + 1) * C].T
+            k = y @ w["attention.key.weight"][g * C : (g + 1) * C].T
+            v = y @ w["attention.value.weight"][g * C : (g + 1) * C].T
+            q, k = (norm(rotated(z, positions, config.rope_base), eps) for z in (q, k))
+            scores = q @ k.mT / math.sqrt(C)
+            future = positions[None, :] > positions[:, None]
+            heads.append(scores.masked_fill(future, -math.inf).softmax(-1) @ v)
+        x = x + torch.cat(heads, -1) @ w["attention.output.weight"].T
+        x = x + torch.relu(norm(x, eps) @ w["mlp.up.weight"].T) ** 2 @ w["mlp.down.weight"].T
+    z = norm(x, eps) @ weights["head.weight"][: model.vocab_size].T
+    return config.softcap * torch.tanh(z / config.softcap) if config.softcap else z
+
+
+def rotated(x: Tensor, positions: Tensor, base: float) -> Tensor:
+    half = x.shape[-1] // 2
+    out = torch.zeros_like(x)
+    for c in range(half):
+        angle = positions * base ** (-2 * c / x.shape[-1])
+        out[..., c] = x[..., c] * angle.cos() + x[..., c + half] * angle.sin()
+        out[..., c + half] = -x[..., c] * angle.sin() + x[..., c + half] * angle.cos()
+    return out
+
+
+CONFIGS = [
+    SMALL,
+    GPTConfig(depth=2, aspect_ratio=16, head_dim=8, n_kv_head=2),  # grouped queries
+    GPTConfig(depth=1, aspect_ratio=16, head_dim=8, n_kv_head=1, softcap=0.0, rope_base=500.0, norm_eps=1e-2),
+    GPTConfig(depth=1, aspect_ratio=20, head_dim=8, softcap=40.0),  # width rounded up
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_logits_loss_and_gradients_equal_a_plain_reading_of_the_recipe(config: GPTConfig) -> None:
+    model = make(config)
+    ids, targets = batch()
+    targets[0, :3] = -1
+    logits = model.logits(model.hidden(ids).flatten(0, 1)).view(3, T, VOCAB)
+    expected = recipe_logits(model, ids)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-9)
+
+    loss = model(ids, targets)
+    expected_loss = F.cross_entropy(expected.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum")
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-11, atol=0)
+    parameters = list(model.parameters())
+    gradients = torch.autograd.grad(loss, parameters)
+    expected_gradients = torch.autograd.grad(expected_loss, parameters)
+    for (name, _), ours, theirs in zip(model.named_parameters(), gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_compiled_training_computes_the_same() -> None:
+    """The compiled path uses other formulas than the eager one. Tracing is what counts, so no machine code is made."""
+    ids, targets = batch()
+    eager, compiled = make(), make()
+    compiled.compile_training(backend="eager")
+    losses = [model(ids, targets) for model in (eager, compiled)]
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-12, atol=0)
+    for loss in losses:
+        loss.backward()
+    for ours, theirs in zip(eager.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-10)
+
+
+def test_per_token_losses_add_up_with_and_without_gradients() -> None:
+    model = make()
+    ids, targets = batch()
+    targets[1, 4:] = -1
+    total = model(ids, targets)
+    each = model(ids, targets, "none")
+    with torch.no_grad():
+        each_evaluated, total_evaluated = model(ids, targets, "none"), model(ids, targets)
+    assert each.shape == targets.shape
+    assert torch.all(each[1, 4:] == 0)
+    torch.testing.assert_close(each.sum(), total)
+    torch.testing.assert_close(each_evaluated, each.detach())
+    torch.testing.assert_close(total_evaluated, total.detach())
+
+
+@pytest.mark.parametrize("config", CONFIGS[:2])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("chunks", [[1] * 8, [8], [3, 1, 4], [5, 3]])
+def test_cached_chunks_equal_the_full_forward(config: GPTConfig, rows: int, chunks: list[int]) -> None:
+    model = make(config)
+    ids, _ = batch(rows)
+    cache = model.new_cache(rows, T)
+    pieces = []
+    with torch.no_grad():
+        for chunk in ids.split(chunks, dim=1):
+            pieces.append(model.hidden(chunk, cache))
+        full = model.hidden(ids)
+    assert cache.length == T
+    torch.testing.assert_close(torch.cat(pieces, 1), full, rtol=0, atol=1e-10)
+
+
+def test_positions_beyond_ten_times_the_training_length() -> None:
+    model = make(GPTConfig(depth=1, aspect_ratio=16, head_dim=8))
+    ids, _ = batch(1, 10 * T + 5)
+    with torch.no_grad():
+        hidden = model.hidden(ids)
+        cache = model.new_cache(1, ids.shape[1])
+        cached = torch.cat([model.hidden(chunk, cache) for chunk in ids.split(7, dim=1)], 1)
+        expected = recipe_logits(model, ids)
+    torch.testing.assert_close(model.logits(hidden[0]), expected[0], rtol=0, atol=1e-9)
+    torch.testing.assert_close(cached, hidden, rtol=0, atol=1e-9)
+
+
+def test_a_step_past_the_end_of_the_cache_is_an_error() -> None:
+    model = make()
+    cache = model.new_cache(1, 3)
+    with pytest.raises(IndexError, match="3 positions"), torch.no_grad():
+        model.hidden(batch(1, 4)[0], cache)
+
+
+def test_bfloat16_is_close_to_float32_and_so_are_its_gradients() -> None:
+    config = GPTConfig(depth=2, aspect_ratio=32, head_dim=32)
+    exact, rough = make(config, torch.float32), make(config, torch.bfloat16)
+    rough.load_state_dict(exact.state_dict())
+    assert {n: p.dtype for n, p in rough.named_parameters() if p.dtype != torch.float32} == {
+        "embedding.weight": torch.bfloat16
+    }
+    ids, targets = batch(8)
+    losses = []
+    for model in (exact, rough):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=model is rough):
+            loss = model(ids, targets)
+        loss.backward()
+        losses.append(loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+    for (name, a), b in zip(exact.named_parameters(), rough.parameters(), strict=True):
+        cosine = F.cosine_similarity(a.grad.flatten(), b.grad.float().flatten(), dim=0)
+        assert cosine > 0.99, name
+
+
+def test_the_gradient_of_a_bfloat16_embedding_is_summed_in_float32() -> None:
+    torch.manual_seed(0)
+    model = build(
+        GPTConfig(depth=1, aspect_ratio=8, head_dim=8), ModelContext(4, 8, torch.device("cpu"), torch.bfloat16)
+    )
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    ids = torch.zeros(64, 64, dtype=torch.long)  # one token 4,096 times
+    rows = model.embedding.weight[ids].float().requires_grad_()
+    from nanochat_gpt.ops import embed
+
+    x = embed(ids, model.embedding.weight)
+    small = torch.full_like(rows, 2**-12).to(x.dtype)
+    x.backward(small)
+    torch.testing.assert_close(model.embedding.weight.grad[0].float(), torch.ones(8))  # bfloat16 would stop at 2^-4
+
+
+def test_at_the_start_logits_are_zero_and_blocks_pass_the_stream_through() -> None:
+    torch.manual_seed(0)
+    model = build(
+        GPTConfig(depth=4, aspect_ratio=32, head_dim=32), ModelContext(200, T, torch.device("cpu"), torch.float32)
+    )
+    ids, targets = batch()
+    assert model(ids, targets).item() == pytest.approx(ids.numel() * math.log(200), rel=1e-6)
+    embedded = model.embedding.weight[ids]
+    torch.testing.assert_close(model.hidden(ids), norm(norm(embedded, 1e-6), 1e-6), rtol=1e-4, atol=1e-5)
+    assert model.blocks[0].mlp.up.weight.std().item() == pytest.approx(1 / math.sqrt(128), rel=0.05)
+    assert model.blocks[0].attention.key.weight.std().item() == pytest.approx(1 / math.sqrt(128), rel=0.05)
+    assert model.embedding.weight.std().item() == pytest.approx(1, rel=0.05)
+
+
+def test_same_seed_same_weights_whatever_the_dtype() -> None:
+    models = []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(3)
+        models.append(build(SMALL, ModelContext(VOCAB, T, torch.device("cpu"), dtype)))
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(a.to(b.dtype), b)
+
+
+def test_classic_depth_20_has_561_million_parameters() -> None:
+    with torch.device("meta"):
+        model = build(GPTConfig(), ModelContext(65536, 2048, torch.device("cuda"), torch.bfloat16))
+    counts = model.parameter_counts()
+    assert counts == {"embedding": 83886080, "matrix": 393216000, "head": 83886080, "total": 560988160}
+    assert model.flops_per_token(2048) == 6 * (393216000 + 83886080) + 20 * 12 * 10 * 128 * 2048
+    assert model.shape.width == 1280
+    assert model.shape.heads == model.shape.kv_heads == 10
+
+
+@pytest.mark.parametrize(
+    ("depth", "width", "heads"),
+    [(1, 64, 1), (2, 128, 1), (3, 192, 2), (4, 256, 2), (5, 324, 3), (11, 708, 6), (12, 768, 6)],
+)
+def test_shape_follows_the_depth(depth: int, width: int, heads: int) -> None:
+    shape = GPTConfig(depth=depth).shape()
+    assert (shape.width, shape.heads, shape.head_dim) == (width, heads, width // heads)
+
+
+def test_vocabulary_rows_are_padded_inside_and_cropped_outside() -> None:
+    model = make()
+    assert model.head.weight.shape[0] == 64
+    assert model.logits(model.hidden(batch()[0])[0]).shape == (T, VOCAB)
+    with pytest.raises(IndexError):
+        model.hidden(torch.tensor([[VOCAB]]))
+
+
+def test_options_that_contradict_are_config_errors() -> None:
+    context = ModelContext(VOCAB, T, torch.device("cpu"), torch.float32)
+    with pytest.raises(ConfigError, match=r"model\.vocab_size: 40 is smaller than the tokenizer's 50"):
+        build(GPTConfig(depth=1, vocab_size=40), context)
+    with pytest.raises(ConfigError, match=r"model\.n_kv_head must divide the 4 query heads \(one of 1, 2, 4\), not 3"):
+        build(GPTConfig(depth=2, aspect_ratio=16, head_dim=8, n_kv_head=3), context)
+    assert build(GPTConfig(depth=1, vocab_size=60), context).vocab_size == 60
+
+
+def test_the_loss_does_not_depend_on_how_it_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids, targets = batch()
+    targets[2, 2:5] = -1
+    results = []
+    for sizes in ((1000, 1000), (10, 4)):
+        monkeypatch.setattr("nanochat_gpt.head.chunk_sizes", lambda *_, s=sizes: s)
+        model = make()
+        loss = model(ids, targets)
+        (3 * loss).backward()
+        results.append((loss, model.head.weight.grad, model.embedding.weight.grad))
+    for whole, cut in zip(*results, strict=True):
+        torch.testing.assert_close(whole, cut, rtol=1e-12, atol=1e-10)
+    assert results[0][1].abs().sum() > 0
