@@ -198,9 +198,8 @@ def report(options: argparse.Namespace, names: list[str], results: dict[str, lis
     import torch
 
     threads = torch.get_num_threads()
-    print(
-        f"\n{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {threads} threads, torch {torch.__version__}"
-    )
+    capability = torch.backends.cpu.get_cpu_capability()
+    print(f"\n{platform.machine()}, {capability}, {threads} threads, torch {torch.__version__}")
     print(f"depth {options.depth}, T = {options.seq_len}, vocabulary {options.vocab}, {options.tokens} tokens a step")
     peaks = {n: max(r["result"] for r in results[n]) for n in names if n.startswith("peak")}
     for name, flops in peaks.items():

@@ -12,6 +12,7 @@ from nanochat_core import packing
 from nanochat_core.checkpoint import load_model_tensors, load_weights
 from nanochat_core.distributed import World
 from nanochat_core.errors import DataError, PluginError
+from nanochat_core.evaluate import EvaluationWorld
 from nanochat_core.interfaces import (
     Batch,
     DataContext,
@@ -30,7 +31,7 @@ from nanochat_core.paths import cache_dir
 from nanochat_core.plan import Plan, build_model, optimizer_context
 from nanochat_core.plugins import load_plugins
 from nanochat_core.prepare import newest_checkpoint
-from nanochat_core.rundir import find_run
+from nanochat_core.rundir import RunDirectory, find_run
 from nanochat_core.schema import Choice, DataSourceKeys, Experiment
 from nanochat_core.state import TrainState
 from nanochat_core.token_cache import open_cache
@@ -119,22 +120,22 @@ def build_loader(
 
 
 def rows_of(
-    source: DataSource, tokenizer: Tokenizer, plan: Plan, world: World
+    source: Callable[[], DataSource], tokenizer: Tokenizer, max_seq_len: int, device_batch_size: int, world: World
 ) -> Callable[[Split, int], Iterator[Batch]]:
-    """``EvaluatorContext.rows``: tokenized on first use, then kept."""
+    """``EvaluatorContext.rows``: tokenized on first use, then kept. Only then the source is asked for."""
     known: dict[tuple[Split, int], ValidationRows] = {}
 
     def rows(split: Split, tokens: int) -> Iterator[Batch]:
         if (split, tokens) not in known:
-            documents: Sequence[str] = source.documents(split)
+            documents: Sequence[str] = source().documents(split)
             if not len(documents):
                 raise DataError(f"the data source has no {split} documents; see the options of [data]")
             known[split, tokens] = ValidationRows(
                 documents,
                 tokenizer,
                 tokens=tokens,
-                max_seq_len=plan.max_seq_len,
-                device_batch_size=plan.device_batch_size,
+                max_seq_len=max_seq_len,
+                device_batch_size=device_batch_size,
                 rank=world.rank,
                 world_size=world.size,
             )
@@ -145,14 +146,25 @@ def rows_of(
 
 
 def build_evaluators(
-    choices: Sequence[Choice], source: DataSource, tokenizer: Tokenizer, plan: Plan, world: World
+    choices: Sequence[Choice],
+    source: Callable[[], DataSource],
+    tokenizer: Tokenizer,
+    experiment: Experiment,
+    world: EvaluationWorld,
+    directory: Path,
 ) -> tuple[tuple[Choice, Evaluator], ...]:
-    """The evaluators, each with its entry of the experiment."""
-    rows = rows_of(source, tokenizer, plan, world)
-    context = EvaluatorContext(tokenizer, world, plan.max_seq_len, plan.device_batch_size, rows)
+    """The evaluators, each with its entry of the experiment.
+
+    Args:
+        source: gives the data source.
+        directory: where evaluations are kept.
+    """
+    T, B = experiment.train.max_seq_len, experiment.train.device_batch_size
+    rows = rows_of(source, tokenizer, T, B, world)
+    context = EvaluatorContext(tokenizer, world, T, B, rows, world.time_left)
     built = []
     for choice in choices:
-        evaluator = choice.build(context)
+        evaluator = choice.build(attrs.evolve(context, directory=directory / f".{choice.name}"))
         if not isinstance(evaluator, Evaluator):
             raise PluginError(f"the factory of evaluator {choice.plugin!r} must return a nanochat_core.Evaluator")
         built.append((choice, evaluator))
@@ -178,8 +190,12 @@ def load_trained(reference: str, runs_dir: Path, device: torch.device) -> Traine
         ConfigError: when its plugins are not installed.
     """
     run = find_run(reference, runs_dir)
-    checkpoint = newest_checkpoint(run)
     experiment = load(run.experiment, (), load_plugins()).require_all().experiment
+    return open_trained(run, newest_checkpoint(run), experiment, device)
+
+
+def open_trained(run: RunDirectory, checkpoint: Path, experiment: Experiment, device: torch.device) -> TrainedModel:
+    """The model of one checkpoint of a run, as ``experiment`` says."""
     tokenizer = load_tokenizer(experiment.tokenizer, run.tokenizer)
     dtype: torch.dtype = getattr(torch, experiment.train.dtype)
     context = ModelContext(tokenizer.vocab_size, experiment.train.max_seq_len, device, dtype)

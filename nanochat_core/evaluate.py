@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
+import random
+import time
 import traceback
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import attrs
+import numpy as np
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from nanochat_core.distributed import World
+from nanochat_core.evaluation_files import write_evaluation
 from nanochat_core.interfaces import Evaluation, Evaluator, Model
 from nanochat_core.schema import Choice, EvaluatorKeys
 from nanochat_core.state import restore_rng, rng_state
@@ -19,16 +27,166 @@ from nanochat_core.state import restore_rng, rng_state
 
 @contextlib.contextmanager
 def inference(model: Model, dtype: torch.dtype) -> Iterator[None]:
-    """The model in eval mode, without gradients, computing in ``dtype``; mode and RNG are restored."""
+    """The model in eval mode, without gradients, computing in ``dtype``. Afterwards everything is as it was: the mode
+    of each module, the random generators of torch, numpy and Python, and memory of the device that nobody uses is
+    given back."""
     device = next(model.parameters()).device
-    mode, rng = model.training, rng_state(device)
+    modes = {module: module.training for module in model.modules()}
+    rng, numpy_rng, python_rng = rng_state(device), np.random.get_state(), random.getstate()
     model.eval()
     try:
         with torch.no_grad(), torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32):
             yield
     finally:
-        model.train(mode)
+        for module, mode in modes.items():
+            module.training = mode
         restore_rng(rng, device)
+        np.random.set_state(numpy_rng)
+        random.setstate(python_rng)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # blocks cut for other shapes would stand in training's way
+
+
+# --------------------------------------------------------------------------------------------- ranks that may fail
+
+FAILED, FINISHED = 1, 2
+OPERATIONS = {"sum": 3, "all_reduce": 4, "broadcast": 5, "publish": 6, "gather": 7, "barrier": 8}
+
+
+class Cancelled(Exception):
+    """Another rank failed, so that this evaluation ends on all of them."""
+
+
+@attrs.define
+class _Turn:
+    """One evaluation in progress.
+
+    Args:
+        active: an evaluator is at work.
+        settled: ranks have found that it can't go on.
+    """
+
+    active: bool = False
+    settled: bool = False
+    deadline: float = math.inf
+
+
+@attrs.frozen
+class EvaluationWorld(World):
+    """The ranks, as evaluators see them. Before anything is exchanged each rank says what it is about to do. When one
+    has failed, or they want different things, all of them stop, where they would wait for each other forever."""
+
+    _turn: _Turn = attrs.field(factory=_Turn, eq=False)
+
+    @classmethod
+    def of(cls, world: World) -> EvaluationWorld:
+        return cls(world.rank, world.size, world.device)
+
+    def begin(self, seconds: float | None) -> None:
+        """An evaluator starts, and may take so long."""
+        self._turn.active, self._turn.settled = True, False
+        self._turn.deadline = math.inf if seconds is None else time.monotonic() + seconds
+
+    def time_left(self) -> float:
+        """Seconds until this evaluation's time budget is used up."""
+        return self._turn.deadline - time.monotonic()
+
+    def settle(self, error: str) -> dict[int, str]:
+        """The evaluator has ended here, with ``error`` unless it is empty. Returns what went wrong, by rank, the same
+        on every rank; nothing if all is well."""
+        with contextlib.suppress(Cancelled):
+            self._agree(FAILED if error else FINISHED)
+        went_wrong = self._turn.settled or bool(error)
+        self._turn.active = False
+        if not went_wrong:
+            return {}
+        errors = super().gather(error)
+        if not any(errors):
+            return {0: "ranks were at different points of the evaluation: each must make the same collectives"}
+        return {rank: text for rank, text in enumerate(errors) if text}
+
+    def _agree(self, code: int) -> None:
+        """Raises Cancelled on all ranks unless all of them are about to do the same."""
+        if not self._turn.active or self.size == 1:
+            return
+        if self._turn.settled:
+            raise Cancelled("the evaluation has been cancelled")
+        codes = torch.zeros(self.size, dtype=torch.int64, device=self.device)
+        codes[self.rank] = code
+        dist.all_reduce(codes)
+        if bool((codes == FAILED).any()) or len(set(codes.tolist())) > 1:
+            self._turn.settled = True
+            raise Cancelled("another rank failed or does something else")
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        self._agree(OPERATIONS["sum"])
+        return super().sum(values)
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        self._agree(OPERATIONS["all_reduce"])
+        super().all_reduce(tensor)
+
+    def broadcast(self, tensor: Tensor) -> None:
+        self._agree(OPERATIONS["broadcast"])
+        super().broadcast(tensor)
+
+    def publish(self, value: Any = None) -> Any:
+        self._agree(OPERATIONS["publish"])
+        return super().publish(value)
+
+    def gather(self, value: Any) -> list[Any]:
+        self._agree(OPERATIONS["gather"])
+        return super().gather(value)
+
+    def barrier(self) -> None:
+        self._agree(OPERATIONS["barrier"])
+        super().barrier()
+
+
+# ------------------------------------------------------------------------------------------------------ evaluations
+
+
+def evaluate(
+    choice: Choice, evaluator: Evaluator, model: Model, dtype: torch.dtype, step: int, world: World
+) -> Evaluation:
+    """Call an evaluator on every rank.
+
+    Raises:
+        EvaluationFailed: on every rank, when it raised on any.
+    """
+    keys = choice.keys
+    assert isinstance(keys, EvaluatorKeys)
+    guard = world if isinstance(world, EvaluationWorld) else EvaluationWorld.of(world)
+    guard.begin(keys.time_budget)
+    problem, cause = "", None
+    evaluation = Evaluation()
+    with inference(model, dtype):
+        try:
+            evaluation = evaluator.evaluate(model, step)
+            _check(evaluation)
+        except Cancelled:
+            pass
+        except Exception as error:
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            problem, cause = f"{type(error).__name__}: {error} ({last.filename}:{last.lineno})", error
+    problems = guard.settle(problem)
+    if problems:
+        raise EvaluationFailed(problems, guard.size) from cause
+    if choice.name != choice.plugin:
+        evaluation = attrs.evolve(
+            evaluation,
+            metrics={f"{choice.name}/{key}": value for key, value in evaluation.metrics.items()},
+            texts={f"{choice.name}/{key}": text for key, text in evaluation.texts.items()},
+        )
+    return evaluation
+
+
+class EvaluationFailed(Exception):
+    """An evaluator raised; the message says on which rank, unless there is only one."""
+
+    def __init__(self, problems: dict[int, str], size: int) -> None:
+        rank, text = next(iter(problems.items()))
+        super().__init__(text if size == 1 else f"on rank {rank}: {text}")
 
 
 @attrs.frozen
@@ -38,16 +196,18 @@ class Evaluations:
     Args:
         evaluators: the experiment's entries with the evaluators built from them.
         num_iterations: optimizer steps of the run.
-        samples_dir: where texts go.
-        report: called with a line for people when an evaluator fails.
+        world: the one that the evaluators' contexts have.
+        directory: of the run: texts go to ``samples``, tables and examples to ``evaluations``.
+        report: called with a line for people.
     """
 
     evaluators: tuple[tuple[Choice, Evaluator], ...]
     num_iterations: int
     dtype: torch.dtype
     world: World
-    samples_dir: Path
+    directory: Path
     report: Callable[[str], None]
+    _told: set[str] = attrs.field(factory=set, init=False, eq=False)
 
     def due(self, step: int) -> list[tuple[Choice, Evaluator]]:
         """Evaluators to call after ``step`` optimizer steps."""
@@ -73,26 +233,30 @@ class Evaluations:
         for choice, evaluator in self.due(step):
             if choice.name in done:
                 continue
-            with inference(model, self.dtype):
+            try:
+                evaluation = evaluate(choice, evaluator, model, self.dtype, step, self.world)
+            except EvaluationFailed as error:
+                self.report(f"evaluator {choice.name} failed at step {step}, the run goes on: {error}")
+                continue
+            if self.world.is_main:
                 try:
-                    evaluation = evaluator.evaluate(model, step)
-                    _check(evaluation)
-                except Exception as error:
-                    last = traceback.extract_tb(error.__traceback__)[-1]
-                    self.report(
-                        f"evaluator {choice.name} failed at step {step}, the run goes on: "
-                        f"{type(error).__name__}: {error} ({last.filename}:{last.lineno})"
-                    )
-                    continue
-            if choice.name != choice.plugin:
-                metrics = {f"{choice.name}/{key}": value for key, value in evaluation.metrics.items()}
-                texts = {f"{choice.name}/{key}": text for key, text in evaluation.texts.items()}
-                evaluation = Evaluation(metrics, texts)
-            if evaluation.texts and self.world.is_main:
-                self.samples_dir.mkdir(exist_ok=True)
-                path = self.samples_dir / f"{choice.name}_{step:06d}.json"
-                path.write_text(json.dumps(dict(evaluation.texts), indent=1, ensure_ascii=False) + "\n")
+                    self._keep(choice.name, step, evaluation)
+                except OSError as error:
+                    self.report(f"results of evaluator {choice.name} at step {step} can't be written: {error}")
             yield choice.name, evaluation
+
+    def _keep(self, name: str, step: int, evaluation: Evaluation) -> None:
+        for note in evaluation.notes:
+            if f"{name}: {note}" not in self._told:  # once a run
+                self._told.add(f"{name}: {note}")
+                self.report(f"{name}: {note}")
+        if evaluation.texts:
+            samples = self.directory / "samples"
+            samples.mkdir(exist_ok=True)
+            path = samples / f"{name}_{step:06d}.json"
+            path.write_text(json.dumps(dict(evaluation.texts), indent=1, ensure_ascii=False) + "\n")
+        if evaluation.examples or evaluation.files:
+            write_evaluation(self.directory / "evaluations", name, step, evaluation)
 
 
 def _check(evaluation: Evaluation) -> None:
@@ -108,3 +272,6 @@ def _check(evaluation: Evaluation) -> None:
     taken = {"step", "time", "evaluator"} & {*evaluation.metrics, *evaluation.texts}
     if taken:
         raise TypeError(f"{', '.join(sorted(taken))} are names of the ledger: give the metric another name")
+    for row in evaluation.examples:
+        if not {"task", "example", "value"} <= row.keys():
+            raise TypeError(f"an example needs task, example and value; this one has {', '.join(row)}")

@@ -108,7 +108,6 @@ class Follower:
         self.progress = Progress.read(self.progress_file)
         self.known = bool(self.progress.steps)
         self.told_of_failure = False
-        self.saved = 0.0
         self.logger: Logger
 
     def start(self) -> None:
@@ -164,8 +163,7 @@ class Follower:
                 self.progress.note(record)
             self.progress.offset += len(line)
             self.progress.last_line = _digest(line)
-            self._save(unless_younger_than=0.1)
-        self._save()
+            self.progress.write(self.progress_file)  # at once: what a process that is ended forgets is told twice
 
     def _new_lines(self) -> Iterator[bytes]:
         """Whole lines from the offset to the end that the ledger has now."""
@@ -193,19 +191,13 @@ class Follower:
                 self._failed(f"failed to finish: {type(error).__name__}: {error}")
                 raise
         self.progress.status = status
-        self._save()
-
-    def _save(self, unless_younger_than: float = 0.0) -> None:
-        """Write down how far the logger got: what a dying process forgets is told twice."""
-        if time.monotonic() >= self.saved + unless_younger_than:
-            self.progress.write(self.progress_file)
-            self.saved = time.monotonic()
+        self.progress.write(self.progress_file)
 
     def _failed(self, what: str) -> None:
         """Count a failure, and tell people of the first."""
         traceback.print_exc()
         self.progress.failures += 1
-        self._save()
+        self.progress.write(self.progress_file)
         if not self.told_of_failure:
             self.say(report=what)
         self.told_of_failure = True

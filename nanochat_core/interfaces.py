@@ -214,6 +214,7 @@ class Model(nn.Module, ABC):
 
     vocab_size: int  # V, at least the tokenizer's; ids outside raise
     hidden_size: int  # D of ``hidden``
+    max_positions: int | None = None  # most positions it can read; None: any number
 
     @abstractmethod
     def hidden(self, ids_BT: Tensor, cache: Cache | None = None) -> Tensor:
@@ -225,7 +226,15 @@ class Model(nn.Module, ABC):
 
     def forward(self, ids_BT: Tensor, targets_BT: Tensor, reduction: Literal["sum", "none"] = "sum") -> Tensor:
         """Cross-entropy of the targets, in nats: float32, () summed or [B, T]; ignored targets give 0."""
-        return cross_entropy(self, self.hidden(ids_BT), targets_BT, reduction)
+        training = self.training and torch.is_grad_enabled()
+        hidden = self._compiled_hidden if training and self._compiled_hidden is not None else self.hidden
+        return cross_entropy(self, hidden(ids_BT), targets_BT, reduction)
+
+    _compiled_hidden: Callable[[Tensor], Tensor] | None = None
+
+    def compile_training(self) -> None:
+        """Compile what training runs through; evaluation and sampling, whose shapes vary, stay as they are."""
+        self._compiled_hidden = torch.compile(self.hidden, dynamic=False)
 
     def new_cache(self, batch_size: int, max_tokens: int) -> Cache | None:
         """An empty cache, or None for a model without: then the prefix is computed again for every token."""

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import attrs
 
-from nanochat_core.follower import Job, Progress, progress_file
+from nanochat_core.follower import CANT_START, INCOMPLETE, Job, Progress, progress_file
 from nanochat_core.ledger import read_ledger
 
 _DOING = {"start": "to start", "log": "over one record", "finish": "to send the rest and finish"}
@@ -74,9 +74,9 @@ class LoggerProcess:
         if self._process.poll() is None:
             return True
         self._read_messages()
-        self._kill_children()
+        self.kill()
         code = self._process.returncode
-        if code == 1 or code < 0:
+        if code not in (0, INCOMPLETE, CANT_START):  # those it explained itself; the watchdog's code is 1
             how = f"took longer than {self.job.timeout:g} s {_DOING[self._phase]}" if code == 1 else f"died ({code})"
             self.report(f"logger {self.name} {how} and is ended; see {self._relative('.log')}")
         self._account(complete=code == 0)
@@ -90,19 +90,19 @@ class LoggerProcess:
             os.write(self._control, f"{status}\n".encode())
 
     def wait(self, deadline: float | None) -> bool:
-        """Wait until it has ended, or is killed at ``deadline`` (of ``time.monotonic``). Returns whether all was sent."""
+        """Wait until it has ended; kill it at ``deadline`` (of ``time.monotonic``). Returns whether all was sent."""
         while self.look():
             if deadline is not None and time.monotonic() > deadline:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(self._process.pid, signal.SIGKILL)
-                self._process.wait()
+                self.kill()
             else:
                 time.sleep(0.02)
         return self._process.returncode == 0
 
-    def _kill_children(self) -> None:
+    def kill(self) -> None:
+        """End it and what it started, at once."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
 
     def _read_messages(self) -> None:
         with contextlib.suppress(BlockingIOError, OSError):

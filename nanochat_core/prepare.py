@@ -97,7 +97,7 @@ def _find_resume(resume: str | None, name: str, runs_dir: Path) -> tuple[RunDire
     if resume not in ("auto", "newest"):
         run = find_run(resume, runs_dir)
         return run, newest_checkpoint(run)
-    why = f"there is no run of {name} under {runs_dir}"
+    why = f"there is no run of {name!r} under {runs_dir}"
     for newest in all_runs(runs_dir, name)[:1]:
         checkpoint = _sound_checkpoint(newest)
         if checkpoint is not None:

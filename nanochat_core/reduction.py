@@ -143,10 +143,11 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
 class TorchOptimizer(Optimizer):
     """Any ``torch.optim.Optimizer`` behind the two-part contract.
 
-    Each parameter group's ``lr`` is its base learning rate; the schedule multiplies it.
+    Each parameter group's ``lr`` is its base learning rate; the schedule multiplies it. A parameter stored in 16 bits
+    is updated through a float32 copy, ``<name>/master`` in the state: it would round small updates away.
 
     Args:
-        optimizer: built over the parameters below.
+        optimizer: built over the parameters below, and not used yet.
         parameters: trainable parameters by name, in the model's order.
         world: the ranks.
         state_tensors: state tensors of a parameter's size that the optimizer keeps (AdamW: 2).
@@ -164,6 +165,11 @@ class TorchOptimizer(Optimizer):
         self.reducer = GradientReducer(parameters, world)
         self.base_lrs = [float(group["lr"]) for group in optimizer.param_groups]
         self.state_tensors = state_tensors
+        # What the optimizer updates: the parameter, or its float32 copy.
+        self._updated = {name: _wide(parameter) for name, parameter in self.parameters.items()}
+        updated = {id(self.parameters[name]): p for name, p in self._updated.items()}
+        for group in optimizer.param_groups:
+            group["params"] = [updated[id(p)] for p in group["params"]]
 
     def begin_reduce(self) -> None:
         self.reducer.begin()
@@ -173,21 +179,32 @@ class TorchOptimizer(Optimizer):
 
     @torch.no_grad()
     def update(self, scale: float, multipliers: Multipliers) -> None:
-        torch._foreach_mul_([p.grad for p in self.parameters.values() if p.grad is not None], scale)
+        for parameter, master in self._copies():
+            assert parameter.grad is not None, "reduce gives every parameter a gradient"
+            master.grad = parameter.grad.to(master.dtype)
+        torch._foreach_mul_([p.grad for p in self._updated.values() if p.grad is not None], scale)
         for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = base * multipliers.lr
         self.optimizer.step()
+        for parameter, master in self._copies():
+            parameter.copy_(master)
+            master.grad = None
         self.discard()
+
+    def _copies(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        return [(p, self._updated[n]) for n, p in self.parameters.items() if self._updated[n] is not p]
 
     def discard(self) -> None:
         self.reducer.discard()
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {
-            f"{name}/{key}": torch.as_tensor(value)
-            for name, parameter in self.parameters.items()
-            for key, value in self.optimizer.state.get(parameter, {}).items()
-        }
+        state: dict[str, Tensor] = {}
+        for name, updated in self._updated.items():
+            kept = self.optimizer.state.get(updated, {})
+            state.update({f"{name}/{key}": torch.as_tensor(value) for key, value in kept.items()})
+            if updated is not self.parameters[name]:
+                state[f"{name}/master"] = updated.detach()
+        return state
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -196,10 +213,13 @@ class TorchOptimizer(Optimizer):
             name, _, what = key.rpartition("/")
             if name not in self.parameters:
                 raise KeyError(f"optimizer state for {name!r}, which is no parameter of the model")
-            parameter = self.parameters[name]
+            updated = self._updated[name]
+            if what == "master":
+                updated.copy_(value)
+                continue
             # Steps stay where torch wants them (the CPU, unless fused); moments live beside their parameter.
-            device = parameter.device if value.shape == parameter.shape or self._fused(parameter) else "cpu"
-            restored.setdefault(parameter, {})[what] = value.to(device, copy=True)
+            device = updated.device if value.shape == updated.shape or self._fused(updated) else "cpu"
+            restored.setdefault(updated, {})[what] = value.to(device, copy=True)
         self.optimizer.state.clear()
         self.optimizer.state.update(restored)
 
@@ -208,4 +228,10 @@ class TorchOptimizer(Optimizer):
         return any(g.get("fused") or g.get("capturable") for g in groups)
 
     def state_bytes(self) -> int:
-        return sum(self.state_tensors * p.nbytes for p in self.parameters.values())
+        masters = sum(master.nbytes for _, master in self._copies())
+        return masters + sum(self.state_tensors * p.nbytes for p in self._updated.values())
+
+
+def _wide(parameter: nn.Parameter) -> nn.Parameter:
+    """The parameter, or a float32 copy of one with 16 bits."""
+    return nn.Parameter(parameter.detach().float()) if parameter.dtype.itemsize < 4 else parameter

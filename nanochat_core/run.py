@@ -16,7 +16,7 @@ from nanochat_core.build import build_evaluators, build_loader, build_optimizer,
 from nanochat_core.checkpoint import CheckpointContent, load_checkpoint, load_model_tensors, load_weights
 from nanochat_core.distributed import OtherRankFailed, World, join_world, leave_world
 from nanochat_core.errors import CheckpointError, ConfigError, DataError, NanochatError, Problem
-from nanochat_core.evaluate import Evaluations
+from nanochat_core.evaluate import Evaluations, EvaluationWorld
 from nanochat_core.hardware import peak_flops, peak_memory_mib
 from nanochat_core.interfaces import LoggerContext, Model, ModelContext, Optimizer, Tokenizer
 from nanochat_core.ledger import rewind_ledger
@@ -122,9 +122,13 @@ class _Session:
         if content is not None:
             optimizer.load_state_dict(content.optimizer)
         self._seed(content)
+        if plan.compile:
+            model.compile_training()
         loader = build_loader(experiment.data, source, tokenizer, plan, self.state, world)
-        evaluators = build_evaluators(experiment.evaluators, source, tokenizer, plan, world)
-        samples = self.run_dir.path / "samples"
+        guarded, evaluations = EvaluationWorld.of(world), self.run_dir.path / "evaluations"
+        evaluators = build_evaluators(
+            experiment.evaluators, lambda: source, tokenizer, experiment, guarded, evaluations
+        )
         evaluated: list[str] = world.on_main(self._rewind_ledger) if content is not None else []
         peak, how = peak_flops(world.device, self.dtype)
         logs.report(f"peak {peak / 1e12:.3g} TFLOP/s a device ({how}); {self.state.lanes} data lanes")
@@ -138,10 +142,11 @@ class _Session:
             world=world,
             run_dir=self.run_dir,
             model=model,
-            forward=torch.compile(model, dynamic=False) if plan.compile else model,
             optimizer=optimizer,
             loader=loader,
-            evaluations=Evaluations(evaluators, plan.num_iterations, self.dtype, world, samples, logs.report),
+            evaluations=Evaluations(
+                evaluators, plan.num_iterations, self.dtype, guarded, self.run_dir.path, logs.report
+            ),
             state=self.state,
             logs=logs,
             data_problems=source.problems,

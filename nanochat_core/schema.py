@@ -14,7 +14,7 @@ import attrs
 import cattrs
 
 from nanochat_core.errors import NanochatError, PluginError, did_you_mean
-from nanochat_core.options import at_least, between, option
+from nanochat_core.options import above, at_least, between, option
 from nanochat_core.registry import Entry
 
 # ------------------------------------------------------------------------------------------- tables of the core
@@ -139,6 +139,9 @@ class EvaluatorKeys(NamedKeys):
     every: int = option(0, "evaluate every so many steps; 0 is off", validator=at_least(0))
     at_start: bool = option(False, "evaluate before the first step")
     at_end: bool = option(True, "evaluate after the last step")
+    time_budget: float | None = option(
+        None, "seconds an evaluation may take; what it found until then is marked as partial", validator=above(0)
+    )
 
 
 @attrs.frozen
@@ -339,6 +342,9 @@ def _attrs_hook(cls: Any) -> Callable[[Any, Any], Any]:
         try:
             return cls(**values)  # runs __attrs_post_init__, where a class checks fields against each other
         except (ValueError, TypeError) as error:
+            name, must, rest = str(error).partition(" must ")
+            if name in fields:  # "depth must be even" is about that field
+                raise Mismatch([((name,), f"{must.lstrip()}{rest}")]) from error
             raise Mismatch([((), str(error))]) from error
 
     return structure

@@ -39,6 +39,10 @@ class OutOfTime(NanochatError):
     """An evaluation's ``time_budget`` ended before everything was scored."""
 
 
+def _as_tokens(ids: npt.ArrayLike) -> Tokens:
+    return np.asarray(ids, dtype=np.int32)
+
+
 @attrs.frozen(eq=False)
 class Span:
     """A text of which the tokens from ``start`` on are scored; those before are its context.
@@ -48,7 +52,7 @@ class Span:
         start: in [1, len(ids) - 1]: the first token has nothing before it, and there is something to score.
     """
 
-    ids: Tokens = attrs.field(converter=lambda ids: np.asarray(ids, dtype=np.int32))
+    ids: Tokens = attrs.field(converter=_as_tokens)
     start: int
 
     def __attrs_post_init__(self) -> None:
@@ -386,7 +390,8 @@ def _score_batch(
     widths = [P, *batch.rests]  # positions of each pass
     bases = np.cumsum([0, *(E * width for width in widths)])  # number of a pass's first position
     # Each scored token: the number of the position that predicts it, the token, the span it belongs to.
-    positions, targets, owners, names = [], [], [], []
+    positions, targets, owners = [], [], []
+    names: list[tuple[int, int]] = []
     for e, group in enumerate(batch.groups):
         for c, span in enumerate(group.spans):
             at = np.arange(span.start - 1, len(span.ids) - 1)

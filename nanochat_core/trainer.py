@@ -66,7 +66,6 @@ class Trainer:
     """One run, on this rank.
 
     Args:
-        forward: ``model`` or its compiled twin: (ids_BT, targets_BT) to the summed loss.
         data_problems: what the data source could not read so far.
         evaluated: entries that have evaluated the step the run starts at, before it was interrupted.
     """
@@ -76,7 +75,6 @@ class Trainer:
     world: World
     run_dir: RunDirectory
     model: Model
-    forward: Callable[[Tensor, Tensor], Tensor]
     optimizer: Optimizer
     loader: TrainLoader
     evaluations: Evaluations
@@ -161,7 +159,8 @@ class Trainer:
     def _loss(self, ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
         dtype = getattr(torch, self.plan.dtype)
         with torch.autocast(self.world.device.type, dtype=dtype, enabled=dtype is not torch.float32):
-            return self.forward(ids_BT, targets_BT)
+            loss: Tensor = self.model(ids_BT, targets_BT)
+            return loss
 
     @property
     def _sum_dtype(self) -> torch.dtype:

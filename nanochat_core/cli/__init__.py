@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 from nanochat_core import __version__
 from nanochat_core.errors import NanochatError
@@ -19,8 +20,10 @@ COMMANDS = {
     "data": "bring data here (data download), or say what they hold (data info)",
     "plugins": "list what is installed, or explain one plugin's options",
     "runs": "list runs",
+    "log-sync": "send a logger what it missed of a run, or a whole run it never had",
     "tokenizer": "make a tokenizer, show the tokens of a text, compare tokenizers",
     "sample": "continue a text with a trained model",
+    "eval": "evaluate a trained model, or compare two evaluations",
 }
 
 
@@ -37,11 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, summary in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
         if name in arguments[:1]:  # only the command that is asked for is imported
-            importlib.import_module(f"nanochat_core.cli.{name}").add_arguments(command)
+            _module(name).add_arguments(command)
     options = parser.parse_args(arguments)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve the data thread and other runs
     try:
-        code: int = importlib.import_module(f"nanochat_core.cli.{options.command}").main(options, arguments)
+        code: int = _module(options.command).main(options, arguments)
         sys.stdout.flush()
         return code
     except NanochatError as error:
@@ -52,6 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         return 130
+
+
+def _module(command: str) -> ModuleType:
+    return importlib.import_module(f"nanochat_core.cli.{command.replace('-', '_')}")
 
 
 def add_experiment(parser: argparse.ArgumentParser) -> None:

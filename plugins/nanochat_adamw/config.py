@@ -9,7 +9,7 @@ from nanochat_core import above, at_least, between, option
 
 @attrs.frozen
 class AdamWConfig:
-    lr: float = option(1e-3, "learning rate", validator=at_least(0))
+    lr: float = option(2e-3, "learning rate", validator=at_least(0))
     embedding_lr: float | Literal["auto"] = option(
         "auto", 'learning rate of the embedding; "auto": lr', validator=at_least(0)
     )

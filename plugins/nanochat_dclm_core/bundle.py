@@ -1,4 +1,4 @@
-"""The bundle: ``core.yaml``, ``eval_meta_data.csv`` and the tasks' examples, from a directory, a zip, or the network."""
+"""The bundle: ``core.yaml``, ``eval_meta_data.csv`` and examples, from a directory, a zip, or the network."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import json
 import os
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -168,7 +169,7 @@ def _zip_reader(path: Path, prefix: str) -> Callable[[str], bytes]:
         try:
             with zipfile.ZipFile(path) as archive:
                 return archive.read(prefix + name)
-        except (OSError, KeyError, zipfile.BadZipFile) as error:
+        except (OSError, KeyError, zipfile.BadZipFile, zlib.error) as error:
             raise DataError(f"{prefix + name} in {path} can't be read ({error}): get the bundle again") from error
 
     return read
@@ -264,8 +265,8 @@ def _verify(path: Path, url: str) -> None:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
             names = archive.namelist()
-    except (OSError, zipfile.BadZipFile, EOFError) as error:
-        raise DataError(f"what {url} sent is no zip file ({error}): run it again later") from error
+    except (OSError, zipfile.BadZipFile, EOFError, zlib.error) as error:
+        raise DataError(f"the evaluation bundle from {url} is no sound zip file ({error}): run it again") from error
     if damaged is not None:
         raise DataError(f"the evaluation bundle arrived damaged ({damaged}): run it again")
     if not any(name.rpartition("/")[2] == CONFIG for name in names):

@@ -19,6 +19,7 @@ from nanochat_core import (
     Model,
     Span,
     cache_dir,
+    cropped_span,
     is_close_call,
     pick_choice,
     score_spans,
@@ -72,6 +73,9 @@ class Core(Evaluator):
         if self._bundle is None:
             world.on_main(lambda: open_bundle(self.config.bundle, cache_dir()))  # one rank downloads
             self._bundle = open_bundle(self.config.bundle, cache_dir())
+        if model.max_positions is not None and model.max_positions < self.max_len:
+            self.max_len = model.max_positions
+            self._questions.clear()
         tasks = self._chosen(self._bundle)
         partial = PartialResults(self.context.directory, self._facts(model, step)) if world.is_main else None
         finished: dict[str, list[dict[str, Any]]] = world.on_main(lambda: partial.read() if partial else {})
@@ -171,8 +175,9 @@ class Core(Evaluator):
         questions = []
         for index, example in enumerate(examples):
             texts = prompts(task, example, shots(examples, index, task.shots))
-            found = spans(task.type, texts, self.context.tokenizer, self.max_len)
-            cropped = any(len(span.ids) == self.max_len for span in found)
+            whole = spans(task.type, texts, self.context.tokenizer)
+            cropped = any(len(span.ids) > self.max_len for span in whole)
+            found = [cropped_span(span.ids, span.start, self.max_len) for span in whole]
             key = hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()[:16]
             questions.append(Question(key, found, example.get("gold", 0), cropped))
         kept = sum(len(s.ids) for qs in (*self._questions.values(), questions) for q in qs for s in q.spans)

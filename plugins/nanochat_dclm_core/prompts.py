@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from nanochat_core import Span, Tokenizer, Tokens, choice_spans, cropped_span
+from nanochat_core import Span, Tokenizer, Tokens, choice_spans
 from nanochat_dclm_core.bundle import Task, TaskType
 
 
@@ -49,14 +49,14 @@ def _solved(task: Task, example: dict[str, Any]) -> str:
             return f"{example['context'].strip()}{task.delimiter}{example['continuation']}"
 
 
-def spans(kind: TaskType, texts: Sequence[str], tokenizer: Tokenizer, max_len: int | None) -> list[Span]:
+def spans(kind: TaskType, texts: Sequence[str], tokenizer: Tokenizer) -> list[Span]:
     """What has to be scored to answer: a span for each choice, or the one continuation."""
     if kind != "language_modeling":
-        return choice_spans(tokenizer, texts, "prefix" if kind == "multiple_choice" else "suffix", max_len)
+        return choice_spans(tokenizer, texts, "prefix" if kind == "multiple_choice" else "suffix")
     without, whole = tokenizer.encode_documents(texts)
     # The tokens of the prompt, as far as the whole begins with them: a tokenizer may join prompt and continuation.
     # Should nothing be left (an empty continuation), the last token is scored.
-    return [cropped_span(whole, min(_common(without, whole), len(whole) - 1), max_len)]
+    return [Span(whole, max(1, min(_common(without, whole), len(whole) - 1)))]
 
 
 def _common(a: Tokens, b: Tokens) -> int:

@@ -26,6 +26,9 @@ class GPTConfig:
     rope_base: float = option(10000.0, "base of the rotary frequencies", validator=above(0))
     norm_eps: float = option(1e-6, "added to the mean square in every RMSNorm", validator=at_least(0))
 
+    def __attrs_post_init__(self) -> None:
+        self.shape()  # so that a contradiction is found when the file is read
+
     def shape(self) -> "Shape":
         """Width and heads.
 

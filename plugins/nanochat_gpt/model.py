@@ -6,10 +6,11 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Literal
 
+import attrs
 import torch
 from torch import Tensor, nn
 
-from nanochat_core import Cache, ConfigError, Model, ModelContext
+from nanochat_core import Cache, ConfigError, Model, ModelContext, Resolved
 from nanochat_gpt.attention import KVCache, LayerCache, attend
 from nanochat_gpt.config import GPTConfig, Shape
 from nanochat_gpt.head import MAX_CAP, scaled_head, softcap_cross_entropy
@@ -60,6 +61,11 @@ class Block(nn.Module):
         return x_BTD + self.mlp(rms_norm(x_BTD, eps), dtype)
 
 
+def no_autocast(device: torch.device) -> torch.autocast:
+    """The model casts by itself. (On the meta device, where models are planned, autocast does not exist.)"""
+    return torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False)
+
+
 class GPT(Model):
     """See the options for what can vary.
 
@@ -106,7 +112,7 @@ class GPT(Model):
 
     def hidden(self, ids_BT: Tensor, cache: Cache | None = None) -> Tensor:
         assert cache is None or isinstance(cache, KVCache), "a cache comes from new_cache"
-        with torch.autocast(ids_BT.device.type, enabled=False):
+        with no_autocast(ids_BT.device):
             x_BTD = embed(ids_BT, self.embedding.weight)
             start = 0
             if cache is not None:
@@ -137,7 +143,7 @@ class GPT(Model):
         return cos_TC.to(wide), sin_TC.to(wide)
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
-        with torch.autocast(hidden_ND.device.type, enabled=False):
+        with no_autocast(hidden_ND.device):
             cap, weight_VD = self.config.softcap, self.head.weight[: self.vocab_size]
             weight_VD = scaled_head(weight_VD, cap, self.dtype) if cap else weight_VD
             z_NV = linear(hidden_ND, weight_VD, self.dtype)
@@ -149,7 +155,7 @@ class GPT(Model):
         if reduction == "none" or not torch.is_grad_enabled() or not 0 < cap <= MAX_CAP:
             return super().forward(ids_BT, targets_BT, reduction)
         hidden_ND = self.hidden(ids_BT).flatten(0, 1)
-        with torch.autocast(ids_BT.device.type, enabled=False):
+        with no_autocast(ids_BT.device):
             weight_VD = self.head.weight[: self.vocab_size]
             return softcap_cross_entropy(hidden_ND, weight_VD, targets_BT.flatten(), cap, self.dtype)
 
@@ -167,6 +173,27 @@ class GPT(Model):
         attention = 12 * self.shape.heads * self.shape.head_dim * max_seq_len
         return 6.0 * (counts["matrix"] + counts["head"]) + len(self.blocks) * attention
 
+    def reference_counts(self) -> Mapping[str, int]:
+        """Those of depth 12 with the same vocabulary and the heads that depth gives."""
+        config = attrs.evolve(self.config, depth=12, n_head="auto", n_kv_head="auto")
+        with torch.device("meta"):
+            return GPT(config, self.vocab_size, 1, self.dtype).parameter_counts()
+
+    def resolved_options(self) -> Mapping[str, Resolved]:
+        found = {
+            "n_head": Resolved(self.shape.heads, f"ceil(width {self.shape.width} / head_dim {self.config.head_dim})"),
+            "n_kv_head": Resolved(self.shape.kv_heads, "as many as n_head"),
+            "vocab_size": Resolved(self.vocab_size, "the tokenizer's"),
+        }
+        return {name: resolved for name, resolved in found.items() if getattr(self.config, name) == "auto"}
+
+    def describe(self) -> Mapping[str, str | int]:
+        width = f"{self.shape.width:,}"
+        if self.shape.width != self.config.depth * self.config.aspect_ratio:
+            width += f" (rounded up from {self.config.depth * self.config.aspect_ratio:,}, so that the heads divide it)"
+        shape = self.shape
+        return {"layers": self.config.depth, "width": width, "heads": shape.heads, "kv heads": shape.kv_heads}
+
     def compile_training(self, backend: str = "inductor") -> None:
         """Compile the block that training runs through: once, for all of them, so that depth costs no compile time.
 
@@ -180,7 +207,7 @@ def build(config: GPTConfig, context: ModelContext) -> GPT:
     """The factory.
 
     Raises:
-        ConfigError: when the options contradict each other or the tokenizer.
+        ConfigError: when the vocabulary is smaller than the tokenizer's.
     """
     vocab_size = context.vocab_size if config.vocab_size == "auto" else config.vocab_size
     if vocab_size < context.vocab_size:
@@ -188,8 +215,4 @@ def build(config: GPTConfig, context: ModelContext) -> GPT:
             f"model.vocab_size: {vocab_size} is smaller than the tokenizer's {context.vocab_size}: "
             f'give at least {context.vocab_size}, or "auto"'
         )
-    try:
-        config.shape()
-    except ValueError as error:
-        raise ConfigError(f"model.{error}") from error
     return GPT(config, vocab_size, context.max_seq_len, context.dtype)

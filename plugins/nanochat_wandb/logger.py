@@ -40,11 +40,14 @@ class Wandb(Logger):
             if config.mode == "online":
                 raise
             context.report(f"offline, because the server does not accept the run: {' '.join(str(error).split())[:200]}")
+            wandb.teardown(exit_code=1)  # the run that was not accepted holds the id
             online = False
             self.run = self._init(config, online)
         self.run.define_metric("*", step_metric="step")
         self.directory = os.path.relpath(self.run.dir + "/..")
-        context.report(f"{self.run.url}" if online else f"writes to {self.directory}; upload: wandb sync {self.directory}")
+        context.report(
+            f"{self.run.url}" if online else f"writes to {self.directory}; upload: wandb sync {self.directory}"
+        )
 
     def _init(self, config: WandbConfig, online: bool) -> Any:
         context = self.context

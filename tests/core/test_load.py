@@ -214,7 +214,8 @@ def test_an_entry_needs_a_plugin_and_names_what_there_is(files: Files) -> None:
     assert files.problem("[[loggers]]\nlog_every = 2").startswith('child.toml:2: loggers[0]: needs a plugin = "..."')
     line = files.problem('[[loggers]]\nname = "mine"')
     assert line.startswith("child.toml:3: loggers.mine.plugin: missing")
-    assert "installed: console" in line
+    assert "(installed: " in line
+    assert "console" in line
     assert "write each entry as [[evaluators]]" in files.problem('evaluators = ["bpb"]')
 
 

@@ -100,10 +100,6 @@ def test_auto_batch_follows_the_formula(site: Site, tiny: Path, scale: int, log_
     assert re.search(r"layers +77", format_plan(planned))
 
 
-GPT_NAMES_NO_REFERENCE = pytest.mark.xfail(strict=True, reason="gpt has no reference_counts() and describe() yet")
-
-
-@GPT_NAMES_NO_REFERENCE
 @pytest.mark.parametrize(
     ("depth", "millions", "log_batch", "steps"), [(12, 110, 19, 2520), (20, 435, 20, 4980), (24, 730, 20, 8352)]
 )
@@ -121,7 +117,6 @@ def test_auto_batch_by_formula(depth: int, millions: int, log_batch: int, steps:
     assert found.num_iterations == steps
 
 
-@GPT_NAMES_NO_REFERENCE
 def test_auto_batch_counts_all_parameters_in_the_classic_recipe() -> None:
     """D / D12 = 477,102,080 / 135,266,304 = 3.53, and 2^19 x 3.53^0.383 = 2^19.70."""
     assert classic(20, "train.total_batch_size=auto").plan.total_batch_size == 2**20
@@ -232,10 +227,9 @@ def test_memory_is_estimated_from_parts(tiny: Path) -> None:
     assert memory["optimizer state"] > 0
 
 
-@pytest.mark.xfail(strict=True, reason="gpt asks autocast for the meta device, which raises")
 def test_activations_grow_with_the_micro_batch(tiny: Path) -> None:
-    memory = plan(tiny).plan.memory
-    assert plan(tiny, "train.device_batch_size=8").plan.memory["activations"] == 2 * memory["activations"] > 0
+    small, large = (plan(tiny, f"train.device_batch_size={b}").plan.memory["activations"] for b in (4, 8))
+    assert 1.8 < large / small <= 2  # the weights' copies in the products' dtype do not grow
 
 
 def test_the_banner_says_it_all(tiny: Path) -> None:
@@ -253,7 +247,6 @@ def test_the_banner_says_it_all(tiny: Path) -> None:
     assert "tokens : params ratio" in banner
 
 
-@GPT_NAMES_NO_REFERENCE
 def test_the_banner_describes_the_model(tiny: Path) -> None:
     banner = re.sub(r" {2,}", "  ", format_plan(plan(tiny)))
     for line in ("layers  1", "width  32", "heads  2"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from support import losses, metrics
 
 from nanochat_core import LoggerContext
 from nanochat_core.plugins import load_plugins
@@ -83,3 +84,11 @@ def test_entry_tells_how_to_install_its_library():
     assert entry is not None
     assert entry.requires == ("tensorboard",)
     assert entry.install == "pip install -e '.[tensorboard]'"
+
+
+def test_a_resumed_run_has_every_step_once(logged):
+    events = read(logged / "tensorboard")
+    for name, expected in (("train/loss", losses(logged)), ("val/bpb", metrics(logged, "val/bpb"))):
+        found = [(step, value) for _, step, value in points(events, name)]
+        assert [step for step, _ in found] == sorted(expected)
+        assert dict(found) == pytest.approx(expected, rel=1e-6)

@@ -1,0 +1,105 @@
+"""``nanochat eval RUN|CHECKPOINT|hf:PATH``: any evaluator on any model; ``--compare`` two evaluations."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nanochat_core.cli import add_runs_dir, positive
+from nanochat_core.errors import CheckpointError, ConfigError, Problem
+
+if TYPE_CHECKING:
+    from nanochat_core.evaluation_files import Stored
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "target", nargs="?", metavar="RUN|CHECKPOINT|hf:PATH",
+        help="a run (its newest checkpoint), a checkpoint's directory, or a Hugging Face model (directory or hub name)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--evaluator", action="append", default=[], metavar="NAME", dest="evaluators",
+        help="an entry of the experiment or an evaluator plugin; may be repeated (default: all of the experiment)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+        help="override a value, as in --set evaluators.core.bundle=PATH; may be repeated",
+    )  # fmt: skip
+    parser.add_argument("--nproc", type=positive, default=1, metavar="N", help="worker processes, one a device")
+    parser.add_argument(
+        "--compare", nargs=2, metavar=("A", "B"),
+        help="show the difference of two evaluations with paired statistics: runs, or directories under evaluations/",
+    )  # fmt: skip
+    add_runs_dir(parser)
+
+
+def main(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    if (options.target is None) == (options.compare is None):
+        raise ConfigError([Problem("", "give either one model to evaluate, or --compare A B", "nanochat eval")])
+    if options.compare is not None:
+        return _compare(*options.compare, options.evaluators, options.runs_dir)
+    if options.nproc > 1 and "WORLD_SIZE" not in os.environ:
+        from nanochat_core.launch import launch
+
+        return launch(arguments, options.nproc)
+    from nanochat_core.evaluate_model import evaluate_model
+
+    return evaluate_model(options.target, options.evaluators, options.overrides, options.runs_dir)
+
+
+def _compare(a: str, b: str, names: Sequence[str], runs_dir: Path) -> int:
+    from nanochat_core.evaluation_files import compare, format_comparison
+
+    before, after = _stored(a, runs_dir), _stored(b, runs_dir)
+    common = [name for name in before if name in after and (not names or name in names)]
+    if not common:
+        raise ConfigError(
+            f"there is nothing to compare: {a} has {', '.join(before) or 'nothing'}, {b} has "
+            f"{', '.join(after) or 'nothing'}; evaluate both with the same evaluator"
+        )
+    for name in common:
+        ours, theirs = before[name], after[name]
+        print(f"{name}\nA: {ours.path}\nB: {theirs.path}\n")
+        differences = compare(ours, theirs)
+        if differences:
+            print(format_comparison(differences))
+            seen = {task: len(set(ours.values[task]) ^ set(theirs.values.get(task, {}))) for task in ours.values}
+            for task, count in seen.items():
+                if count:
+                    print(f"{task}: {count} examples are in one of them only, and are left out")
+            only = sorted(set(ours.values) ^ set(theirs.values))
+            if only:
+                print(f"in one of them only: {', '.join(only)}")
+        for metric in ours.metrics:
+            if metric in theirs.metrics and not differences:
+                x, y = ours.metrics[metric], theirs.metrics[metric]
+                print(f"{metric}: {x:.6g} to {y:.6g} ({y - x:+.6g})")
+        for fact in ("baselines", "max_per_task", "max_len", "bundle_digest"):
+            x, y = ours.facts["facts"].get(fact), theirs.facts["facts"].get(fact)
+            if x != y:
+                print(f"careful: {fact} is {x} in A and {y} in B")
+        print()
+    return 0
+
+
+def _stored(reference: str, runs_dir: Path) -> dict[str, Stored]:
+    """Evaluations by entry: of a run or of a checkpoint's run the newest, or one directory."""
+    from nanochat_core.evaluation_files import FACTS, find_evaluations, read_evaluation
+    from nanochat_core.rundir import find_run
+
+    path = Path(reference)
+    if (path / FACTS).is_file():
+        found = read_evaluation(path)
+        return {found.name: found}
+    plugin, colon, rest = reference.partition(":")
+    for directory in (path, path / "evaluations", *([runs_dir / plugin / rest / "evaluations"] if colon else [])):
+        evaluations = find_evaluations(directory) if directory.is_dir() else {}
+        if evaluations:
+            return evaluations
+    evaluations = find_evaluations(find_run(reference, runs_dir).path / "evaluations")
+    if not evaluations:
+        raise CheckpointError(f"{reference} has not been evaluated yet: nanochat eval {reference} --evaluator core")
+    return evaluations
