@@ -40,7 +40,8 @@ def main(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     if (options.target is None) == (options.compare is None):
         raise ConfigError([Problem("", "give either one model to evaluate, or --compare A B", "nanochat eval")])
     if options.compare is not None:
-        return _compare(*options.compare, options.evaluators, options.runs_dir)
+        a, b = options.compare
+        return _compare(a, b, options.evaluators, options.runs_dir)
     if options.nproc > 1 and "WORLD_SIZE" not in os.environ:
         from nanochat_core.launch import launch
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from pathlib import Path
@@ -54,6 +55,8 @@ class PartialResults:
     def remove(self) -> None:
         if self._file is not None:
             self._file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # not there, or not empty
+                self._file.parent.rmdir()
 
 
 def weights_digest(model: Model) -> str:

@@ -131,7 +131,7 @@ def _is_online(config: WandbConfig) -> tuple[bool, str]:
     url = str(wandb.setup().settings.base_url)
     if not _has_key(url):
         return False, "there is no key (wandb login, or WANDB_API_KEY)"
-    if not _answers(url):
+    if not _answers(f"{url}/graphql", min(_PROBE_SECONDS, config.init_timeout)):
         return False, f"{url} does not answer"
     return True, ""
 
@@ -146,13 +146,14 @@ def _has_key(url: str) -> bool:
         return False
 
 
-def _answers(url: str) -> bool:
-    """Whether anything comes back over HTTP, an error too. Looking up a name can hang, so a thread does it."""
+def _answers(url: str, seconds: float) -> bool:
+    """Whether a query gets any answer, an error too. Looking up a name can hang, so a thread does it."""
     answered = threading.Event()
 
     def ask() -> None:
         try:
-            urllib.request.urlopen(url, timeout=_PROBE_SECONDS).close()
+            query = urllib.request.Request(url, b'{"query": "{ viewer { id } }"}', {"Content-Type": "application/json"})
+            urllib.request.urlopen(query, timeout=seconds).close()
             answered.set()
         except urllib.error.HTTPError:
             answered.set()
@@ -161,5 +162,5 @@ def _answers(url: str) -> bool:
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
-    thread.join(_PROBE_SECONDS)
+    thread.join(seconds)
     return answered.is_set()

@@ -96,15 +96,12 @@ def test_a_killed_run_is_not_left_in_progress(tmp_path: Path, shards: Path) -> N
     assert [r["exit"]["exit_code"] for r in only if r["type"] == "exit"] == [1]
 
 
-class Silent(http.server.BaseHTTPRequestHandler):
-    """Answers a look at its front page, and nothing else."""
-
-    def do_GET(self) -> None:
-        self.send_response(200)
-        self.end_headers()
+class Refusing(http.server.BaseHTTPRequestHandler):
+    """Knows no key."""
 
     def do_POST(self) -> None:
-        time.sleep(60)
+        self.send_response(401)
+        self.end_headers()
 
     def log_message(self, *_: object) -> None:
         pass
@@ -131,26 +128,27 @@ def train(tmp_path: Path, shards: Path, url: str, options: str) -> tuple[str, fl
 
 
 def test_online_into_a_black_hole(tmp_path: Path, shards: Path, black_hole: str) -> None:
-    out, seconds, run = train(tmp_path, shards, black_hole, 'mode = "online"\ninit_timeout = 2\ntimeout = 5\n')
+    out, seconds, run = train(tmp_path, shards, black_hole, 'mode = "online"\ninit_timeout = 1\ntimeout = 5\n')
     assert out.count("logger wandb") == 2, out  # what is wrong, and what to do
     assert f"log-sync tiny/{run.name} --to wandb" in out
-    assert seconds < 25
-    sent = spawn("log-sync", f"tiny/{run.name}", "--to", "wandb", "--set", "mode=offline", "--runs-dir", tmp_path / "runs")
+    assert seconds < 60
+    arguments = (f"tiny/{run.name}", "--to", "wandb", "--runs-dir", tmp_path / "runs")
+    sent = spawn("log-sync", *arguments, "--set", "mode=offline")
     assert sent.code == 0, sent.err + sent.out
     assert series(history(run), "train/loss") == losses(run)
 
 
 def test_auto_goes_offline_when_nobody_answers(tmp_path: Path, shards: Path, black_hole: str) -> None:
-    out, _, run = train(tmp_path, shards, black_hole, "")
+    out, _, run = train(tmp_path, shards, black_hole, "init_timeout = 1\n")
     assert f"offline, because {black_hole} does not answer" in out
     assert series(history(run), "train/loss") == losses(run)
 
 
 def test_auto_goes_offline_when_the_server_does_not_accept_the_run(tmp_path: Path, shards: Path) -> None:
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Silent)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    out, _, run = train(tmp_path, shards, f"http://127.0.0.1:{server.server_port}", "init_timeout = 2\n")
+    out, _, run = train(tmp_path, shards, f"http://127.0.0.1:{server.server_port}", "init_timeout = 5\n")
     server.shutdown()
     assert "offline, because the server does not accept the run" in out
     assert series(history(run), "train/loss") == losses(run)

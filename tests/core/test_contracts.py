@@ -1,0 +1,349 @@
+"""The contract checks: our own plugins pass them, and each notices a plugin that breaks its contract."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+import torch
+from torch import nn
+
+from nanochat_core import (
+    DataContext,
+    DataSource,
+    Evaluation,
+    Evaluator,
+    Logger,
+    LoggerContext,
+    Model,
+    Multipliers,
+    TorchOptimizer,
+)
+from nanochat_core.plugins import load_plugins
+from nanochat_core.testing import check_data_source, check_evaluator, check_logger, check_model, check_optimizer
+from nanochat_csv.config import CSVConfig
+from nanochat_csv.logger import CSV
+
+
+def entry(kind: str, name: str, **options: Any) -> tuple[Callable[[Any, Any], Any], Any]:
+    found = load_plugins()[kind].get(name)  # type: ignore[index]
+    assert found is not None
+    if found.missing():
+        pytest.skip(f"needs {found.missing()}")
+    return found.load(), found.config(**options)
+
+
+# -- ours
+
+
+@pytest.mark.parametrize("options", [{}, {"window_pattern": "SL"}, {"tie_embeddings": True}])
+def test_our_model(options: dict[str, Any]) -> None:
+    factory, config = entry("model", "gpt", depth=2, aspect_ratio=16, head_dim=16)
+    known = {field.name for field in attrs.fields(type(config))}
+    check_model(factory, attrs.evolve(config, **{k: v for k, v in options.items() if k in known}))
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon_adamw"])
+def test_our_optimizers(name: str) -> None:
+    check_optimizer(*entry("optimizer", name))
+
+
+def test_our_data_sources(shards: Path) -> None:
+    check_data_source(*entry("data_source", "parquet", path=shards))
+
+
+def test_our_evaluators() -> None:
+    assert "val/bpb" in check_evaluator(*entry("evaluator", "bpb", eval_tokens=256)).metrics
+    check_evaluator(*entry("evaluator", "samples", prompts=("ab", "c"), max_new_tokens=3))
+
+
+def read_csv(run: Path) -> dict[str, dict[int, float]]:
+    found: dict[str, dict[int, float]] = {}
+    with (run / "csv" / "metrics.csv").open() as file:
+        for row in csv.DictReader(file):
+            steps = found.setdefault(row["name"], {})
+            assert int(row["step"]) not in steps
+            steps[int(row["step"])] = float(row["value"])
+    return found
+
+
+def read_tensorboard(run: Path) -> dict[str, dict[int, float]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    return {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+
+
+def read_aim(run: Path) -> dict[str, dict[int, float]]:
+    import aim
+
+    (found,) = aim.Repo(str(run.parents[1])).iter_runs()
+    tables = {metric.name: metric.data.items_list() for metric in found.metrics()}
+    return {name: dict(zip(steps, columns[0], strict=True)) for name, (steps, columns) in tables.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "read", "options"),
+    [
+        ("csv", read_csv, {}),
+        ("tensorboard", read_tensorboard, {}),
+        ("aim", read_aim, {"system_metrics": False}),
+        ("wandb", None, {"mode": "offline", "system_metrics": False}),
+        ("console", None, {}),
+    ],
+)
+def test_our_loggers(name: str, read: Any, options: dict[str, Any]) -> None:
+    check_logger(*entry("logger", name, **options), read)
+
+
+# -- broken ones
+
+
+class Good(Model):
+    """An embedding, a running mean, a head."""
+
+    def __init__(self, config: object, context: Any) -> None:
+        super().__init__()
+        self.vocab_size, self.hidden_size = context.vocab_size, 8
+        self.embedding = nn.Embedding(context.vocab_size, 8)
+        self.matrix = nn.Linear(8, 8, bias=False)
+        self.head = nn.Linear(8, context.vocab_size, bias=False)
+
+    def hidden(self, ids_BT: Any, cache: Any = None) -> Any:
+        x_BTD = self.embedding(ids_BT)
+        count_T1 = torch.arange(1, ids_BT.shape[1] + 1)[:, None]
+        return x_BTD + torch.tanh(self.matrix(x_BTD.cumsum(1) / count_T1))
+
+    def logits(self, hidden_ND: Any) -> Any:
+        return self.head(hidden_ND).float()
+
+
+class SeesAhead(Good):
+    def hidden(self, ids_BT: Any, cache: Any = None) -> Any:
+        return super().hidden(ids_BT) + self.embedding(ids_BT).mean(1, keepdim=True)
+
+
+class MixesRows(Good):
+    def hidden(self, ids_BT: Any, cache: Any = None) -> Any:
+        return super().hidden(ids_BT) - self.embedding(ids_BT).mean(0, keepdim=True)
+
+
+class HalfLogits(Good):
+    def logits(self, hidden_ND: Any) -> Any:
+        return self.head(hidden_ND).bfloat16()
+
+
+class WrongLoss(Good):
+    def forward(self, ids_BT: Any, targets_BT: Any, reduction: Any = "sum") -> Any:
+        return super().forward(ids_BT, targets_BT, reduction) / 2
+
+
+class Unused(Good):
+    def __init__(self, config: object, context: Any) -> None:
+        super().__init__(config, context)
+        self.unused = nn.Parameter(torch.ones(3))
+
+
+class OwnRoles(Good):
+    def parameter_roles(self) -> dict[str, str]:
+        return {**super().parameter_roles(), "matrix.weight": "body"}
+
+
+class Forgetful(Good):
+    def __init__(self, config: object, context: Any) -> None:
+        super().__init__(config, context)
+        self.offset = 0.0
+
+    def forward(self, ids_BT: Any, targets_BT: Any, reduction: Any = "sum") -> Any:
+        self.offset += 0.1
+        return super().forward(ids_BT, targets_BT, reduction)
+
+    def logits(self, hidden_ND: Any) -> Any:
+        return super().logits(hidden_ND) * (1 + self.offset)
+
+
+class Unseeded(Good):
+    def __init__(self, config: object, context: Any) -> None:
+        super().__init__(config, context)
+        with torch.no_grad():
+            self.head.weight.normal_(generator=torch.Generator().manual_seed(torch.seed() % 2**31))
+
+
+def test_a_good_model() -> None:
+    check_model(Good, None)
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (SeesAhead, "a position sees tokens that come after it"),
+        (MixesRows, "a row depends on the other rows"),
+        (HalfLogits, "logits must be float32"),
+        (WrongLoss, "is not the cross-entropy"),
+        (Unused, "parameter unused gets no gradient"),
+        (OwnRoles, "has role 'body'"),
+        (Forgetful, "saved and loaded it gives other logits"),
+        (Unseeded, "the same seed gives other weights"),
+    ],
+)
+def test_broken_models(model: Any, reason: str) -> None:
+    with pytest.raises(AssertionError, match=reason):
+        check_model(model, None)
+
+
+class SGD(TorchOptimizer):
+    def __init__(self, config: object, context: Any) -> None:
+        sgd = torch.optim.SGD(context.parameters.values(), lr=0.3, momentum=0.9)
+        super().__init__(sgd, context.parameters, context.world, state_tensors=1)
+
+
+class LosesMomentum(SGD):
+    def state_dict(self) -> Any:
+        return {name: torch.zeros_like(tensor) for name, tensor in super().state_dict().items()}
+
+
+class IgnoresScale(SGD):
+    def update(self, scale: float, multipliers: Multipliers) -> None:
+        super().update(1 / 64, multipliers)
+
+
+class IgnoresRate(SGD):
+    def update(self, scale: float, multipliers: Multipliers) -> None:
+        super().update(scale, attrs.evolve(multipliers, lr=1.0))
+
+
+class DiscardsNothing(SGD):
+    def discard(self) -> None:
+        pass
+
+
+class WrongNorm(SGD):
+    def reduce(self) -> Any:
+        return super().reduce() * 2
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "reason"),
+    [
+        (LosesMomentum, "a resumed optimizer goes on differently"),
+        (IgnoresScale, "scale is not applied"),
+        (IgnoresRate, "a learning-rate factor of 0 changes parameters"),
+        (DiscardsNothing, "after discard the gradients are still there"),
+        (WrongNorm, "reduce gives"),
+    ],
+)
+def test_broken_optimizers(optimizer: Any, reason: str) -> None:
+    check_optimizer(SGD, None)
+    with pytest.raises(AssertionError, match=reason):
+        check_optimizer(optimizer, None)
+
+
+class Lines(DataSource):
+    def __init__(self, config: object, context: DataContext) -> None:
+        self.context = context
+
+    def documents(self, split: Any) -> Any:
+        return [f"{split} {i}" for i in range(20)]
+
+
+class NoValidation(Lines):
+    def documents(self, split: Any) -> Any:
+        return super().documents(split) if split == "train" else []
+
+
+class Shuffles(Lines):
+    count = 0
+
+    def documents(self, split: Any) -> Any:
+        Shuffles.count += 1
+        return [f"{split} {i} {Shuffles.count}" for i in range(20)]
+
+
+class Streams(Lines):
+    def documents(self, split: Any) -> Any:
+        return iter(super().documents(split))
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        (NoValidation, "val has no documents"),
+        (Shuffles, "built again it has other documents"),
+        (Streams, "has no len"),
+    ],
+)
+def test_broken_data_sources(source: Any, reason: str) -> None:
+    check_data_source(Lines, None)
+    with pytest.raises(AssertionError, match=reason):
+        check_data_source(source, None)
+
+
+class Finds(Evaluator):
+    def __init__(self, config: Any, context: Any) -> None:
+        self.config = config
+
+    def evaluate(self, model: Model, step: int) -> Evaluation:
+        with torch.enable_grad():
+            return self.config(model, step)
+
+
+def drifts(model: Model, step: int) -> Evaluation:
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+    return Evaluation({"a": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("find", "reason"),
+    [
+        (lambda model, step: Evaluation(), "neither metrics nor texts"),
+        (lambda model, step: Evaluation({"a": torch.ones(())}), "must be a Python int or float"),
+        (lambda model, step: Evaluation({"step": 1}), "names of the ledger"),
+        (lambda model, step: Evaluation({"a": float(torch.rand(()) + step)}), "other metrics the second time"),
+        (drifts, "changes the model's parameters"),
+    ],
+)
+def test_broken_evaluators(find: Any, reason: str) -> None:
+    with pytest.raises(AssertionError, match=reason):
+        check_evaluator(Finds, find)
+
+
+class Doubles(CSV):
+    def log(self, record: Any) -> None:
+        super().log(record)
+        if record["step"] == 3:
+            super().log(record)
+
+
+class StartsAfresh(CSV):
+    """Forgets at resume what was before."""
+
+    def __init__(self, config: Any, context: LoggerContext) -> None:
+        super().__init__(config, attrs.evolve(context, start_step=0))
+
+
+class StumblesOverTexts(Logger):
+    def __init__(self, config: Any, context: LoggerContext) -> None: ...
+
+    def log(self, record: Any) -> None:
+        [float(value) for name, value in record.items() if name != "evaluator"]
+
+
+@pytest.mark.parametrize(
+    ("logger", "reason"),
+    [(Doubles, "log a run"), (StartsAfresh, "has steps"), (StumblesOverTexts, "could not convert")],
+)
+def test_broken_loggers(logger: Any, reason: str) -> None:
+    with pytest.raises(AssertionError, match=reason):
+        check_logger(logger, CSVConfig(), read_csv)
+
+
+def test_what_is_no_plugin_of_its_kind_is_said() -> None:
+    for check in (check_model, check_optimizer, check_data_source, check_evaluator):
+        with pytest.raises(AssertionError, match=r"must return a nanochat_core\."):
+            check(lambda config, context: object(), None)  # type: ignore[operator]
