@@ -25,8 +25,8 @@ from nanochat_core.interfaces import (
     Split,
     Tokenizer,
 )
-from nanochat_core.load import load
 from nanochat_core.loader import TrainLoader, ValidationRows
+from nanochat_core.needs import load_experiment
 from nanochat_core.paths import cache_dir
 from nanochat_core.plan import Plan, build_model, optimizer_context
 from nanochat_core.plugins import load_plugins
@@ -190,7 +190,7 @@ def load_trained(reference: str, runs_dir: Path, device: torch.device) -> Traine
         ConfigError: when its plugins are not installed.
     """
     run = find_run(reference, runs_dir)
-    experiment = load(run.experiment, (), load_plugins()).require_all().experiment
+    experiment = load_experiment(run, load_plugins())
     return open_trained(run, newest_checkpoint(run), experiment, device)
 
 

@@ -30,12 +30,14 @@ class CheckpointContent:
     Args:
         model: parameters and buffers by name; ``optimizer``: ``<parameter>/<what>``; ``rng``: ``<rank>/<generator>``.
         state: where the run stands.
+        plugins: version of each distribution whose plugins the run uses.
     """
 
     model: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
     rng: Mapping[str, Tensor]
     state: TrainState
+    plugins: Mapping[str, str] = attrs.field(factory=dict)
 
 
 def checkpoint_name(step: int) -> str:
@@ -91,7 +93,7 @@ def save_checkpoint(directory: Path, content: CheckpointContent) -> Path:
             save_file(tensors, temporary / f"{name}.safetensors", metadata={"format": "pt"})
         (temporary / "state.json").write_text(json.dumps(content.state.to_json(), indent=1) + "\n")
         files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(temporary.iterdir())}
-        manifest = {"version": VERSION, "step": content.state.step, "files": files}
+        manifest = {"version": VERSION, "step": content.state.step, "plugins": dict(content.plugins), "files": files}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
         for path in (*temporary.iterdir(), temporary):
             _sync(path)

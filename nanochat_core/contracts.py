@@ -1,4 +1,4 @@
-"""Contract checks of models, optimizers, data sources, evaluators and loggers. ``nanochat_core.testing`` offers them."""
+"""Contract checks of all kinds but tokenizers; plugin authors import them from ``nanochat_core.testing``."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ def check_model(
 ) -> Model:
     """Check that a model keeps its contract, on the CPU in float32.
 
-    Shapes and dtypes; position t sees nothing after t, a row nothing of other rows; the loss is the cross-entropy of the
-    logits; the same seed gives the same weights; what is saved and loaded goes on exactly; a cache changes nothing.
+    Shapes and dtypes; position t sees nothing after t, a row nothing of other rows; the loss is the cross-entropy of
+    the logits; the same seed gives the same weights; what is saved and loaded goes on exactly; a cache changes nothing.
 
     Args:
         factory, config: as in the registration; a small config will do.

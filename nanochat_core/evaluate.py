@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import pickle
 import random
 import time
 import traceback
@@ -100,7 +101,7 @@ class EvaluationWorld(World):
         self._turn.active = False
         if not went_wrong:
             return {}
-        errors = super().gather(error)
+        errors = super().gather(error) if self.size > 1 else [error]
         if not any(errors):
             return {0: "ranks were at different points of the evaluation: each must make the same collectives"}
         return {rank: text for rank, text in enumerate(errors) if text}
@@ -131,12 +132,18 @@ class EvaluationWorld(World):
         super().broadcast(tensor)
 
     def publish(self, value: Any = None) -> Any:
+        if self.size == 1:
+            return value
+        data = pickle.dumps(value)  # what can't be sent fails here, before others wait for it
         self._agree(OPERATIONS["publish"])
-        return super().publish(value)
+        return pickle.loads(super().publish(data))
 
     def gather(self, value: Any) -> list[Any]:
+        if self.size == 1:
+            return [value]
+        data = pickle.dumps(value)
         self._agree(OPERATIONS["gather"])
-        return super().gather(value)
+        return [pickle.loads(each) for each in super().gather(data)]
 
     def barrier(self) -> None:
         self._agree(OPERATIONS["barrier"])

@@ -125,6 +125,8 @@ class LoggerProcess:
         failures = f"failed {progress.failures} times" if progress.failures else "ended"
         if complete:
             self.report(f"logger {self.name} {failures} and recovered: it has every record")
+        elif self.name.startswith("observer-"):
+            self.report(f"{self.name} {failures}, it is not told of {missed} records")
         else:
             run = f"{context.directory.parent.name}/{context.directory.name}"
             self.report(

@@ -13,6 +13,7 @@ from nanochat_core.checkpoint import latest_checkpoint, load_state
 from nanochat_core.distributed import World
 from nanochat_core.errors import CheckpointError, ConfigError, Problem
 from nanochat_core.load import add_places, changed_options, load
+from nanochat_core.needs import load_experiment
 from nanochat_core.plan import Planned, format_plan, make_plan
 from nanochat_core.plugins import load_plugins
 from nanochat_core.rundir import RunDirectory, all_runs, create_run, find_run
@@ -28,6 +29,7 @@ class Setup:
         checkpoint: where to resume from; None for a fresh start.
         weights: checkpoint of ``[train] init_from``.
         distributions: version of each distribution that brought a plugin.
+        observers: entry-point name and distribution of each plugin that observes runs.
     """
 
     planned: Planned
@@ -35,6 +37,7 @@ class Setup:
     checkpoint: Path | None
     weights: Path | None
     distributions: dict[str, str]
+    observers: tuple[tuple[str, str], ...] = ()
 
 
 def prepare(file: Path, overrides: Sequence[str], runs_dir: Path, resume: str | None, world: World) -> Setup | None:
@@ -47,17 +50,21 @@ def prepare(file: Path, overrides: Sequence[str], runs_dir: Path, resume: str | 
     for failure in plugins.failures:
         print(failure, file=sys.stderr)
     loaded = load(file, overrides, plugins).require_all()
+    found = _find_resume(resume, loaded.experiment.run.name, runs_dir)
+    old = load_experiment(found[0], plugins) if found is not None else None
+    if old is not None and loaded.experiment.train.compile == "auto":  # a run stays as it began, to the last bit
+        overrides = [*overrides, f"train.compile={str(old.train.compile).lower()}"]
+        loaded = load(file, overrides, plugins).require_all()
     planned = make_plan(loaded, world.size, world.device)
     experiment = planned.experiment
-    found = _find_resume(resume, experiment.run.name, runs_dir)
+    observers = tuple((o.plugin, o.distribution) for o in plugins.observers)
     print(f"nanochat run {file}: experiment {experiment.run.name}\n{format_plan(planned)}", flush=True)
-    if found is None:
+    if found is None or old is None:
         weights = None
         if experiment.train.init_from is not None:
             weights = newest_checkpoint(find_run(experiment.train.init_from, runs_dir))
-        return Setup(planned, create_run(runs_dir, experiment.run.name), None, weights, plugins.versions())
+        return Setup(planned, create_run(runs_dir, experiment.run.name), None, weights, plugins.versions(), observers)
     run_dir, checkpoint = found
-    old = load(run_dir.experiment, (), plugins).require_all().experiment
     _check_changes(old, planned, run_dir)
     step = load_state(checkpoint).step
     if step >= planned.plan.num_iterations:
@@ -68,7 +75,7 @@ def prepare(file: Path, overrides: Sequence[str], runs_dir: Path, resume: str | 
         return None
     print(f"resuming {run_dir.path} from {checkpoint.name}")
     _explain_horizon(old, planned, run_dir, step)
-    return Setup(planned, run_dir, checkpoint, None, plugins.versions())
+    return Setup(planned, run_dir, checkpoint, None, plugins.versions(), observers)
 
 
 def newest_checkpoint(run: RunDirectory) -> Path:

@@ -170,3 +170,39 @@ class Registrar:
                 version=self.version,
             )
         )
+
+
+@attrs.frozen
+class Command:
+    """A command that a plugin adds.
+
+    Args:
+        module: imported when the command is called; has ``add_arguments(parser)`` and ``main(options, arguments)``,
+            which returns the exit code. What it raises as a NanochatError is printed without a traceback.
+    """
+
+    name: str
+    module: str
+    summary: str
+    plugin: str
+    distribution: str
+
+
+@attrs.frozen
+class CommandRegistrar:
+    """A plugin's own view of the commands."""
+
+    _commands: list[Command]
+    _plugin: str
+    _distribution: str
+
+    def add(self, name: str, *, module: str, summary: str) -> None:
+        """Offer ``nanochat <name>``. See ``Command``.
+
+        Raises:
+            PluginError: when another plugin has the name.
+        """
+        for other in self._commands:
+            if other.name == name:
+                raise PluginError(f"command {name!r} is one of {other.distribution} (plugin {other.plugin!r}) already")
+        self._commands.append(Command(name, module, summary, self._plugin, self._distribution))

@@ -17,11 +17,12 @@ from nanochat_core.checkpoint import CheckpointContent, load_checkpoint, load_mo
 from nanochat_core.distributed import OtherRankFailed, World, join_world, leave_world
 from nanochat_core.errors import CheckpointError, ConfigError, DataError, NanochatError, Problem
 from nanochat_core.evaluate import Evaluations, EvaluationWorld
-from nanochat_core.hardware import peak_flops, peak_memory_mib
+from nanochat_core.hardware import keep_freed_memory, peak_flops, peak_memory_mib
 from nanochat_core.interfaces import LoggerContext, Model, ModelContext, Optimizer, Tokenizer
 from nanochat_core.ledger import rewind_ledger
 from nanochat_core.load import add_places, dump, to_tables
 from nanochat_core.logs import Logs, Status
+from nanochat_core.observers import observer_choices
 from nanochat_core.plan import build_model, format_plan
 from nanochat_core.prepare import Setup, prepare
 from nanochat_core.provenance import provenance
@@ -41,6 +42,8 @@ def run_experiment(file: Path, overrides: Sequence[str], runs_dir: Path, resume:
         NanochatError: on rank 0, when the user has to mend something; other ranks return its exit code silently.
     """
     world = join_world()
+    if world.device.type == "cpu":
+        keep_freed_memory()
     try:
         setup = world.on_main(lambda: prepare(file, overrides, runs_dir, resume, world))
         return 0 if setup is None else _Session(setup, world).run()
@@ -135,7 +138,8 @@ class _Session:
         if world.is_main:
             logs.open_ledger()
             self.run_dir.write_status("running", self.state.step, plan.num_iterations)
-            logs.start_loggers(experiment.loggers, self._logger_context())
+            observers = observer_choices(self.setup.observers)
+            logs.start_loggers((*experiment.loggers, *observers), self._logger_context())
         return Trainer(
             plan=plan,
             experiment=experiment,

@@ -20,6 +20,7 @@ from nanochat_core.hardware import peak_flops, peak_memory_mib
 from nanochat_core.interfaces import IGNORED, Model, Multipliers, Optimizer
 from nanochat_core.loader import Step, TrainLoader
 from nanochat_core.logs import Logs
+from nanochat_core.needs import distributions_of
 from nanochat_core.plan import Plan
 from nanochat_core.rundir import RunDirectory
 from nanochat_core.schedule import lr_multiplier
@@ -234,7 +235,8 @@ class Trainer:
                 state.cursors.update(cursors)
             state.ledger_bytes = self.logs.ledger_bytes()
             rng = {f"{rank}/{name}": t for rank, (_, states) in enumerate(parts) for name, t in states.items()}
-            content = CheckpointContent(model_tensors(self.model), optimizer_state, rng, state)
+            plugins = distributions_of(self.experiment)
+            content = CheckpointContent(model_tensors(self.model), optimizer_state, rng, state, plugins)
             try:
                 path = save_checkpoint(self.run_dir.checkpoints, content)
                 self.logs.report(f"saved {path}")

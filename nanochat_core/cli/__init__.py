@@ -8,10 +8,13 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 
 from nanochat_core import __version__
 from nanochat_core.errors import NanochatError
+
+# Read when torch is imported. Threads that wait sleep after a short spin (ones that spin for long starve the data thread
+# and other runs), and large tensors get huge pages: see benchmarks/train_speed.py.
+THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000", "THP_MEM_ALLOC_ENABLE": "1"}
 
 COMMANDS = {
     "run": "train an experiment",
@@ -37,14 +40,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"nanochat {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     arguments = list(sys.argv[1:] if argv is None else argv)
-    for name, summary in COMMANDS.items():
+    modules = {name: f"nanochat_core.cli.{name.replace('-', '_')}" for name in COMMANDS}
+    known = {**COMMANDS, **_plugin_commands(arguments, modules)}
+    for name, summary in known.items():
         command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
         if name in arguments[:1]:  # only the command that is asked for is imported
-            _module(name).add_arguments(command)
+            importlib.import_module(modules[name]).add_arguments(command)
     options = parser.parse_args(arguments)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve the data thread and other runs
+    for name, value in THREADS.items():
+        os.environ.setdefault(name, value)
     try:
-        code: int = _module(options.command).main(options, arguments)
+        code: int = importlib.import_module(modules[options.command]).main(options, arguments)
         sys.stdout.flush()
         return code
     except NanochatError as error:
@@ -57,8 +63,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _module(command: str) -> ModuleType:
-    return importlib.import_module(f"nanochat_core.cli.{command.replace('-', '_')}")
+def _plugin_commands(arguments: Sequence[str], modules: dict[str, str]) -> dict[str, str]:
+    """Summaries of commands that plugins add; their modules are put in. Plugins are loaded only when it matters."""
+    if not arguments or arguments[0] in modules or arguments[0] == "--version":
+        return {}
+    from nanochat_core.plugins import load_plugins
+
+    plugins = load_plugins()
+    for failure in plugins.failures:
+        print(failure, file=sys.stderr)
+    found = {}
+    for command in plugins.commands:
+        if command.name in modules:
+            owner = f"{command.distribution} (plugin {command.plugin!r})"
+            print(f"command {command.name!r} of {owner} is left out: nanochat has one of that name", file=sys.stderr)
+        else:
+            modules[command.name], found[command.name] = command.module, command.summary
+    return found
 
 
 def add_experiment(parser: argparse.ArgumentParser) -> None:

@@ -75,7 +75,8 @@ def main(options: argparse.Namespace, _: Sequence[str]) -> int:
     before = missed()
     process = LoggerProcess(Job(choice, context, choice.keys.timeout, hurry=False), print)
     try:
-        process.end(status.get("status") if status.get("status") in ("finished", "preempted") else "failed")
+        ended = str(status.get("status"))
+        process.end(ended if ended in ("finished", "preempted") else "failed")
         complete = process.wait(None)
     except KeyboardInterrupt:
         process.kill()

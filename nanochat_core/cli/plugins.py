@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import attrs
 
@@ -14,22 +15,31 @@ from nanochat_core.plugins import Plugins, load_plugins
 from nanochat_core.registry import KINDS, Entry
 from nanochat_core.schema import RESERVED, EntryKeys, fields_of, type_name
 
+SLOW_SECONDS = 0.2  # of one plugin's import
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "what", nargs="?", metavar="KIND[/NAME]", help=f"one kind ({', '.join(KINDS)}) or one entry of it"
+        "what",
+        nargs="*",
+        metavar="KIND[/NAME] | new KIND NAME [DIR]",
+        help=f"one kind ({', '.join(KINDS)}) or one entry of it; or write a new plugin package",
     )
+    parser.add_argument("--timings", action="store_true", help="say how long each plugin takes to import")
     parser.add_argument("--check", action="store_true", help="exit 1 if a plugin failed to load, and say why")
 
 
 def main(options: argparse.Namespace, _: Sequence[str]) -> int:
+    if options.what[:1] == ["new"]:
+        return _new(options.what[1:])
+    if len(options.what) > 1:
+        raise PluginError(f"one kind or entry at a time, not {' '.join(options.what)}")
     plugins = load_plugins()
-    kind, _slash, name = (options.what or "").partition("/")
-    kind = kind.replace("-", "_").removesuffix("s")
-    if kind and kind not in KINDS:
-        hint = did_you_mean(kind, KINDS) or f" (kinds: {', '.join(KINDS)})"
-        raise PluginError(f"no kind {kind!r}{hint}")
-    if name:
+    kind, _slash, name = "".join(options.what).partition("/")
+    kind = _kind(kind) if kind else ""
+    if options.timings:
+        _timings(plugins)
+    elif name:
         _explain(plugins, kind, name)
     else:
         _list(plugins, kind)
@@ -40,6 +50,33 @@ def main(options: argparse.Namespace, _: Sequence[str]) -> int:
         print(failure if not options.check else f"{failure}\n{failure.traceback}", file=sys.stderr)
     clashes = any(r.clashes() for r in plugins.registries.values())
     return 1 if options.check and (plugins.failures or clashes) else 0
+
+
+def _kind(text: str) -> str:
+    kind = text.replace("-", "_").removesuffix("s")
+    if kind not in KINDS:
+        hint = did_you_mean(kind, KINDS) or f" (kinds: {', '.join(KINDS)})"
+        raise PluginError(f"no kind {text!r}{hint}")
+    return kind
+
+
+def _new(arguments: Sequence[str]) -> int:
+    """``nanochat plugins new KIND NAME [DIR]``."""
+    from nanochat_core.scaffold import write_package
+
+    if len(arguments) not in (2, 3):
+        raise PluginError("write: nanochat plugins new KIND NAME [DIR], as in: nanochat plugins new evaluator top-k")
+    directory = write_package(_kind(arguments[0]), arguments[1], Path(arguments[2]) if arguments[2:] else None)
+    print(f"wrote {directory}. Next:\n  pip install -e {directory}\n  pytest {directory}\n  less {directory}/README.md")
+    return 0
+
+
+def _timings(plugins: Plugins) -> None:
+    """Seconds that each plugin took to import, slowest first: every command pays for them."""
+    print(f"{'SECONDS':>7}  PLUGIN")
+    for loaded in sorted(plugins.loaded, key=lambda p: -p.seconds):
+        slow = "  slow: import heavy libraries in the factory's module" if loaded.seconds > SLOW_SECONDS else ""
+        print(f"{loaded.seconds:7.3f}  {loaded.plugin} of {loaded.distribution} {loaded.version}{slow}")
 
 
 def _list(plugins: Plugins, only: str) -> None:

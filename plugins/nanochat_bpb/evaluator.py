@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from nanochat_bpb.config import BpbConfig
-from nanochat_core import DataError, Evaluation, Evaluator, EvaluatorContext, Model
+from nanochat_bpb.texts import rows_of, tokens_of
+from nanochat_core import Batch, DataError, Evaluation, Evaluator, EvaluatorContext, Model, Split, Tokens
 
 
 class BitsPerByte(Evaluator):
@@ -21,25 +24,43 @@ class BitsPerByte(Evaluator):
         self.config = config
         self.context = context
         self.bytes_V = torch.tensor(context.tokenizer.token_bytes(), dtype=torch.int64, device=context.world.device)
+        self._tokens: dict[str, Tokens] = {}
 
     def evaluate(self, model: Model, step: int) -> Evaluation:
-        """Metric ``val/bpb`` or ``train/bpb``.
+        """Metrics ``val/bpb``, ``train/bpb``, ``<set>/bpb``; ``.../bpb_partial`` when time ran out on the way.
 
         Raises:
             DataError: when no rank has a single byte to predict.
         """
+        splits = {"both": ("val", "train"), "none": ()}.get(self.config.split, (self.config.split,))
+        metrics = {}
+        for split in splits:
+            metrics |= self._measure(model, split, self.context.rows(cast(Split, split), self.config.eval_tokens))
+        for chosen in self.config.sets:
+            if chosen.name not in self._tokens:
+                self._tokens[chosen.name] = tokens_of(chosen, self.context, self.config.eval_tokens)
+            metrics |= self._measure(model, chosen.name, rows_of(self._tokens[chosen.name], self.context))
+        return Evaluation(metrics)
+
+    def _measure(self, model: Model, name: str, batches: Iterator[Batch]) -> dict[str, float]:
         nats: list[Tensor] = []  # one number a batch, left on the device so that nothing waits inside the loop
         n_bytes: list[Tensor] = []
-        for batch in self.context.rows(self.config.split, self.config.eval_tokens):
+        stopped = False
+        for batch in batches:
+            stopped = self.context.time_left() <= 0
+            if stopped:
+                break
             losses_BT = model(batch.ids_BT, batch.targets_BT, reduction="none")
             bytes_BT = self.bytes_V[batch.targets_BT.clamp(min=0)].masked_fill(batch.targets_BT < 0, 0)
             nats.append(losses_BT.masked_fill(bytes_BT == 0, 0).sum())
             n_bytes.append(bytes_BT.sum())
         own = [math.fsum(torch.stack(nats).tolist()), sum(torch.stack(n_bytes).tolist())] if nats else [0.0, 0.0]
-        total_nats, total_bytes = self.context.world.sum(own)
+        total_nats, total_bytes, stops = self.context.world.sum([*own, float(stopped)])
+        if stops and total_bytes == 0:
+            return {}
         if total_bytes == 0:
             raise DataError(
-                f"bpb: the {self.config.split} split has not a single byte to predict: "
+                f"bpb: the {name} {'split' if name in ('val', 'train') else 'set'} has not a single byte to predict: "
                 f"give the data source documents for it, or pick the other split"
             )
-        return Evaluation({f"{self.config.split}/bpb": total_nats / (math.log(2) * total_bytes)})
+        return {f"{name}/bpb{'_partial' if stops else ''}": total_nats / (math.log(2) * total_bytes)}

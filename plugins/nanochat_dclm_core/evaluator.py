@@ -71,7 +71,7 @@ class Core(Evaluator):
         """
         world = self.context.world
         if self._bundle is None:
-            world.on_main(lambda: open_bundle(self.config.bundle, cache_dir()))  # one rank downloads
+            world.on_main(self._see_to_bundle)
             self._bundle = open_bundle(self.config.bundle, cache_dir())
         if model.max_positions is not None and model.max_positions < self.max_len:
             self.max_len = model.max_positions
@@ -96,6 +96,10 @@ class Core(Evaluator):
         if partial is not None and not unfinished:
             partial.remove()
         return self._report(tasks, examples, close, unfinished)
+
+    def _see_to_bundle(self) -> None:
+        """One rank downloads it, and says what is wrong with it."""
+        open_bundle(self.config.bundle, cache_dir())
 
     def _chosen(self, bundle: Bundle) -> list[Task]:
 

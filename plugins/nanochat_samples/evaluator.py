@@ -7,7 +7,8 @@ from nanochat_samples.config import SamplesConfig
 
 
 class Samples(Evaluator):
-    """Texts ``samples/0``, ``samples/1``, ...: each prompt with its continuation. Rank 0 writes them alone."""
+    """Texts ``samples/0``, ``samples/1``, ...: each prompt with its continuation; ``samples/0/sampled/0``, ... those
+    that are sampled besides. Rank 0 writes them alone."""
 
     def __init__(self, config: SamplesConfig, context: EvaluatorContext) -> None:
         self.config = config
@@ -16,17 +17,25 @@ class Samples(Evaluator):
     def evaluate(self, model: Model, step: int) -> Evaluation:
         if not self.context.world.is_main:
             return Evaluation()
-        return Evaluation(texts={f"samples/{i}": self._complete(model, p) for i, p in enumerate(self.config.prompts)})
+        config, texts = self.config, dict[str, str]()
+        for i, prompt in enumerate(config.prompts):
+            texts[f"samples/{i}"] = self._complete(model, prompt, config.temperature, config.seed)
+            for k in range(config.num_sampled):
+                text = self._complete(model, prompt, config.sampled_temperature, config.seed + k)
+                texts[f"samples/{i}/sampled/{k}"] = text
+            if self.context.time_left() <= 0:
+                break
+        return Evaluation(texts=texts)
 
-    def _complete(self, model: Model, prompt: str) -> str:
+    def _complete(self, model: Model, prompt: str, temperature: float, seed: int) -> str:
         tokenizer = self.context.tokenizer
         new = generate(
             model,
             [tokenizer.bos_id, *tokenizer.encode(prompt)],
             max_new_tokens=self.config.max_new_tokens,
-            temperature=self.config.temperature,
+            temperature=temperature,
             top_k=self.config.top_k,
-            seed=self.config.seed,
+            seed=seed,
             stop=(tokenizer.bos_id,),  # the next document would start
             vocab_size=tokenizer.vocab_size,
         )

@@ -8,7 +8,10 @@ import socket
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import attrs
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import Tensor, nn
@@ -101,6 +104,39 @@ def test_how_rows_are_batched_does_not_matter():
 def test_nothing_to_predict_is_an_error(batches):
     with pytest.raises(DataError, match="val split has not a single byte"):
         evaluate(batches)
+
+
+def test_sets_of_ones_own_and_both_splits(tmp_path):
+    """Token i is written as the digit i; each document is led by bos."""
+    (tmp_path / "a.jsonl").write_text('{"text": "0123"}\n\n{"text": "33"}\n')
+    (tmp_path / "many").mkdir()
+    (tmp_path / "many" / "1.txt").write_text("0")
+    (tmp_path / "many" / "2.txt").write_text("000")
+    pq.write_table(pa.table({"text": ["1", "2"]}), tmp_path / "c.parquet")
+    entry = load_plugins("bpb")["evaluator"].get("bpb")
+    assert entry is not None
+    make = {f.name: f for f in attrs.fields(entry.config)}["sets"].type.__args__[0]
+    sets = tuple(make(name, tmp_path / path) for name, path in {"a": "a.jsonl", "b": "many", "c": "c.parquet"}.items())
+    config = entry.config(split="both", sets=sets)
+    batches = [Batch(torch.tensor([[1]]), torch.tensor([[1]]))]
+    evaluator = entry.load()(config, EvaluatorContext(FiveTokens(), WORLD, 2, 2, lambda split, tokens: iter(batches)))
+    with torch.no_grad():
+        metrics = evaluator.evaluate(Unigram(), 0).metrics
+    expected = {"val": 1.0, "train": 1.0, "a": (1 + 2 + 3 + 4 + 4 + 4) / (1 + 2 + 3 + 4 + 4 + 4), "b": 1.0, "c": 5 / 5}
+    assert metrics == pytest.approx({f"{name}/bpb": value for name, value in expected.items()})
+    with pytest.raises(ValueError, match="names of their own"):
+        entry.config(sets=(make("val", tmp_path),))
+
+
+def test_out_of_time_is_marked():
+    left = iter([1.0, -1.0])
+    entry = load_plugins("bpb")["evaluator"].get("bpb")
+    assert entry is not None
+    batches = [Batch(t.clamp(min=0), t) for t in map(torch.tensor, BATCHES)]
+    context = EvaluatorContext(FiveTokens(), WORLD, 4, 2, lambda split, tokens: iter(batches), lambda: next(left))
+    with torch.no_grad():
+        metrics = entry.load()(entry.config(), context).evaluate(Unigram(), 0).metrics
+    assert metrics == {"val/bpb_partial": pytest.approx((1 + 2 + 3 + 4 + 4 + 4 + 2) / (1 + 2 + 3 + 4 + 4 + 4 + 2))}
 
 
 def test_entry():

@@ -89,6 +89,14 @@ def test_sampling_repeats_with_its_seed():
     assert samples(**hot, top_k=1)[0] == {"samples/0": "abcdefghijk"}
 
 
+def test_greedy_and_sampled():
+    texts, _ = samples(prompts=("a", "b"), num_sampled=2, sampled_temperature=20.0, max_new_tokens=8)
+    assert list(texts) == [f"samples/{i}{k}" for i in range(2) for k in ("", "/sampled/0", "/sampled/1")]
+    assert texts["samples/0"] == "abcdefghi"
+    assert len({texts["samples/0"], texts["samples/0/sampled/0"], texts["samples/0/sampled/1"]}) == 3
+    assert texts == samples(prompts=("a", "b"), num_sampled=2, sampled_temperature=20.0, max_new_tokens=8)[0]
+
+
 def test_only_rank_0_writes():
     texts, prompts = samples(rank=1)
     assert texts == {}

@@ -1,0 +1,49 @@
+"""What a run needs installed: which distributions its plugins came from, and what to type when one is missing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from pathlib import Path
+
+from nanochat_core.errors import ConfigError, Problem
+from nanochat_core.load import load
+from nanochat_core.plugins import Plugins
+from nanochat_core.rundir import RunDirectory
+from nanochat_core.schema import Choice, Experiment
+
+
+def distributions_of(experiment: Experiment) -> dict[str, str]:
+    """Version of each distribution whose plugins the experiment uses, loggers left out: a run loads without them."""
+    parts = (experiment.tokenizer, experiment.data, experiment.model, experiment.optimizer, *experiment.evaluators)
+    choices: list[Choice] = [choice for choice in parts if choice.entry is not None]
+    return {c.entry.distribution: c.entry.version for c in choices if c.entry is not None and c.entry.distribution}
+
+
+def missing_distributions(checkpoint: Path) -> list[str]:
+    """What to say of each distribution that a checkpoint needs and that is not installed."""
+    try:
+        needed: dict[str, str] = json.loads((checkpoint / "manifest.json").read_text()).get("plugins", {})
+    except (OSError, ValueError):
+        return []
+    lines = []
+    for name, version in sorted(needed.items()):
+        try:
+            importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            lines.append(f"it was made with {name} {version}, which is not installed: pip install {name}=={version}")
+    return lines
+
+
+def load_experiment(run: RunDirectory, plugins: Plugins) -> Experiment:
+    """The experiment of a run.
+
+    Raises:
+        ConfigError: when its plugins are not installed, saying what to install.
+    """
+    try:
+        return load(run.experiment, (), plugins).require_all().experiment
+    except ConfigError as error:
+        checkpoints = sorted(run.checkpoints.glob("step_*"))
+        lines = missing_distributions(checkpoints[-1]) if checkpoints else []
+        raise ConfigError([*error.problems, *(Problem("", line, str(run.path)) for line in lines)]) from None

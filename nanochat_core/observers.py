@@ -1,0 +1,93 @@
+"""Observers: plugins that are told what happens in a run. Each is isolated like a logger, in a process of its own that
+follows the ledger, so that one that raises, hangs or dies never touches training. Imports no torch."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import attrs
+
+from nanochat_core.errors import PluginError
+from nanochat_core.logger import Logger, LoggerContext
+from nanochat_core.plugins import load_plugins
+from nanochat_core.registry import Entry
+from nanochat_core.schema import Choice, LoggerKeys
+
+PREFIX = "observer-"
+
+
+@attrs.frozen
+class ObserverConfig:
+    """Entry-point name and distribution of the plugin."""
+
+    plugin: str
+    distribution: str
+
+
+class Observer(Logger):
+    """Calls the lifecycle hooks of one plugin."""
+
+    def __init__(self, config: ObserverConfig, context: LoggerContext) -> None:
+        wanted = (config.plugin, config.distribution)
+        found = [o for o in load_plugins().observers if (o.plugin, o.distribution) == wanted]
+        if not found:
+            raise PluginError(f"plugin {config.plugin!r} of {config.distribution} does not load any more")
+        self.module, self.context, self.failures = found[0].module, context, 0
+        self.checkpoints = set(self._saved())
+        self._call("run_started")
+
+    def log(self, record: Mapping[str, float | str]) -> None:
+        self._tell_checkpoints()
+        step = int(record["step"])
+        values = {k: v for k, v in record.items() if k not in ("step", "time", "evaluator")}
+        words = {k: v for k, v in values.items() if isinstance(v, str)}
+        metrics: dict[str, float] = {k: float(v) for k, v in values.items() if k not in words}
+        metrics |= {k: float(v) for k, v in words.items() if v in ("nan", "inf", "-inf")}
+        if "evaluator" in record:
+            texts = {k: v for k, v in words.items() if k not in metrics}
+            evaluator = record["evaluator"]
+            self._call("evaluation_finished", step=step, evaluator=evaluator, metrics=metrics, texts=texts)
+        else:
+            self._call("step_finished", step=step, metrics=metrics)
+
+    def finish(self, status: Literal["finished", "failed", "preempted"]) -> None:
+        self._tell_checkpoints()
+        self._call("run_ended", status=status)
+        if self.failures > 1:
+            self.context.report(f"its hooks failed {self.failures} times in all")
+
+    def _tell_checkpoints(self) -> None:
+        for name in self._saved():
+            if name not in self.checkpoints:
+                self.checkpoints.add(name)
+                path = self.context.directory / "checkpoints" / name
+                self._call("checkpoint_saved", step=int(name.removeprefix("step_")), path=path)
+
+    def _saved(self) -> list[str]:
+        return sorted(path.name for path in self.context.directory.glob("checkpoints/step_*"))
+
+    def _call(self, hook: str, **arguments: Any) -> None:
+        """Call the hook with those of its arguments that it takes, as pluggy does."""
+        function = getattr(self.module, f"nanochat_{hook}", None)
+        if function is not None:
+            names = function.__code__.co_varnames[: function.__code__.co_argcount]
+            known = {"context": self.context, **arguments}
+            try:
+                function(**{name: known[name] for name in names})
+            except Exception as error:
+                traceback.print_exc()
+                self.failures += 1
+                if self.failures == 1:
+                    self.context.report(f"nanochat_{hook} failed, training goes on: {type(error).__name__}: {error}")
+
+
+def observer_choices(observers: Sequence[tuple[str, str]]) -> tuple[Choice, ...]:
+    """What starts the observers: plugin names and distributions as loggers of the core's own."""
+    choices = []
+    for plugin, distribution in observers:
+        name = PREFIX + plugin.replace(".", "-")
+        entry = Entry("logger", name, ObserverConfig, "nanochat_core.observers:Observer", "", distribution=distribution)
+        choices.append(Choice(LoggerKeys(name, name), entry, ObserverConfig(plugin, distribution)))
+    return tuple(choices)
