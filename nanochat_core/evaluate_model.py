@@ -220,8 +220,9 @@ def _show(name: str, evaluation: Evaluation, path: Path) -> None:
     print(f"\n{name}:")
     if evaluation.examples:
         print((path / TABLE).read_text(encoding="utf-8"))
+    tasks = {row["task"] for row in evaluation.examples}  # these are in the table
     for metric, value in evaluation.metrics.items():
-        if not evaluation.examples or not metric.startswith(f"{name}/") or metric.endswith("mean"):
+        if metric.rpartition("/")[2] not in tasks:
             print(f"{metric}: {value:.6g}")
     for title, text in evaluation.texts.items():
         print(f"{title}: {text}")

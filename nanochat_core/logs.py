@@ -18,6 +18,7 @@ from nanochat_core.logger_process import LoggerProcess
 from nanochat_core.rundir import RunDirectory
 from nanochat_core.schema import Choice, LoggerKeys
 
+LOOK_SECONDS = 0.2  # how often the processes of loggers are looked at; a look takes microseconds
 GRACE_SECONDS = 2.0  # a logger's process ends itself at its timeout; after that it is killed
 
 Status = Literal["finished", "failed", "preempted"]
@@ -32,6 +33,7 @@ class Logs:
     _ledger: Ledger | None = attrs.field(default=None, init=False)
     _loggers: list[tuple[Choice, Logger]] = attrs.field(factory=list, init=False)  # in this process
     _processes: list[LoggerProcess] = attrs.field(factory=list, init=False)
+    _looked: float = attrs.field(default=0.0, init=False)  # when the processes were last looked at
 
     def open(self) -> None:
         self._text = self.run_dir.log.open("a", encoding="utf-8")
@@ -86,7 +88,10 @@ class Logs:
                 self._loggers.remove((choice, logger))
                 self.report(f"logger {choice.name} failed at step {step}, the run goes on without it: {error!r}")
                 self.note(traceback.format_exc())
-        self._processes = [process for process in self._processes if process.look()]
+        now = time.monotonic()
+        if self._processes and now > self._looked + LOOK_SECONDS:
+            self._looked = now
+            self._processes = [process for process in self._processes if process.look()]
 
     def ledger_bytes(self) -> int:
         return self._ledger.bytes if self._ledger is not None else 0

@@ -3,6 +3,7 @@ follows the ledger, so that one that raises, hangs or dies never touches trainin
 
 from __future__ import annotations
 
+import json
 import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from nanochat_core.errors import PluginError
 from nanochat_core.logger import Logger, LoggerContext
 from nanochat_core.plugins import load_plugins
 from nanochat_core.registry import Entry
+from nanochat_core.rundir import write_atomic
 from nanochat_core.schema import Choice, LoggerKeys
 
 PREFIX = "observer-"
@@ -35,7 +37,8 @@ class Observer(Logger):
         if not found:
             raise PluginError(f"plugin {config.plugin!r} of {config.distribution} does not load any more")
         self.module, self.context, self.failures = found[0].module, context, 0
-        self.checkpoints = set(self._saved())
+        self.memory = context.directory / "loggers" / f"{PREFIX}{config.plugin}.checkpoints.json"
+        self.checkpoints: list[str] = json.loads(self.memory.read_text()) if self.memory.exists() else []
         self._call("run_started")
 
     def log(self, record: Mapping[str, float | str]) -> None:
@@ -61,7 +64,8 @@ class Observer(Logger):
     def _tell_checkpoints(self) -> None:
         for name in self._saved():
             if name not in self.checkpoints:
-                self.checkpoints.add(name)
+                self.checkpoints.append(name)
+                write_atomic(self.memory, json.dumps(self.checkpoints) + "\n")
                 path = self.context.directory / "checkpoints" / name
                 self._call("checkpoint_saved", step=int(name.removeprefix("step_")), path=path)
 

@@ -29,7 +29,7 @@ from nanochat_core.interfaces import EvaluatorContext, Model, Tokenizer, Tokens
 CLOSE = 1e-4  # scores of other batch sizes agree within this; what it decides is called close
 BATCH_TOKENS_CPU = 4096
 BATCH_TOKENS = 32768
-LOGITS_CPU = 2**24  # logits made at once
+LOGITS_CPU = 2**22  # logits made at once: the allocator uses pieces of this size again, larger ones it maps anew
 LOGITS = 2**27
 
 Counts = npt.NDArray[np.int64]
@@ -316,7 +316,8 @@ def _batch(groups: Sequence[_Group]) -> _Batch:
 
 
 def _plan(groups: list[_Group], batch_tokens: int) -> list[_Batch]:
-    """Neighbours go together until the budget is full, or a quarter of the work would be padding.
+    """Neighbours go together until the budget is full, or a quarter of the work would be padding (a batch of its own
+    costs something too: a little padding is always cheaper).
 
     Small sets of questions are cut finer, so that there is something to deal to every rank.
     """
@@ -338,8 +339,8 @@ def _plan(groups: list[_Group], batch_tokens: int) -> list[_Batch]:
             rests = [n - new_prefix for n in new_reads]
             each = new_longest if len(group.spans) == 1 else new_prefix + sum(rests)
             tokens = (index - first + 1) * each
-            wasteful = tokens > 1.33 * (needed + useful[index]) and needed > budget // 4
-            fits = tokens <= budget and not wasteful
+            padding = tokens - needed - useful[index]
+            fits = tokens <= budget and padding <= max(tokens // 4, batch_tokens // 32)
         if fits:
             prefix, longest, reads, needed = new_prefix, new_longest, new_reads, needed + useful[index]
         else:
@@ -456,12 +457,16 @@ def _judge(
         pairs = order[bounds[index] : bounds[index + 1]]
         row_M = torch.from_numpy(rows[pairs] - index * chunk).to(z_NV.device)
         target_M = torch.from_numpy(targets[pairs].astype(np.int64)).to(z_NV.device)
-        target_z_M = z_NV[row_M, target_M]
         if greedy:
+            target_z_M = z_NV[row_M, target_M]
             top_N2, ids_N2 = z_NV.topk(2)
-            hit_M = z_NV.argmax(-1)[row_M] == target_M  # the lowest of equal ones, unlike topk
+            first_N = ids_N2[:, 0]
+            if bool((top_N2[:, 0] == top_N2[:, 1]).any()):
+                first_N = z_NV.argmax(-1)  # the lowest of equal ones, which topk does not promise
+            hit_M = first_N[row_M] == target_M
             other_M = torch.where(ids_N2[:, 0][row_M] == target_M, top_N2[:, 1][row_M], top_N2[:, 0][row_M])
             best[pairs] = hit_M.cpu().numpy()
             margins[pairs] = (target_z_M - other_M).double().cpu().numpy()
-        nats[pairs] = (torch.logsumexp(z_NV, -1)[row_M] - target_z_M).double().cpu().numpy()
+        log_p_NV = torch.log_softmax(z_NV, -1)  # one pass over memory, logsumexp takes more
+        nats[pairs] = -log_p_NV[row_M, target_M].double().cpu().numpy()
     return nats, best, margins

@@ -12,8 +12,8 @@ from pathlib import Path
 from nanochat_core import __version__
 from nanochat_core.errors import NanochatError
 
-# Read when torch is imported. Threads that wait sleep after a short spin (ones that spin for long starve the data thread
-# and other runs), and large tensors get huge pages: see benchmarks/train_speed.py.
+# Read when torch is imported. Threads that wait sleep after a short spin (ones that spin for long starve the data
+# thread and other runs), and large tensors get huge pages: see benchmarks/train_speed.py.
 THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000", "THP_MEM_ALLOC_ENABLE": "1"}
 
 COMMANDS = {

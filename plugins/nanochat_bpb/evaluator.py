@@ -33,7 +33,7 @@ class BitsPerByte(Evaluator):
             DataError: when no rank has a single byte to predict.
         """
         splits = {"both": ("val", "train"), "none": ()}.get(self.config.split, (self.config.split,))
-        metrics = {}
+        metrics: dict[str, float] = {}
         for split in splits:
             metrics |= self._measure(model, split, self.context.rows(cast(Split, split), self.config.eval_tokens))
         for chosen in self.config.sets:

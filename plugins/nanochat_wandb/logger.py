@@ -7,6 +7,7 @@ import netrc
 import os
 import re
 import threading
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -40,14 +41,24 @@ class Wandb(Logger):
             if config.mode == "online":
                 raise
             context.report(f"offline, because the server does not accept the run: {' '.join(str(error).split())[:200]}")
-            wandb.teardown(exit_code=1)  # the run that was not accepted holds the id
             online = False
-            self.run = self._init(config, online)
+            self.run = self._init_again(config)
         self.run.define_metric("*", step_metric="step")
         self.directory = os.path.relpath(self.run.dir + "/..")
         context.report(
             f"{self.run.url}" if online else f"writes to {self.directory}; upload: wandb sync {self.directory}"
         )
+
+    def _init_again(self, config: WandbConfig) -> Any:
+        """Offline, after the server did not accept the run. For a moment that run still holds its id."""
+        for _ in range(10):
+            wandb.teardown(exit_code=1)
+            try:
+                return self._init(config, online=False)
+            except Exception as error:
+                problem = error
+                time.sleep(0.5)
+        raise problem
 
     def _init(self, config: WandbConfig, online: bool) -> Any:
         context = self.context

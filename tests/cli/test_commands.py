@@ -208,7 +208,7 @@ def test_check_says_why_a_plugin_failed(broken: tuple[Path, str], monkeypatch: p
     listed = call("plugins")
     assert listed.code == 0
     failed = [line for line in listed.err.splitlines() if "failed to load and is left out" in line]
-    assert len(failed) == 4
+    assert len(failed) == 7
     assert "Traceback" not in listed.err
     assert "unequipped" in listed.out
     assert "[needs surely_missing_module: pip install surely-missing-module]" in listed.out
@@ -239,7 +239,7 @@ def test_broken_plugins_cost_a_line_and_not_the_run(
     settings = ("--set", "model={plugin='gru', width=16}", "--set", "train.num_iterations=2")
     result = call("run", tiny, "--runs-dir", tmp_path / "runs", *settings)
     assert result.code == 0, result.err
-    assert len(result.err.splitlines()) == 4
+    assert len(result.err.splitlines()) == 7
     assert all("failed to load and is left out" in line for line in result.err.splitlines())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from ranks import on_ranks
-from support import Site, call, ledger, losses, only_run, write_experiment
+from support import ROOT, Site, call, ledger, losses, only_run, write_experiment
 
 from nanochat_core import Evaluation, Evaluator, Model, World
 from nanochat_core.evaluate import EvaluationFailed, EvaluationWorld, evaluate, inference
@@ -298,3 +299,26 @@ def test_sign_test():
     assert sign_test(3, 3) == 1.0
     assert sign_test(10, 0) == pytest.approx(2 / 2**10)
     assert sign_test(8, 2) == pytest.approx(2 * (1 + 10 + 45) / 2**10)
+
+
+def test_the_evaluator_of_the_docs_works(tmp_path, trained, site: Site):
+    """The two files in docs/evaluation.md, as they stand there."""
+    text = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    plugin, evaluator = (
+        re.search(rf"```python\n# my_quiz/{name}\.py\n(.*?)```", text, re.S)[1]  # type: ignore[index]
+        for name in ("plugin", "evaluator")
+    )
+    assert len([line for line in evaluator.splitlines() if line.strip()]) < 30
+    site.add("my-quiz", plugin, "quiz")
+    (site.directory / "my_quiz" / "evaluator.py").write_text(evaluator)
+    rows = [
+        {"question": "one, two, three,", "answers": [" zzzz", "four"], "right": 1},
+        {"question": "six, seven,", "answers": ["eight", "qqqqq"], "right": 0},
+    ]
+    (tmp_path / "quiz.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    shutil.copytree(trained.runs, tmp_path / "runs")
+    chosen = ["--evaluator", "quiz", "--set", f"evaluators.quiz.file={tmp_path / 'quiz.jsonl'}"]
+    result = call("eval", "tiny", "--runs-dir", tmp_path / "runs", *chosen)
+    assert result.code == 0, result.err
+    assert "| quiz | 2 | 1.0000 |" in result.out
+    assert "quiz/accuracy: 1" in result.out

@@ -22,10 +22,10 @@ REASONS = {
     "nanochat-broken-reserved-field": "field 'plugin'",
     "nanochat-broken-untypable-field": r"TOML can't fill field 'colour' of type .*complex",
     "nanochat-broken-newer-api": (
-        r"written for hook API 2, nanochat 0\.1\.0 has 1: install a version of nanochat-broken-newer-api for hook API 1, "
-        r"or a newer nanochat with hook API 2"
+        r"written for hook API 2, nanochat 0\.1\.0 has 1: install a version of nanochat-broken-newer-api for hook API "
+        r"1, or a newer nanochat with hook API 2"
     ),
-    "nanochat-broken-newer-core": r"fits nanochat <10,>=9|fits nanochat >=9,<10, this is 0\.1\.0: pip install 'nanochat>=9",
+    "nanochat-broken-newer-core": r"fits nanochat >=9,<10, this is 0\.1\.0: pip install 'nanochat>=9,<10'",
 }
 
 

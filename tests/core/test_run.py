@@ -485,6 +485,7 @@ def nanochat_register_loggers(registry):
         registry.add(name, config=Config, factory=f"made_up.plugin:{name}")
 """
 
+
 @pytest.mark.parametrize(
     ("kind", "name", "words"),
     [

@@ -9,12 +9,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support import ledger, losses, metrics, only_run, spawn, write_experiment
+from support import ROOT, call, ledger, losses, metrics, only_run, write_experiment
 
 from nanochat_core.plugins import load_plugins
 
@@ -74,25 +74,27 @@ def test_samples_and_evaluations_are_tables(logged: Path) -> None:
     assert {row[0]: row[3] for row in whole["data"] if row[2] == "val/bpb"} == metrics(logged, "val/bpb")
 
 
-def test_a_killed_run_is_not_left_in_progress(tmp_path: Path, shards: Path) -> None:
-    file = write_experiment(tmp_path / "x.toml", shards, '\n[[loggers]]\nplugin = "wandb"\nmode = "offline"\n')
-    command = [sys.executable, "-m", "nanochat_core", "run", str(file), "--runs-dir", str(tmp_path / "runs")]
-    training = subprocess.Popen(
-        [*command, "--set", "train.num_iterations=100000"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    assert training.stdout is not None
-    for line in training.stdout:
-        if "logger wandb: writes to" in line:
-            break
-    training.kill()
-    training.wait()
-    training.stdout.close()
-    progress = only_run(tmp_path / "runs") / "loggers" / "wandb.json"
+KILLED = """
+import os, signal, sys
+sys.path[:0] = {paths!r}
+from pathlib import Path
+import test_logs
+run = test_logs.Run(Path({directory!r})).start("wandb", mode="offline").train(0, 1)
+progress = run.directory / "loggers" / "wandb.json"
+test_logs.wait_for(progress.exists, 60)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_run_is_not_left_in_progress(tmp_path: Path) -> None:
+    paths = [str(ROOT / "tests"), str(ROOT / "tests" / "core")]
+    subprocess.run([sys.executable, "-c", KILLED.format(paths=paths, directory=str(tmp_path))], check=False)
+    run = tmp_path / "runs" / "mine" / "1"
     deadline = time.monotonic() + 30
-    while not progress.exists() or json.loads(progress.read_text())["status"] != "failed":
+    while json.loads((run / "loggers" / "wandb.json").read_text())["status"] != "failed":
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    (only,) = records(only_run(tmp_path / "runs"))
+    (only,) = records(run)
     assert [r["exit"]["exit_code"] for r in only if r["type"] == "exit"] == [1]
 
 
@@ -114,42 +116,48 @@ def black_hole() -> Iterator[str]:
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
 
 
-def train(tmp_path: Path, shards: Path, url: str, options: str) -> tuple[str, float, Path]:
-    """Run with wandb pointed at ``url``: what was printed, and how long it took."""
-    more = f'\n[[loggers]]\nplugin = "wandb"\nsystem_metrics = false\n{options}'
-    file = write_experiment(tmp_path / "x.toml", shards, more)
-    environment = {"WANDB_BASE_URL": url, "WANDB_API_KEY": "0" * 40, "no_proxy": "*", "NO_PROXY": "*"}
+@pytest.fixture
+def train(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], tuple[str, Path]]:
+    """Runs with wandb pointed at a URL; gives what was printed, and the run's directory."""
+
+    def run(url: str, options: str) -> tuple[str, Path]:
+        for name, value in {"WANDB_BASE_URL": url, "WANDB_API_KEY": "0" * 40, "no_proxy": "*", "NO_PROXY": "*"}.items():
+            monkeypatch.setenv(name, value)
+        more = f'\n[[loggers]]\nplugin = "wandb"\nsystem_metrics = false\n{options}'
+        result = call("run", write_experiment(tmp_path / "x.toml", shards, more), "--runs-dir", tmp_path / "runs")
+        assert result.code == 0, result.err
+        path = only_run(tmp_path / "runs")
+        assert set(losses(path)) == set(range(12))
+        return result.out, path
+
+    return run
+
+
+def test_online_into_a_black_hole(train: Any, tmp_path: Path, black_hole: str) -> None:
     started = time.monotonic()
-    result = spawn("run", file, "--runs-dir", tmp_path / "runs", env=environment)
-    assert result.code == 0, result.err
-    run = only_run(tmp_path / "runs")
-    assert set(losses(run)) == set(range(12))
-    return result.out, time.monotonic() - started, run
-
-
-def test_online_into_a_black_hole(tmp_path: Path, shards: Path, black_hole: str) -> None:
-    out, seconds, run = train(tmp_path, shards, black_hole, 'mode = "online"\ninit_timeout = 1\ntimeout = 5\n')
+    out, run = train(black_hole, 'mode = "online"\ninit_timeout = 1\ntimeout = 5\n')
+    assert time.monotonic() - started < 60
     assert out.count("logger wandb") == 2, out  # what is wrong, and what to do
     assert f"log-sync tiny/{run.name} --to wandb" in out
-    assert seconds < 60
     arguments = (f"tiny/{run.name}", "--to", "wandb", "--runs-dir", tmp_path / "runs")
-    sent = spawn("log-sync", *arguments, "--set", "mode=offline")
+    sent = call("log-sync", *arguments, "--set", "mode=offline")
     assert sent.code == 0, sent.err + sent.out
     assert series(history(run), "train/loss") == losses(run)
 
 
-def test_auto_goes_offline_when_nobody_answers(tmp_path: Path, shards: Path, black_hole: str) -> None:
-    out, _, run = train(tmp_path, shards, black_hole, "init_timeout = 1\n")
+def test_auto_goes_offline_when_nobody_answers(train: Any, black_hole: str) -> None:
+    out, run = train(black_hole, "init_timeout = 1\n")
     assert f"offline, because {black_hole} does not answer" in out
     assert series(history(run), "train/loss") == losses(run)
 
 
-def test_auto_goes_offline_when_the_server_does_not_accept_the_run(tmp_path: Path, shards: Path) -> None:
+def test_auto_goes_offline_when_the_server_does_not_accept_the_run(train: Any) -> None:
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    out, _, run = train(tmp_path, shards, f"http://127.0.0.1:{server.server_port}", "init_timeout = 5\n")
+    out, run = train(f"http://127.0.0.1:{server.server_port}", "init_timeout = 5\n")
     server.shutdown()
+    server.server_close()
     assert "offline, because the server does not accept the run" in out
     assert series(history(run), "train/loss") == losses(run)
 

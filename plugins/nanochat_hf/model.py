@@ -1,0 +1,89 @@
+"""A causal language model of transformers behind our interface."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from nanochat_core import Cache, ConfigError, Model, ModelContext
+from nanochat_hf.config import HFConfig
+
+TOLERANCE = 1e-3
+
+
+class HFCache:
+    """transformers' cache; it can be set back where theirs can be cropped."""
+
+    def __init__(self) -> None:
+        self.theirs = transformers.DynamicCache()
+
+    @property
+    def length(self) -> int:
+        return int(self.theirs.get_seq_length())
+
+    @length.setter
+    def length(self, length: int) -> None:
+        surplus = self.length - length
+        try:
+            if surplus > 0:
+                self.theirs.crop(-surplus)  # what a positive number means differs between versions
+        except Exception as error:
+            raise AttributeError(f"this cache can't be set back: {error}") from error
+
+
+class HFModel(Model):
+    """Args:
+    theirs: its trunk and head are called apart when that gives its own logits; else its logits are our states.
+    """
+
+    def __init__(self, theirs: Any) -> None:
+        super().__init__()
+        self.theirs = theirs
+        text = theirs.config.get_text_config()
+        self.vocab_size = int(theirs.get_output_embeddings().weight.shape[0])
+        self.max_positions = getattr(text, "max_position_embeddings", None)
+        self.split = self._can_be_split()
+        self.hidden_size = int(text.hidden_size) if self.split else self.vocab_size
+
+    @torch.no_grad()
+    def _can_be_split(self) -> bool:
+        """Some models scale or cap their logits after the head."""
+        ids_BT = torch.arange(8, device=self.theirs.device)[None] % self.vocab_size
+        head = self.theirs.get_output_embeddings()
+        ours = head(self.theirs.base_model(input_ids=ids_BT).last_hidden_state)
+        theirs = self.theirs(input_ids=ids_BT).logits
+        return ours.shape == theirs.shape and bool(torch.allclose(ours, theirs, rtol=TOLERANCE, atol=TOLERANCE))
+
+    def hidden(self, ids_BT: Tensor, cache: Cache | None = None) -> Tensor:
+        assert cache is None or isinstance(cache, HFCache), "a cache comes from new_cache"
+        options = {"past_key_values": cache.theirs, "use_cache": True} if cache is not None else {"use_cache": False}
+        if self.split:
+            states: Tensor = self.theirs.base_model(input_ids=ids_BT, **options).last_hidden_state
+            return states
+        logits: Tensor = self.theirs(input_ids=ids_BT, **options).logits
+        return logits
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        logits: Tensor = self.theirs.get_output_embeddings()(hidden_ND) if self.split else hidden_ND
+        return logits.float()
+
+    def new_cache(self, batch_size: int, max_tokens: int) -> HFCache:
+        return HFCache()
+
+
+def build(config: HFConfig, context: ModelContext) -> HFModel:
+    """The factory. Weights are float32; autocast computes in the dtype that is asked for.
+
+    Raises:
+        ConfigError: when transformers can't load it.
+    """
+    try:
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(
+            config.path, dtype=torch.float32, gguf_file=config.gguf_file, revision=config.revision or "main"
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(f"model.path: transformers can't load {config.path}: {error}") from error
+    return HFModel(theirs.eval())

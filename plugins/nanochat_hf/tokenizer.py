@@ -1,0 +1,87 @@
+"""A tokenizer of transformers behind our interface, for evaluation: it is neither trained nor exact to the byte."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import transformers
+
+from nanochat_core import ConfigError, Tokenizer, TokenizerContext, Tokens
+from nanochat_hf.config import HFConfig
+
+
+class HFTokenizer(Tokenizer):
+    """bos is the tokenizer's own, or its eos where it has none."""
+
+    def __init__(self, theirs: Any) -> None:
+        self._theirs = theirs
+        bos = theirs.bos_token_id if theirs.bos_token_id is not None else theirs.eos_token_id
+        if bos is None:
+            raise ConfigError("tokenizer.path: this tokenizer has neither bos nor eos to lead a text with")
+        self._special = {str(theirs.convert_ids_to_tokens(i)): int(i) for i in theirs.all_special_ids}
+        self._special["<|bos|>"] = int(bos)
+        self._byte_level = any(name.startswith("\u0120") for name in theirs.get_vocab())
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self._theirs)
+
+    @property
+    def special_tokens(self) -> Mapping[str, int]:
+        return self._special
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self._theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return ids
+
+    def encode_documents(self, texts: Sequence[str]) -> list[Tokens]:
+        found = self._theirs(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return [np.array([self.bos_id, *ids], dtype=np.int32) for ids in found]
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        text: str = self._theirs.decode(list(ids), clean_up_tokenization_spaces=False)
+        return text.encode()
+
+    def token_bytes(self) -> Tokens:
+        """Bytes of each token's text. A token that is a part of a character counts its byte-level spelling's length."""
+        special = set(self._special.values())
+        pieces = self._theirs.convert_ids_to_tokens(list(range(self.vocab_size)))
+        sizes = [0 if i in special or piece is None else self._size(piece) for i, piece in enumerate(pieces)]
+        return np.array(sizes, dtype=np.int32)
+
+    def _size(self, piece: str) -> int:
+        if piece.startswith("<0x") and piece.endswith(">") and len(piece) == 6:
+            return 1  # a byte of a sentencepiece tokenizer
+        if "\u2581" in piece:
+            return len(piece.replace("\u2581", " ").encode())
+        # Byte-level tokenizers write a character a byte; others the text itself.
+        return len(piece) if self._byte_level else len(piece.encode())
+
+    def save(self, directory: Path) -> None:
+        self._theirs.save_pretrained(directory)
+
+    @property
+    def fingerprint(self) -> str:
+        vocabulary = sorted(self._theirs.get_vocab().items())
+        return hashlib.sha256(json.dumps([vocabulary, self.bos_id]).encode()).hexdigest()
+
+
+def build(config: HFConfig, context: TokenizerContext) -> HFTokenizer:
+    """The factory.
+
+    Raises:
+        ConfigError: when transformers can't load it.
+    """
+    source: str | Path = context.saved if context.saved is not None else config.path
+    try:
+        theirs = transformers.AutoTokenizer.from_pretrained(
+            source, gguf_file=config.gguf_file, revision=config.revision or "main"
+        )
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise ConfigError(f"tokenizer.path: transformers can't load {source}: {error}") from error
+    return HFTokenizer(theirs)

@@ -1,0 +1,1 @@
+"""Evaluator ``lm_eval``: any task of EleutherAI's lm-evaluation-harness."""

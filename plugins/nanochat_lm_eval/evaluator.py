@@ -1,0 +1,159 @@
+"""Our model behind the harness's interface.
+
+The harness runs on rank 0. Whenever it asks for likelihoods, the requests go to all ranks, which share the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import lm_eval
+import numpy as np
+from lm_eval.api.model import LM
+from lm_eval.tasks import TaskManager
+
+from nanochat_core import (
+    ConfigError,
+    Evaluation,
+    Evaluator,
+    EvaluatorContext,
+    Model,
+    Span,
+    cropped_span,
+    generate,
+    score_spans,
+)
+from nanochat_lm_eval.config import LMEvalConfig
+
+
+class HarnessModel(LM):  # type: ignore[misc]
+    """What the harness asks, on rank 0."""
+
+    def __init__(self, model: Model, context: EvaluatorContext) -> None:
+        super().__init__()
+        self.model, self.context = model, context
+        self.max_len = model.max_positions or 10 * context.max_seq_len
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.context.tokenizer.fingerprint[:16]
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        """Sum of log-probabilities of each continuation after its context, and whether it is what greedy says."""
+        tokenizer = self.context.tokenizer
+        spans = []
+        for before, after in (request.args for request in requests):
+            # Spaces at the end of the context belong to the continuation's first token.
+            spaces = len(before) - len(before.rstrip())
+            if spaces:
+                before, after = before[:-spaces], before[-spaces:] + after
+            head = [tokenizer.bos_id, *tokenizer.encode(before)]
+            whole = [tokenizer.bos_id, *tokenizer.encode(before + after)]
+            start = min(len(head), len(whole) - 1)
+            spans.append(cropped_span(np.array(whole, dtype=np.int32), max(start, 1), self.max_len))
+        return [(-score.nats, score.greedy) for score in self._score(spans)]
+
+    def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
+        """Log-probability of whole texts: bos, then windows of the longest length, each token scored once."""
+        tokenizer, found = self.context.tokenizer, []
+        spans: list[Span] = []
+        counts = []
+        for (text,) in (request.args for request in requests):
+            ids = np.array([tokenizer.bos_id, *tokenizer.encode(text)], dtype=np.int32)
+            windows = [ids[i : i + self.max_len] for i in range(0, max(len(ids) - 1, 1), self.max_len - 1)]
+            windows = [window for window in windows if len(window) > 1]
+            spans += [Span(window, 1) for window in windows]
+            counts.append(len(windows))
+        scores = iter(self._score(spans))
+        for count in counts:
+            found.append(-sum(next(scores).nats for _ in range(count)))
+        return found
+
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+        """Greedy continuations up to a stop string; sampled when the task asks for a temperature."""
+        tokenizer, found = self.context.tokenizer, []
+        for prompt, options in (request.args for request in requests):
+            until = options.get("until", [])
+            until = [until] if isinstance(until, str) else list(until)
+            limit = int(options.get("max_gen_toks", 256))
+            ids = [tokenizer.bos_id, *tokenizer.encode(prompt)][-(self.max_len - limit) :]
+            temperature = float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0
+            new: list[int] = []
+            text = ""
+            for token in generate(
+                self.model, ids, max_new_tokens=limit, temperature=temperature, stop=(tokenizer.bos_id,),
+                vocab_size=tokenizer.vocab_size,
+            ):  # fmt: skip
+                new.append(token)
+                text = tokenizer.decode(new)
+                if any(stop and stop in text for stop in until):
+                    break
+            for stop in until:
+                text = text.split(stop)[0] if stop else text
+            found.append(text)
+        return found
+
+    def _score(self, spans: list[Span]) -> list[Any]:
+        self.context.world.publish(("score", [(span.ids, span.start) for span in spans]))
+        return scored(self.model, spans, self.context)
+
+
+def scored(model: Model, spans: list[Span], context: EvaluatorContext) -> list[Any]:
+    return [score for (score,) in score_spans(model, [[span] for span in spans], context, greedy=True, title="lm_eval")]
+
+
+class LMEval(Evaluator):
+    """Metrics ``lm_eval/<task>/<metric>``."""
+
+    def __init__(self, config: LMEvalConfig, context: EvaluatorContext) -> None:
+        self.config, self.context = config, context
+
+    def evaluate(self, model: Model, step: int) -> Evaluation:
+        """Raises:
+        ConfigError: when the harness doesn't know a task.
+        """
+        world = self.context.world
+        if not world.is_main:
+            while True:
+                what, spans = world.publish()
+                if what == "done":
+                    return Evaluation()
+                scored(model, [Span(ids, start) for ids, start in spans], self.context)
+        evaluation = self._run(model)
+        world.publish(("done", []))
+        return evaluation
+
+    def _run(self, model: Model) -> Evaluation:
+        config = self.config
+        manager = TaskManager(include_path=str(config.include_path) if config.include_path is not None else None)
+        unknown = [name for name in config.tasks if not manager.match_tasks([name])]
+        if unknown:
+            raise ConfigError(
+                f"evaluators.lm_eval.tasks: the harness has no {', '.join(unknown)}; see lm_eval ls tasks"
+            )
+        found = lm_eval.simple_evaluate(
+            model=HarnessModel(model, self.context),
+            tasks=list(config.tasks),
+            num_fewshot=config.num_fewshot,
+            limit=config.limit,
+            task_manager=manager,
+            log_samples=True,
+            bootstrap_iters=0,
+            random_seed=config.seed,
+            numpy_random_seed=config.seed,
+            torch_random_seed=config.seed,
+            fewshot_random_seed=config.seed,
+        )
+        metrics, examples = {}, []
+        for task, values in found["results"].items():
+            for name, value in values.items():
+                if isinstance(value, int | float) and not isinstance(value, bool) and "stderr" not in name:
+                    metrics[f"lm_eval/{task}/{name.removesuffix(',none')}"] = float(value)
+        for task, samples in found.get("samples", {}).items():
+            for sample in samples:
+                value = next((sample[m] for m in sample.get("metrics", []) if isinstance(sample[m], int | float)), None)
+                if value is not None:
+                    examples.append({"task": task, "example": sample["doc_hash"][:16], "value": float(value)})
+        facts = {"versions": found.get("versions", {}), "n-samples": found.get("n-samples", {})}
+        return Evaluation(metrics=metrics, examples=examples, facts=facts)

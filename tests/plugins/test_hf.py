@@ -1,0 +1,143 @@
+"""Models of transformers, made here with random weights; nothing is downloaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from core_bundle import TASKS, examples, plain_reading, write_bundle
+from support import call
+
+from nanochat_core import ModelContext, TokenizerContext, score_spans, token_spans
+from nanochat_core.plugins import load_plugins
+
+transformers = pytest.importorskip("transformers", reason="the optional library transformers is not installed")
+tokenizers = pytest.importorskip("tokenizers")
+
+CPU = torch.device("cpu")
+
+
+def save(directory: Path, config: Any, seed: int = 0) -> Path:
+    """A model with a byte-level tokenizer whose bos is <|endoftext|>."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*alphabet, "an", "\u0120b", "<|endoftext|>"])}
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [("a", "n"), ("\u0120", "b")]))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<|endoftext|>")
+    fast.save_pretrained(directory)
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(directory)
+    return directory
+
+
+SMALL = {"vocab_size": 259, "num_hidden_layers": 2, "num_attention_heads": 2, "bos_token_id": 258, "eos_token_id": 258}
+
+
+def llama(directory: Path, **more: Any) -> Path:
+    config = transformers.LlamaConfig(
+        **SMALL, hidden_size=32, intermediate_size=64, max_position_embeddings=more.pop("T", 2048), **more
+    )
+    return save(directory, config)
+
+
+def gpt2(directory: Path, T: int = 64) -> Path:
+    config = transformers.GPT2Config(
+        vocab_size=259, n_embd=32, n_layer=2, n_head=2, n_positions=T, bos_token_id=258, eos_token_id=258
+    )
+    return save(directory, config)
+
+
+def build(kind: Any, path: Path, context: Any) -> Any:
+    entry = load_plugins()[kind].get("hf")
+    assert entry is not None
+    return entry.load()(entry.config(path=str(path)), context)
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_scores_are_those_of_its_own_forward_pass(tmp_path, make):
+    model = build("model", make(tmp_path), ModelContext(259, 64, CPU, torch.float32)).eval()
+    rng = np.random.default_rng(0)
+    asked = []
+    for n in (50, 52, 54):
+        prompt = rng.integers(0, 259, n)
+        asked.append(token_spans([np.concatenate([prompt, rng.integers(0, 259, k)]) for k in (1, 3, 5)]))
+    work: dict[str, int] = {}
+    found = score_spans(model, asked, work=work)
+    assert work["tokens"] < sum(len(span.ids) for spans in asked for span in spans)  # its cache goes back
+    for spans, scores in zip(asked, found, strict=True):
+        for span, score in zip(spans, scores, strict=True):
+            ids = torch.from_numpy(span.ids).long()
+            with torch.no_grad():
+                log_p = model.theirs(input_ids=ids[None]).logits[0].double().log_softmax(-1)
+            expected = -sum(float(log_p[t - 1, ids[t]]) for t in range(span.start, len(ids)))
+            assert score.nats == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_model_that_changes_its_logits_after_the_head(tmp_path):
+    config = transformers.Gemma2Config(
+        **SMALL, hidden_size=32, intermediate_size=64, num_key_value_heads=1, head_dim=16, final_logit_softcapping=0.5
+    )
+    model = build("model", save(tmp_path, config), ModelContext(259, 64, CPU, torch.float32)).eval()
+    assert not model.split
+    ids_BT = torch.arange(10)[None]
+    with torch.no_grad():
+        expected = model.theirs(input_ids=ids_BT).logits
+        assert torch.allclose(model.logits(model.hidden(ids_BT)[0]), expected[0], atol=1e-5)
+
+
+def test_tokenizer(tmp_path):
+    ours = build("tokenizer", llama(tmp_path / "a"), TokenizerContext(documents=list))
+    text = "an banana <|endoftext|> \u00e9\n"
+    ids = ours.encode(text)
+    assert ours.bos_id == 258
+    assert 258 not in ids
+    assert ours.decode(ids) == text
+    assert [row.tolist() for row in ours.encode_documents([text, ""])] == [[258, *ids], [258]]
+    assert int(ours.token_bytes()[ids].sum()) == len(text.encode())
+    assert ours.token_bytes()[258] == 0
+    (tmp_path / "b").mkdir()
+    ours.save(tmp_path / "b")
+    again = build("tokenizer", tmp_path / "none", TokenizerContext(documents=list, saved=tmp_path / "b"))
+    assert again.fingerprint == ours.fingerprint
+    assert again.encode(text) == ids
+
+
+@pytest.mark.parametrize(("make", "longest"), [(llama, 2048), (gpt2, 64)])
+def test_core_on_a_directory(tmp_path, make, longest):
+    path, bundle = make(tmp_path / "model"), write_bundle(tmp_path / "bundle")
+    runs = tmp_path / "runs"
+    core = ["--evaluator", "core", "--set", f"evaluators.core.bundle={bundle}", "--runs-dir", runs]
+    result = call("eval", f"hf:{path}", *core)
+    assert result.code == 0, result.err
+    (facts,) = runs.glob("hf/*/evaluations/core_000000/evaluation.json")
+    accuracy = json.loads(facts.read_text())["facts"]["accuracy"]
+    model = build("model", path, ModelContext(259, 64, CPU, torch.float32)).eval()
+    tokenizer = build("tokenizer", path, TokenizerContext(documents=list))
+    for task in TASKS:
+        plain = plain_reading(model, tokenizer, task, examples()[task["label"]], 500, longest)
+        assert accuracy[task["label"]] == pytest.approx(sum(right for _, right, _ in plain) / len(plain))
+
+
+def test_bpb_on_texts_of_ones_own(tmp_path):
+    (tmp_path / "a.txt").write_text("an banana an banana")
+    sets = f'[{{name = "fruit", path = "{tmp_path / "a.txt"}"}}]'
+    options = ["--evaluator", "bpb", "--set", "evaluators.bpb.split=none", "--set", f"evaluators.bpb.sets={sets}"]
+    options += ["--set", "train.device_batch_size=2", "--runs-dir", tmp_path]
+    result = call("eval", f"hf:{gpt2(tmp_path / 'model')}", *options)
+    assert result.code == 0, result.err
+    assert "fruit/bpb: " in result.out
+
+
+def test_what_is_no_model_is_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    result = call("eval", f"hf:{tmp_path / 'empty'}", "--evaluator", "core", "--runs-dir", tmp_path)
+    assert result.code == 2
+    assert "transformers can't load" in result.err

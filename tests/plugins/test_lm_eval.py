@@ -1,0 +1,97 @@
+"""EleutherAI's harness on a task with local data, without network."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ranks import on_ranks
+
+from nanochat_core import EvaluatorContext, Model, ModelContext, Tokenizer, World
+from nanochat_core.evaluate import EvaluationWorld
+from nanochat_core.plugins import load_plugins
+from nanochat_core.schema import Choice, EntryKeys
+from nanochat_core.tokenizers import build_tokenizer
+
+pytest.importorskip("lm_eval", reason="the optional library lm-eval is not installed")
+CPU = torch.device("cpu")
+ROWS = [
+    {"q": f"{a} and {b} are", "choices": [x, y, "much else"], "gold": i % 2}
+    for i, (a, b, x, y) in enumerate(
+        [("one", "two", "three", "many words"), ("cat", "dog", "pets", "x"), ("up", "down", "ways", "far away")]
+    )
+]
+
+
+def write_task(directory: Path) -> Path:
+    (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (directory / "quiz.yaml").write_text(
+        f"task: quiz\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {directory / 'rows.jsonl'}\n"
+        "output_type: multiple_choice\ntest_split: test\ndoc_to_text: '{{q}}'\ndoc_to_choice: choices\n"
+        "doc_to_target: gold\nmetric_list:\n  - metric: acc\n  - metric: acc_norm\n"
+    )
+    (directory / "say.yaml").write_text(
+        f"task: say\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {directory / 'rows.jsonl'}\n"
+        "output_type: generate_until\ntest_split: test\ndoc_to_text: '{{q}}'\ndoc_to_target: '{{choices[0]}}'\n"
+        "generation_kwargs:\n  until: ['\\n']\n  max_gen_toks: 5\nmetric_list:\n  - metric: exact_match\n"
+    )
+    (directory / "text.yaml").write_text(
+        f"task: text\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {directory / 'rows.jsonl'}\n"
+        "output_type: loglikelihood_rolling\ntest_split: test\ndoc_to_text: ''\ndoc_to_target: '{{q}}'\n"
+        "metric_list:\n  - metric: bits_per_byte\n"
+    )
+    return directory
+
+
+def parts() -> tuple[Model, Tokenizer]:
+    plugins = load_plugins()
+    tokens, gpt = plugins["tokenizer"].get("bytes"), plugins["model"].get("gpt")
+    assert tokens is not None
+    assert gpt is not None
+    tokenizer = build_tokenizer(Choice(EntryKeys("bytes"), tokens, tokens.config()))
+    torch.manual_seed(0)
+    config = gpt.config(depth=1, aspect_ratio=32, head_dim=16)
+    model = gpt.load()(config, ModelContext(tokenizer.vocab_size, 64, CPU, torch.float32))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval(), tokenizer
+
+
+def run(world: World, directory: str) -> dict[str, float]:
+    model, tokenizer = parts()
+    entry = load_plugins()["evaluator"].get("lm_eval")
+    assert entry is not None
+    context = EvaluatorContext(tokenizer, EvaluationWorld.of(world), 64, 2, lambda split, tokens: iter(()))
+    config = entry.config(tasks=("quiz", "say", "text"), include_path=Path(directory), num_fewshot=0)
+    return dict(entry.load()(config, context).evaluate(model, 0).metrics)
+
+
+def loss(model: Model, ids: list[int], start: int) -> float:
+    with torch.no_grad():
+        log_p = model.logits(model.hidden(torch.tensor([ids]))[0]).double().log_softmax(-1)
+    return -sum(float(log_p[t - 1, ids[t]]) for t in range(start, len(ids)))
+
+
+def test_local_tasks(tmp_path):
+    found = run(World(0, 1, CPU), str(write_task(tmp_path)))
+    model, tokenizer = parts()
+    right, nats, size = 0, 0.0, 0
+    for row in ROWS:
+        before = [tokenizer.bos_id, *tokenizer.encode(row["q"])]
+        losses = [loss(model, [*before, *tokenizer.encode(f" {c}")], len(before)) for c in row["choices"]]
+        right += int(np.argmin(losses)) == row["gold"]
+        nats += loss(model, before, 1)
+        size += len(row["q"].encode())
+    assert found["lm_eval/quiz/acc"] == pytest.approx(right / 3)
+    assert found["lm_eval/text/bits_per_byte"] == pytest.approx(nats / np.log(2) / size, rel=1e-4)
+    assert found["lm_eval/say/exact_match"] == 0.0
+
+
+def test_two_ranks_find_the_same(tmp_path):
+    directory = str(write_task(tmp_path))
+    both = on_ranks(2, run, directory)
+    assert both[0] == pytest.approx(run(World(0, 1, CPU), directory))
+    assert both[1] == {}
