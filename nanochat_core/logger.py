@@ -55,4 +55,5 @@ class Logger(ABC):
         """
 
     def finish(self, status: Literal["finished", "failed", "preempted"]) -> None:
-        """The run ended. ``failed``: also when it was killed."""
+        """The run ended. ``failed``: also when it was killed. The process ends at once when this returns, without what
+        libraries do at exit, so flush and close here."""

@@ -29,7 +29,7 @@ from nanochat_core.interfaces import EvaluatorContext, Model, Tokenizer, Tokens
 CLOSE = 1e-4  # scores of other batch sizes agree within this; what it decides is called close
 BATCH_TOKENS_CPU = 4096
 BATCH_TOKENS = 32768
-LOGITS_CPU = 2**22  # logits made at once: the allocator uses pieces of this size again, larger ones it maps anew
+LOGITS_CPU = 2**23 - 2**16  # logits made at once: below 32 MiB, where malloc uses memory again
 LOGITS = 2**27
 
 Counts = npt.NDArray[np.int64]

@@ -1,13 +1,18 @@
-"""Event files for TensorBoard."""
+"""Event files for TensorBoard, written with TensorBoard's own library: torch's writer would import torch."""
 
 from __future__ import annotations
 
 import json
 import textwrap
+import time
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+from tensorboard.compat.proto.tensor_pb2 import TensorProto
+from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from nanochat_core import Logger, LoggerContext
 from nanochat_tensorboard.config import TensorBoardConfig
@@ -24,9 +29,11 @@ class TensorBoard(Logger):
         directory = context.directory / "tensorboard"
         if config.directory is not None:
             directory = config.directory / context.name / context.id
-        # A resumed run writes one more file there; TensorBoard hides what older files say about steps done again.
-        writer: Any = SummaryWriter(str(directory), purge_step=context.start_step, flush_secs=config.flush_seconds)
+        writer: Any = EventFileWriter(str(directory), flush_secs=config.flush_seconds)
         self.writer = writer
+        # A resumed run writes one more file there; TensorBoard hides what older files say about steps done again.
+        start = SessionLog(status=SessionLog.START)
+        writer.add_event(Event(wall_time=time.time(), step=context.start_step, session_log=start))
         about = {
             "name": context.name,
             "id": context.id,
@@ -35,23 +42,35 @@ class TensorBoard(Logger):
             "tags": list(context.tags),
             "experiment": context.experiment,
         }
-        writer.add_text("experiment", _verbatim(json.dumps(about, indent=2, default=str)), context.start_step)
+        about_text = _text("experiment", json.dumps(about, indent=2, default=str))
+        writer.add_event(Event(wall_time=time.time(), step=context.start_step, summary=Summary(value=[about_text])))
         writer.flush()
 
     def log(self, record: Mapping[str, float | str]) -> None:
-        step, time = int(record["step"]), float(record["time"])
+        values = []
         for name, value in record.items():
             if name in ("step", "time", "evaluator"):
                 continue
             if isinstance(value, str) and value not in _NOT_FINITE:
-                self.writer.add_text(name, _verbatim(value), step, walltime=time)
+                values.append(_text(name, value))
             else:
-                self.writer.add_scalar(name, float(value), step, walltime=time)
+                values.append(Summary.Value(tag=name, simple_value=float(value)))
+        event = Event(wall_time=float(record["time"]), step=int(record["step"]), summary=Summary(value=values))
+        self.writer.add_event(event)
 
     def finish(self, status: Literal["finished", "failed", "preempted"]) -> None:
         self.writer.close()
 
 
-def _verbatim(text: str) -> str:
+def _text(name: str, text: str) -> Any:
     """Markdown that shows ``text`` as it is."""
-    return textwrap.indent(text, "    ", lambda line: True)
+    verbatim = textwrap.indent(text, "    ", lambda line: True)
+    return Summary.Value(
+        tag=f"{name}/text_summary",
+        metadata=SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="text")),
+        tensor=TensorProto(
+            dtype="DT_STRING",
+            string_val=[verbatim.encode()],
+            tensor_shape=TensorShapeProto(dim=[TensorShapeProto.Dim(size=1)]),
+        ),
+    )

@@ -141,7 +141,7 @@ def test_no_toml_names_the_line_in_the_file_that_has_it(files: Files) -> None:
 def test_another_plugin_drops_the_options_of_the_old_one(files: Files) -> None:
     optimizer = files.child('[optimizer]\nplugin = "adamw"').experiment.optimizer
     assert optimizer.plugin == "adamw"
-    assert optimizer.config.lr == 1e-3
+    assert optimizer.config.lr == 2e-3
 
 
 def test_naming_the_same_plugin_again_drops_nothing(files: Files) -> None:

