@@ -31,7 +31,6 @@ import attrs
 
 from nanochat_core.errors import NanochatError, PluginError
 from nanochat_core.logger import Logger, LoggerContext
-from nanochat_core.rundir import write_atomic
 from nanochat_core.schema import Choice
 
 POLL_SECONDS = 0.5  # how often the ledger is looked at
@@ -80,7 +79,14 @@ class Progress:
             return cls()
 
     def write(self, path: Path) -> None:
-        write_atomic(path, json.dumps(attrs.asdict(self)) + "\n")
+        """Over the old content, in one call: it is written at every record, and a file renamed each time would cost."""
+        text = json.dumps(attrs.asdict(self, recurse=False))
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+        try:
+            size = os.fstat(descriptor).st_size
+            os.write(descriptor, text.ljust(max(size - 1, 0)).encode() + b"\n")
+        finally:
+            os.close(descriptor)
 
     def already_told(self, record: dict[str, Any]) -> bool:
         return record["step"] <= self.steps.get(record.get("evaluator", ""), -1)
@@ -151,19 +157,25 @@ class Follower:
         Raises:
             Exception: what the logger raised on a record; it is told that record again the next time.
         """
-        for line in self._new_lines():
-            record = json.loads(line)
-            if not self.progress.already_told(record):
-                try:
-                    with self._watched("log"):
-                        self.logger.log(record)
-                except Exception as error:
-                    self._failed(f"failed at step {record['step']}, training goes on: {type(error).__name__}: {error}")
-                    raise
-                self.progress.note(record)
-            self.progress.offset += len(line)
-            self.progress.last_line = _digest(line)
-            self.progress.write(self.progress_file)  # at once: what a process that is ended forgets is told twice
+        self._armed = 0.0
+        with self._watched("log"):
+            for line in self._new_lines():
+                if self._watching == "log":  # each record has its own time
+                    self._arm()
+                self._tell(line)
+
+    def _tell(self, line: bytes) -> None:
+        record = json.loads(line)
+        if not self.progress.already_told(record):
+            try:
+                self.logger.log(record)
+            except Exception as error:
+                self._failed(f"failed at step {record['step']}, training goes on: {type(error).__name__}: {error}")
+                raise
+            self.progress.note(record)
+        self.progress.offset += len(line)
+        self.progress.last_line = _digest(line)
+        self.progress.write(self.progress_file)  # at once: what a process that is ended forgets is told twice
 
     def _new_lines(self) -> Iterator[bytes]:
         """Whole lines from the offset to the end that the ledger has now."""
@@ -202,7 +214,8 @@ class Follower:
             self.say(report=what)
         self.told_of_failure = True
 
-    _watching = False
+    _watching = ""
+    _armed = 0.0  # when the watchdog began to count
 
     @contextlib.contextmanager
     def _watched(self, phase: str) -> Iterator[None]:
@@ -210,14 +223,21 @@ class Follower:
         if self._watching:
             yield
             return
-        self._watching = True
+        self._watching = phase
         self.say(phase=phase)
-        faulthandler.dump_traceback_later(self.job.timeout, exit=True, file=sys.stderr)
+        self._arm()
         try:
             yield
         finally:
             faulthandler.cancel_dump_traceback_later()
-            self._watching = False
+            self._watching = ""
+
+    def _arm(self) -> None:
+        """Let the watchdog count from now on; from a moment ago will do, as each time starts a thread."""
+        now = time.monotonic()
+        if now > self._armed + self.job.timeout / 20 or self._watching != "log":
+            faulthandler.dump_traceback_later(self.job.timeout, exit=True, file=sys.stderr)
+            self._armed = now
 
 
 def _digest(line: bytes) -> str:
