@@ -7,7 +7,6 @@ import netrc
 import os
 import re
 import threading
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -21,6 +20,9 @@ from nanochat_wandb.config import WandbConfig
 
 _NOT_FINITE = ("nan", "inf", "-inf")  # JSON has no such numbers, so the ledger writes words
 _PROBE_SECONDS = 5.0
+
+# The service of a process that started this one, such as a sweep's agent: sharing it would share its runs and its fate.
+os.environ.pop("WANDB_SERVICE", None)
 
 
 class Wandb(Logger):
@@ -41,24 +43,14 @@ class Wandb(Logger):
             if config.mode == "online":
                 raise
             context.report(f"offline, because the server does not accept the run: {' '.join(str(error).split())[:200]}")
+            wandb.teardown(exit_code=1)  # the run that was not accepted holds the id
             online = False
-            self.run = self._init_again(config)
+            self.run = self._init(config, online)
         self.run.define_metric("*", step_metric="step")
         self.directory = os.path.relpath(self.run.dir + "/..")
         context.report(
             f"{self.run.url}" if online else f"writes to {self.directory}; upload: wandb sync {self.directory}"
         )
-
-    def _init_again(self, config: WandbConfig) -> Any:
-        """Offline, after the server did not accept the run. For a moment that run still holds its id."""
-        for _ in range(10):
-            wandb.teardown(exit_code=1)
-            try:
-                return self._init(config, online=False)
-            except Exception as error:
-                problem = error
-                time.sleep(0.5)
-        raise problem
 
     def _init(self, config: WandbConfig, online: bool) -> Any:
         context = self.context

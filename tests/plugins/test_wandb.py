@@ -162,6 +162,14 @@ def test_auto_goes_offline_when_the_server_does_not_accept_the_run(train: Any) -
     assert series(history(run), "train/loss") == losses(run)
 
 
+def test_a_service_of_another_process_is_left_alone(
+    train: Any, monkeypatch: pytest.MonkeyPatch, black_hole: str
+) -> None:
+    monkeypatch.setenv("WANDB_SERVICE", "3-1-unix-/nowhere/socket")
+    _, run = train(black_hole, 'mode = "offline"\n')
+    assert series(history(run), "train/loss") == losses(run)
+
+
 def test_the_entry_tells_how_to_install_its_library() -> None:
     entry = load_plugins("wandb")["logger"].get("wandb")
     assert entry is not None
