@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         Tokenizer,
         TokenizerContext,
         Tokens,
+        base_role,
         default_roles,
     )
     from nanochat_core.logger import Logger, LoggerContext
@@ -98,6 +99,7 @@ _LAZY = {
             "Tokenizer",
             "TokenizerContext",
             "Tokens",
+            "base_role",
             "default_roles",
         ],
         "interfaces",
@@ -143,6 +145,7 @@ __all__ = [
     "World",
     "above",
     "at_least",
+    "base_role",
     "between",
     "cache_dir",
     "choice_spans",

@@ -50,7 +50,7 @@ def build_source(choice: Choice) -> DataSource:
 
 def build_optimizer(choice: Choice, model: Model, plan: Plan, world: World) -> Optimizer:
     """The optimizer of ``model``."""
-    context = optimizer_context(model, world, plan.total_batch_size, plan.num_iterations)
+    context = optimizer_context(model, world, plan.total_batch_size, plan.num_iterations, plan.relative_data)
     optimizer = choice.build(context)
     if not isinstance(optimizer, Optimizer):
         raise PluginError(f"the factory of optimizer {choice.plugin!r} must return a nanochat_core.Optimizer")

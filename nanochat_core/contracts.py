@@ -34,6 +34,7 @@ from nanochat_core.interfaces import (
     Split,
     Tokenizer,
     Tokens,
+    base_role,
 )
 
 ROLES = ("matrix", "embedding", "head", "scalar")
@@ -197,8 +198,10 @@ class _ModelCheck(_Check):
         self.expect(set(roles) == names, f"parameter_roles misses or invents {sorted(set(roles) ^ names)[:3]}")
         for name, parameter in model.named_parameters():
             role = roles.get(name, "scalar")
-            self.expect(role in ROLES, f"parameter {name} has role {role!r}: optimizers know {', '.join(ROLES)}")
-            self.expect(role != "matrix" or parameter.ndim == 2, f"parameter {name} is a matrix but not 2-D")
+            self.expect(
+                base_role(role) in ROLES, f"parameter {name} has role {role!r}: optimizers know {', '.join(ROLES)}"
+            )
+            self.expect(base_role(role) != "matrix" or parameter.ndim == 2, f"parameter {name} is a matrix but not 2-D")
         counts = dict(model.parameter_counts())
         total = sum(p.numel() for p in model.parameters())
         self.expect(counts.get("total") == total, f"parameter_counts says {counts.get('total')} in total, not {total}")

@@ -240,16 +240,27 @@ class Model(nn.Module, ABC):
         """An empty cache, or None for a model without: then the prefix is computed again for every token."""
         return None
 
+    def checkpoint_activations(self) -> None:
+        """Keep only what enters each block for the backward pass, and compute the rest again there.
+
+        Raises:
+            NotImplementedError: when the model can't.
+        """
+        raise NotImplementedError
+
     def parameter_roles(self) -> Mapping[str, str]:
-        """Parameter name to role. Roles optimizers know: ``matrix`` (2-D weight inside a block), ``embedding``,
-        ``head``, ``scalar`` (0-D and 1-D). Default: by shape and module type, see ``default_roles``."""
+        """Parameter name to role. Roles that optimizers know: ``matrix`` (2-D weight inside a block), ``embedding``,
+        ``head``, ``scalar`` (anything else). A dot refines a role, as in ``scalar.residual``: an optimizer that
+        doesn't know the whole of it goes by its ``base_role``. Default: by shape and module type, see
+        ``default_roles``."""
         return default_roles(self)
 
     def parameter_counts(self) -> Mapping[str, int]:
-        """Number of parameters by role, and their sum as ``total``."""
+        """Number of parameters by base role, and their sum as ``total``."""
         roles, counts = self.parameter_roles(), dict[str, int]()
         for name, parameter in self.named_parameters():
-            counts[roles[name]] = counts.get(roles[name], 0) + parameter.numel()
+            role = base_role(roles[name])
+            counts[role] = counts.get(role, 0) + parameter.numel()
         return {**counts, "total": sum(counts.values())}
 
     def flops_per_token(self, max_seq_len: int) -> float:
@@ -269,6 +280,11 @@ class Model(nn.Module, ABC):
     def describe(self) -> Mapping[str, str | int]:
         """What the banner says of the model: name to value, such as ``layers`` and ``width``."""
         return {}
+
+
+def base_role(role: str) -> str:
+    """``scalar`` of ``scalar.residual``; ``matrix`` of ``matrix``."""
+    return role.partition(".")[0]
 
 
 def default_roles(model: nn.Module) -> dict[str, str]:
@@ -302,6 +318,9 @@ class OptimizerContext:
         world: the ranks.
         total_batch_size: tokens an optimizer step, all ranks.
         num_iterations: optimizer steps of the run.
+        relative_data: D / D12: tokens that the data : parameter ratio asks for, over those it asks for the family's
+            reference model (see ``Model.reference_counts``); None for a model without. Scaling rules go by it, even
+            when something else sets the horizon.
     """
 
     parameters: Mapping[str, nn.Parameter]
@@ -310,6 +329,7 @@ class OptimizerContext:
     world: World
     total_batch_size: int
     num_iterations: int
+    relative_data: float | None = None
 
 
 @attrs.frozen
@@ -320,11 +340,13 @@ class Multipliers:
         step: optimizer steps already done.
         num_iterations: optimizer steps of the run.
         lr: factor on every learning rate.
+        warmdown: how far the schedule's last phase has come, from 0 (before it) to 1.
     """
 
     step: int
     num_iterations: int
     lr: float
+    warmdown: float = 0.0
 
 
 class Optimizer(ABC):
@@ -363,6 +385,10 @@ class Optimizer(ABC):
 
     def resolved_options(self) -> Mapping[str, Resolved]:
         """What each option left to "auto" became, by option name."""
+        return {}
+
+    def describe(self) -> Mapping[str, str | int]:
+        """What the banner says of the optimizer: name to value, such as the learning rates in force."""
         return {}
 
 

@@ -41,6 +41,7 @@ class Plan:
         num_iterations: optimizer steps; ``horizon``: why so many.
         parameter_counts: by role, and ``total``.
         scaling_parameters: how many of them the data : parameter ratio counts.
+        relative_data: the same over that of the family's reference model (D / D12); None for a model without.
         flops_per_token: forward and backward.
         memory: bytes a device by purpose, estimated.
         description: what the model says of itself.
@@ -63,6 +64,7 @@ class Plan:
     warmdown_steps: int
     parameter_counts: Mapping[str, int]
     scaling_parameters: int
+    relative_data: float | None
     flops_per_token: float
     memory: Mapping[str, int]
     description: Mapping[str, str | int]
@@ -133,7 +135,9 @@ def build_model(choice: Choice, context: ModelContext, device: torch.device) -> 
     return model
 
 
-def optimizer_context(model: Model, world: World, total_batch_size: int, num_iterations: int) -> OptimizerContext:
+def optimizer_context(
+    model: Model, world: World, total_batch_size: int, num_iterations: int, relative_data: float | None
+) -> OptimizerContext:
     """What an optimizer may know of ``model``."""
     return OptimizerContext(
         parameters={n: p for n, p in model.named_parameters() if p.requires_grad},
@@ -142,6 +146,7 @@ def optimizer_context(model: Model, world: World, total_batch_size: int, num_ite
         world=world,
         total_batch_size=total_batch_size,
         num_iterations=num_iterations,
+        relative_data=relative_data,
     )
 
 
@@ -176,9 +181,10 @@ class _Planner:
         self._resolve("model", model.resolved_options())
 
         counts = dict(model.parameter_counts())
-        scaling = self._scaling(counts)
+        scaling, reference = self._scaling(counts), model.reference_counts()
+        relative = None if reference is None else scaling / self._scaling(reference)
         if self.experiment.train.total_batch_size == "auto":
-            self._resolve("train", {"total_batch_size": self._auto_batch(model, scaling)})
+            self._resolve("train", {"total_batch_size": self._auto_batch(relative)})
         accumulation = self._accumulation()
         total_batch_size = self.experiment.train.total_batch_size
         assert isinstance(total_batch_size, int)
@@ -187,7 +193,7 @@ class _Planner:
 
         world = World(rank=0, size=1, device=meta)
         optimizer: Optimizer = self.experiment.optimizer.build(
-            optimizer_context(model, world, total_batch_size, iterations)
+            optimizer_context(model, world, total_batch_size, iterations, relative)
         )
         self._resolve("optimizer", optimizer.resolved_options())
         if train.compile == "auto":
@@ -212,9 +218,10 @@ class _Planner:
             warmdown_steps=warmdown,
             parameter_counts=counts,
             scaling_parameters=scaling,
+            relative_data=relative,
             flops_per_token=flops,
             memory=estimate_memory(model, optimizer, train.device_batch_size, train.max_seq_len),
-            description=dict(model.describe()),
+            description={**model.describe(), **optimizer.describe()},
         )
         return Planned(plan, self.experiment, self.origins)
 
@@ -248,15 +255,13 @@ class _Planner:
             return counts["total"]
         return counts.get("matrix", 0) + counts.get("head", 0)
 
-    def _auto_batch(self, model: Model, scaling: int) -> Resolved:
-        reference = model.reference_counts()
-        if reference is None:
+    def _auto_batch(self, relative_data: float | None) -> Resolved:
+        if relative_data is None:
             raise self._problem(
                 "train.total_batch_size", 'this model names no reference for "auto": give a number of tokens'
             )
-        ratio = scaling / self._scaling(reference)
-        batch = 2 ** round(math.log2(REFERENCE_BATCH * ratio**0.383))
-        return Resolved(batch, f"2^19 (D / D12)^0.383, D / D12 = {ratio:.3g}, to the nearest power of two")
+        batch = 2 ** round(math.log2(REFERENCE_BATCH * relative_data**0.383))
+        return Resolved(batch, f"2^19 (D / D12)^0.383, D / D12 = {relative_data:.3g}, to the nearest power of two")
 
     def _accumulation(self) -> int:
         """Micro-batches a rank and step; refuses what does not divide, naming what would."""

@@ -23,3 +23,9 @@ def lr_multiplier(schedule: Schedule, step: int, num_iterations: int) -> float:
         return 1.0
     left = max(num_iterations - step, 0) / warmdown
     return left + (1.0 - left) * schedule.final_lr_frac
+
+
+def warmdown_progress(schedule: Schedule, step: int, num_iterations: int) -> float:
+    """How far the warmdown has come at the update after ``step`` updates: 0 before it, 1 at its end."""
+    _, warmdown = phases(schedule, num_iterations)
+    return min(max(step - (num_iterations - warmdown), 0) / warmdown, 1.0) if warmdown else 0.0

@@ -23,7 +23,7 @@ from nanochat_core.logs import Logs
 from nanochat_core.needs import distributions_of
 from nanochat_core.plan import Plan
 from nanochat_core.rundir import RunDirectory
-from nanochat_core.schedule import lr_multiplier
+from nanochat_core.schedule import lr_multiplier, warmdown_progress
 from nanochat_core.schema import DataSourceKeys, Experiment
 from nanochat_core.state import TrainState, rng_state
 
@@ -121,7 +121,7 @@ class Trainer:
     def _train_step(self, step: Step, data_wait: float, started: float, stop: bool) -> bool:
         """One optimizer step and its ledger line. Returns whether any rank was asked to stop."""
         state, train = self.state, self.experiment.train
-        multipliers = Multipliers(state.step, self.plan.num_iterations, self._lr_multiplier())
+        multipliers = self._multipliers()
         loss_sum = torch.zeros((), device=self.world.device)
         tokens = 0
         for index, batch in enumerate(step.batches):
@@ -167,8 +167,10 @@ class Trainer:
     def _sum_dtype(self) -> torch.dtype:
         return torch.float32 if self.world.device.type == "mps" else torch.float64
 
-    def _lr_multiplier(self) -> float:
-        return lr_multiplier(self.experiment.schedule, self.state.step, self.plan.num_iterations)
+    def _multipliers(self) -> Multipliers:
+        schedule, step, steps = self.experiment.schedule, self.state.step, self.plan.num_iterations
+        lr, warmdown = lr_multiplier(schedule, step, steps), warmdown_progress(schedule, step, steps)
+        return Multipliers(step, steps, lr, warmdown)
 
     def _finish_step(
         self,

@@ -7,15 +7,15 @@ from typing import Any
 import torch
 
 from nanochat_adamw.config import AdamWConfig
-from nanochat_core import OptimizerContext, TorchOptimizer
+from nanochat_core import OptimizerContext, TorchOptimizer, base_role
 
 
 def build(config: AdamWConfig, context: OptimizerContext) -> TorchOptimizer:
-    """The factory. Roles it doesn't know are trained like matrices when they have two dimensions or more."""
+    """The factory. It goes by base roles; what it doesn't know is a matrix when it has two dimensions or more."""
     lrs = {"embedding": config.embedding_lr, "head": config.unembedding_lr}
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in context.parameters.items():
-        role = context.roles[name]
+        role = base_role(context.roles[name])
         lr = lrs.get(role, "auto")
         lr = config.lr if lr == "auto" else lr
         decay = config.weight_decay if parameter.ndim >= 2 and role not in ("embedding", "scalar") else 0.0
