@@ -277,6 +277,11 @@ class Model(nn.Module, ABC):
         """What each option left to "auto" became, by option name."""
         return {}
 
+    def unsupported(self) -> Mapping[str, str]:
+        """Options that can't be trained with on the device the model was built for: option name to why, and what to do.
+        A run is refused; a plan for other hardware goes on."""
+        return {}
+
     def describe(self) -> Mapping[str, str | int]:
         """What the banner says of the model: name to value, such as ``layers`` and ``width``."""
         return {}

@@ -80,11 +80,12 @@ class Plan:
 
 @attrs.frozen
 class Planned:
-    """A plan, the experiment with every "auto" filled in, and the origins of all values."""
+    """A plan, the experiment with every "auto" filled in, the origins of all values, and why it can't run here."""
 
     plan: Plan
     experiment: Experiment
     origins: Mapping[str, Origin]
+    problems: tuple[Problem, ...] = ()
 
 
 def planned_vocab_size(choice: Choice) -> int:
@@ -223,7 +224,9 @@ class _Planner:
             memory=estimate_memory(model, optimizer, train.device_batch_size, train.max_seq_len),
             description={**model.describe(), **optimizer.describe()},
         )
-        return Planned(plan, self.experiment, self.origins)
+        keys = {f"model.{option}": why for option, why in model.unsupported().items()}
+        problems = tuple(Problem(key, why, self._where(key)) for key, why in keys.items())
+        return Planned(plan, self.experiment, self.origins, problems)
 
     def _where(self, key: str) -> str:
         origin = self.origins.get(key)

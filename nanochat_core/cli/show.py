@@ -21,14 +21,14 @@ def main(options: argparse.Namespace, _: Sequence[str]) -> int:
     from nanochat_core.schema import TABLES
 
     loaded = load(options.file, options.overrides, load_plugins())
-    experiment, origins = loaded.experiment, loaded.origins
+    experiment, origins, problems = loaded.experiment, loaded.origins, loaded.missing[:0]
     blocking = [p for p in loaded.missing if not p.key.startswith(("data", "loggers", "evaluators"))]
     if not blocking:  # formulas need the model, the optimizer and the tokenizer, nothing else
         from nanochat_core.distributed import pick_device
         from nanochat_core.plan import make_plan
 
         planned = make_plan(loaded, 1, pick_device(0))
-        experiment, origins = planned.experiment, dict(planned.origins)
+        experiment, origins, problems = planned.experiment, dict(planned.origins), planned.problems
     values = dict(_leaves(to_tables(experiment)))
     rows = [(key, f"{key} = {_toml(value)}", origins[key].text) for key, value in values.items() if key in origins]
     rows += [(key, f"{key} (unset)", origins[key].text) for key in origins if key not in values]
@@ -42,6 +42,8 @@ def main(options: argparse.Namespace, _: Sequence[str]) -> int:
                 print()
             table = key.split(".")[0]
         print(f"{text:<{width}}  # {origin}")
+    for problem in problems:
+        print(f"\ncan't run here: {problem}", file=sys.stderr)
     for problem in loaded.missing:
         print(f"\nmissing: {problem}", file=sys.stderr)
     return 0
