@@ -72,6 +72,8 @@ class GPTConfig:
     def __attrs_post_init__(self) -> None:
         if not self.window_pattern or set(self.window_pattern) - {"S", "L"}:
             raise ValueError(f'window_pattern must be made of S and L, such as "SSSL", not "{self.window_pattern}"')
+        if self.window != "auto" and "S" not in self.window_pattern:
+            raise ValueError(f'window must be "auto": no layer of window_pattern "{self.window_pattern}" has one')
         shape = self.shape()  # so that a contradiction is found when the file is read
         if self.smear and shape.width < SMEAR_CHANNELS:
             raise ValueError(

@@ -16,7 +16,7 @@ from nanochat_gpt.attention import Masking, attend, choose_backend, flash3_probl
 from nanochat_gpt.cache import KVCache, LayerCache
 from nanochat_gpt.config import GATE_CHANNELS, SMEAR_CHANNELS, GPTConfig, Shape, auto_window
 from nanochat_gpt.fp8 import fp8_problem
-from nanochat_gpt.head import MAX_CAP, scaled_head, softcap_cross_entropy
+from nanochat_gpt.head import MAX_CAP, softcap_cross_entropy
 from nanochat_gpt.initialize import initialize
 from nanochat_gpt.ops import embed, linear, mix, mlp, rms_norm, rotary_tables, smear, split_heads
 
@@ -225,11 +225,11 @@ class GPT(Model):
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         with no_autocast(hidden_ND.device):
-            cap, weight_VD = self.config.softcap, self.head.weight[: self.vocab_size]
-            weight_VD = scaled_head(weight_VD, cap, self.dtype) if cap else weight_VD
-            z_NV = linear(hidden_ND, weight_VD, self.dtype)
+            cap, z_NV = self.config.softcap, linear(hidden_ND, self.head.weight[: self.vocab_size], self.dtype)
             z_NV = z_NV.to(torch.promote_types(z_NV.dtype, torch.float32))
-            return cap * torch.tanh(z_NV) if cap else z_NV
+            if not cap:
+                return z_NV
+            return cap * torch.tanh(z_NV / cap) if torch.is_grad_enabled() else z_NV.div_(cap).tanh_().mul_(cap)
 
     def forward(self, ids_BT: Tensor, targets_BT: Tensor, reduction: Literal["sum", "none"] = "sum") -> Tensor:
         cap = self.config.softcap
@@ -291,8 +291,9 @@ class GPT(Model):
             "n_head": Resolved(shape.heads, f"ceil(width {shape.width} / head_dim {config.head_dim})"),
             "n_kv_head": Resolved(shape.kv_heads, "as many as n_head"),
             "vocab_size": Resolved(self.vocab_size, "the tokenizer's"),
-            "window": Resolved(auto_window(length), f"max_seq_len {length} / 4, up to a multiple of 128"),
         }
+        if "S" in config.window_pattern:
+            found["window"] = Resolved(auto_window(length), f"max_seq_len {length} / 4, up to a multiple of 128")
         return {name: resolved for name, resolved in found.items() if getattr(config, name) == "auto"}
 
     def unsupported(self) -> Mapping[str, str]:

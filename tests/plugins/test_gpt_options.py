@@ -257,6 +257,7 @@ def test_the_contract_holds_with_all_options() -> None:
     ("options", "message"),
     [
         ({"window_pattern": "SX"}, 'window_pattern must be made of S and L, such as "SSSL", not "SX"'),
+        ({"window": 7}, 'window must be "auto": no layer of window_pattern "L" has one'),
         ({"window_pattern": ""}, "window_pattern must be made of S and L"),
         ({"depth": 1, "aspect_ratio": 16, "smear": True}, "smear must be false: its gate reads 24 channels, the width"),
         ({"depth": 1, "aspect_ratio": 8, "value_embeddings": True}, "value_embeddings must be false"),
