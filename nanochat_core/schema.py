@@ -90,6 +90,10 @@ class Train:
         False,
         "keep only what enters each block, and compute the rest again in the backward pass: less memory, more time",
     )
+    profile: int = option(
+        0, "optimizer steps to trace once training has settled, which slows them; profile/ in the run directory has "
+        "the trace; 0 is off", validator=at_least(0),
+    )  # fmt: skip
     max_skipped_steps: int = option(
         10, "steps in a row with a loss or gradient that is not finite before the run stops", validator=at_least(0)
     )
