@@ -22,7 +22,7 @@ from nanochat_core.interfaces import (
     Tokenizer,
     TokenizerContext,
 )
-from nanochat_core.load import LoadedExperiment, Origin, add_places
+from nanochat_core.load import LoadedExperiment, Origin, add_places, unverified_options
 from nanochat_core.memory import estimate_memory
 from nanochat_core.schedule import phases
 from nanochat_core.schema import Choice, Experiment
@@ -81,11 +81,16 @@ class Plan:
 
 @attrs.frozen
 class Planned:
-    """A plan, the experiment with every "auto" filled in, and the origins of all values."""
+    """A plan, the experiment with every "auto" filled in, and the origins of all values.
+
+    Args:
+        unverified: options in force whose code never ran on its hardware, by dotted key: what never ran where.
+    """
 
     plan: Plan
     experiment: Experiment
     origins: Mapping[str, Origin]
+    unverified: Mapping[str, str] = attrs.field(factory=dict)
 
 
 def planned_vocab_size(choice: Choice) -> int:
@@ -176,6 +181,7 @@ class _Planner:
     def __init__(self, loaded: LoadedExperiment, world_size: int, device: torch.device) -> None:
         self.experiment = loaded.experiment
         self.origins = dict(loaded.origins)
+        self.unverified = unverified_options(loaded.experiment)
         self.world_size, self.device = world_size, device
 
     def plan(self) -> Planned:
@@ -232,7 +238,7 @@ class _Planner:
             memory=estimate_memory(model, optimizer, train.device_batch_size, train.max_seq_len),
             description={**model.describe(), **optimizer.describe()},
         )
-        return Planned(plan, self.experiment, self.origins)
+        return Planned(plan, self.experiment, self.origins, self.unverified)
 
     def _where(self, key: str) -> str:
         origin = self.origins.get(key)
@@ -368,6 +374,7 @@ def format_plan(planned: Planned) -> str:
     known = "activations" in plan.memory
     estimate = f"about {sum(plan.memory.values()) / 2**20:,.0f} MiB a device ({parts})"
     rows.append(("memory", estimate if known else f"{estimate}; activations unknown for this model"))
+    rows += [("unverified", f"{key}: {note}") for key, note in planned.unverified.items()]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"  {name:<{width}}  {text}" for name, text in rows)
 

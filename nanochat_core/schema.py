@@ -92,7 +92,7 @@ class Train:
     )
     profile: int = option(
         0, "optimizer steps to trace once training has settled, which slows them; profile/ in the run directory has "
-        "the trace; 0 is off", validator=at_least(0),
+        "the trace; 0 is off", validator=at_least(0), unverified="kernels of a CUDA device were never traced",
     )  # fmt: skip
     max_skipped_steps: int = option(
         10, "steps in a row with a loss or gradient that is not finite before the run stops", validator=at_least(0)
