@@ -241,7 +241,8 @@ class Model(nn.Module, ABC):
         return None
 
     def checkpoint_activations(self) -> None:
-        """Keep only what enters each block for the backward pass, and compute the rest again there.
+        """Keep only what enters each block for the backward pass, and compute the rest again there, as
+        ``torch.utils.checkpoint`` does with ``use_reentrant=False``. Called once, before ``compile_training``.
 
         Raises:
             NotImplementedError: when the model can't.

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace, _: Sequence[str]) -> int:
-    from nanochat_core.load import load, to_tables
+    from nanochat_core.load import load, to_tables, unverified_options
     from nanochat_core.plugins import load_plugins
     from nanochat_core.schema import TABLES
 
@@ -33,6 +33,7 @@ def main(options: argparse.Namespace, _: Sequence[str]) -> int:
     rows = [(key, f"{key} = {_toml(value)}", origins[key].text) for key, value in values.items() if key in origins]
     rows += [(key, f"{key} (unset)", origins[key].text) for key in origins if key not in values]
     order = {table: index for index, table in enumerate(TABLES)}
+    notes = {key: f" (unverified: {note})" for key, note in unverified_options(loaded.experiment).items()}
     rows.sort(key=lambda row: order[row[0].split(".")[0]])  # stable: unset options follow the others of their table
     width = max(len(text) for _, text, _ in rows if len(text) < 80)
     table = ""
@@ -41,7 +42,7 @@ def main(options: argparse.Namespace, _: Sequence[str]) -> int:
             if table:
                 print()
             table = key.split(".")[0]
-        print(f"{text:<{width}}  # {origin}")
+        print(f"{text:<{width}}  # {origin}{notes.get(key, '')}")
     for problem in problems:
         print(f"\ncan't run here: {problem}", file=sys.stderr)
     for problem in loaded.missing:
