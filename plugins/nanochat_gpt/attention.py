@@ -37,7 +37,7 @@ def choose_backend(
         return wanted, "as asked"  # type: ignore[return-value]
     if device.type == "cuda":
         if not flash3_problem(device, dtype):
-            return "flash3", "FlashAttention-3; unverified: it never ran here"
+            return "flash3", "FlashAttention-3; unverified: it never ran on a GPU"
         if window is not None:
             return "flex", "FlexAttention skips what lies outside the window; unverified: it never ran on a GPU"
         return "sdpa", "cuDNN or FlashAttention-2 through torch"

@@ -59,14 +59,16 @@ class GPTConfig:
         validator=one_of(*INITS),
     )
     fp8: bool = option(
-        False, "in training, products of the blocks in float8 with a scale for each tensor; needs Hopper or newer"
-    )
+        False, "in training, products of the blocks in float8 with a scale for each tensor; needs Hopper or newer",
+        unverified="its arithmetic is tested on CPUs, it never ran on a GPU",
+    )  # fmt: skip
     attention: Literal["auto", "matrix", "sdpa", "flex", "flash3"] = option(
         "auto",
         "what computes attention in training: the whole T x T matrix, torch's scaled_dot_product_attention, "
         'FlexAttention, or FlashAttention-3; "auto": the fastest that is right here (a run prints it)',
         validator=one_of(*BACKENDS),
         on_resume="warn",
+        unverified="flex and flash3 never trained on a GPU",
     )
 
     def __attrs_post_init__(self) -> None:
