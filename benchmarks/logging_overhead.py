@@ -1,18 +1,23 @@
-"""What logging costs a fast model: seconds a step with no logger, with all of them, and with one that hangs.
+"""What logging costs a fast model: with no logger, with each, with all of them, and with one that hangs.
 
     python benchmarks/logging_overhead.py
 
-Trains a model of a few thousand parameters (a few milliseconds a step) with each set of loggers in turn, several times,
-and compares the best medians: ``train/dt`` of the ledger, and the time from one step to the next, which has the writing
-of the ledger and the looking at loggers in it. On a busy machine runs differ by more than loggers cost, so the second
-table measures the training process's share: microseconds of ``Logs.record``, called 20 times a second as a real run
-would, and back to back.
+Trains a model of a few thousand parameters (a few milliseconds a step) with each set of loggers in turn, in rounds.
+It keeps apart what logging costs the training process and what it costs by competing for cores:
+
+- ``record``: CPU microseconds a step that the training loop spends in ``Logs.record``: writing the ledger, looking at
+  the loggers' processes. Loggers cost the training process nothing else.
+- ``loop``: CPU milliseconds a step of the loop's thread. It rises when loggers share a cache or a core with it.
+- ``steps/s`` and ``against none``: by the clock, the median over rounds of the ratio to the runs without loggers just
+  before and after. It has the competition for cores in it, with loggers and with whatever else the machine does; the
+  last column, ``none`` against ``none``, says how much of it is noise.
+
+Steps during which loggers start, which takes seconds of CPU once a run, are left out; ``--starting`` counts them.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import statistics
@@ -20,6 +25,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+import attrs
 
 EXPERIMENT = """
 [tokenizer]
@@ -66,9 +73,29 @@ def table(plugin: str, **options: object) -> str:
 ARMS = {
     "none": "",
     "csv": table("csv"),
+    "tensorboard": table("tensorboard"),
+    "wandb": table("wandb", mode="offline"),
+    "aim": table("aim"),
     "all": table("csv") + table("tensorboard") + table("wandb", mode="offline") + table("aim"),
     "hanging": table("hangs", timeout=5),
 }
+# Runs an experiment, and writes down at every ledger line: the clock, the thread's CPU time, and that within record.
+PROBE = """
+import atexit, json, sys, time
+from nanochat_core.cli import main
+from nanochat_core.logs import Logs
+points, record = [], Logs.record
+def measured(self, step, values):
+    before = time.thread_time()
+    record(self, step, values)
+    after = time.thread_time()
+    if "train/loss" in values:
+        points.append((time.perf_counter(), after, after - before))
+Logs.record = measured
+code = main(["run", *sys.argv[2:]])
+open(sys.argv[1], "w").write(json.dumps(points))
+sys.exit(code)
+"""
 
 
 def install_hanging_logger(site: Path) -> None:
@@ -82,82 +109,67 @@ def install_hanging_logger(site: Path) -> None:
     (info / "entry_points.txt").write_text("[nanochat]\nhangs = hanging_logger.plugin\n")
 
 
-def measure(directory: Path, arm: str, steps: int, index: int) -> tuple[float, float]:
-    """Median milliseconds of a step, and from one step to the next, after a warm-up."""
-    file = directory / f"{arm}.toml"
+@attrs.frozen
+class Cost:
+    """Of a step: milliseconds by the clock, CPU milliseconds of the loop's thread, CPU microseconds of record."""
+
+    wall: float
+    loop: float
+    record: float
+
+
+def measure(directory: Path, arm: str, steps: int, skip: int, index: str) -> Cost:
+    file, points_file = directory / f"{arm}.toml", directory / f"points-{index}.json"
     file.write_text(EXPERIMENT.format(steps=steps) + ARMS[arm])
-    runs = directory / f"runs-{index}"
-    environment = {**os.environ, "PYTHONPATH": str(directory / "site"), "NANOCHAT_DEVICE": "cpu"}
-    command = [sys.executable, "-m", "nanochat_core", "run", str(file), "--runs-dir", str(runs)]
+    arguments = [str(points_file), str(file), "--runs-dir", str(directory / f"runs-{index}")]
+    site = os.pathsep.join(filter(None, (str(directory / "site"), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": site, "NANOCHAT_DEVICE": "cpu", "WANDB_SILENT": "true"}
+    command = [sys.executable, "-c", PROBE, *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stdout + done.stderr)
-    (ledger,) = runs.glob(f"{arm}/*/metrics.jsonl")
-    records = [json.loads(line) for line in ledger.read_text().splitlines()][steps // 2 :]
-    between = [1000 * (b["time"] - a["time"]) for a, b in itertools.pairwise(records)]
-    return statistics.median(1000 * r["train/dt"] for r in records), statistics.median(between)
-
-
-RECORD = """
-import statistics, sys, time
-from pathlib import Path
-from nanochat_core import LoggerContext
-from nanochat_core.load import load
-from nanochat_core.logs import Logs
-from nanochat_core.plugins import load_plugins
-from nanochat_core.rundir import RunDirectory
-directory = Path(sys.argv[2])
-directory.mkdir(parents=True)
-logs = Logs(RunDirectory(directory))
-logs.open_ledger()
-experiment = load(sys.argv[1], (), load_plugins()).require_all().experiment
-logs.start_loggers(experiment.loggers, LoggerContext(directory, "x", "1", "p", "", (), {}, 10, 0))
-values = {f"train/{i}": 1.0 / (i + 1) for i in range(12)}
-time.sleep(3)  # loggers start
-for step, pause in ((0, 0.05), (100, 0.0)):
-    spent = []
-    for k in range(100 if pause else 5000):
-        started = time.perf_counter()
-        logs.record(step + k, values)
-        spent.append(time.perf_counter() - started)
-        time.sleep(pause)
-    print(1e6 * statistics.median(spent))
-for process in logs._processes:
-    process.kill()
-"""
-
-
-def record_cost(directory: Path, arm: str) -> tuple[float, float]:
-    """Median microseconds of ``Logs.record``: 20 times a second, and back to back."""
-    environment = {**os.environ, "PYTHONPATH": str(directory / "site")}
-    command = [sys.executable, "-c", RECORD, str(directory / f"{arm}.toml"), str(directory / "record" / arm / "1")]
-    lines = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
-    return float(lines[0]), float(lines[1])
+    points = json.loads(points_file.read_text())[skip:]
+    (first, cpu, _), (last, cpu_at_end, _) = points[0], points[-1]
+    count = len(points) - 1
+    return Cost(
+        1000 * (last - first) / count,
+        1000 * (cpu_at_end - cpu) / count,
+        1e6 * statistics.median(record for _, _, record in points),
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--starting", action="store_true", help="count the steps while loggers start")
+    parser.add_argument("--arms", default=",".join(ARMS), help="which of " + ", ".join(ARMS))
     options = parser.parse_args()
+    arms = [arm for arm in options.arms.split(",") if arm != "none"]
+    skip = 20 if options.starting else options.steps // 2
+    found: dict[str, list[Cost]] = {arm: [] for arm in ("none", *arms)}
+    ratios: dict[str, list[float]] = {arm: [] for arm in ("none", *arms)}
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         (directory / "site").mkdir()
         install_hanging_logger(directory / "site")
-        found: dict[str, list[tuple[float, float]]] = {arm: [] for arm in ARMS}
+        before = measure(directory, "none", options.steps, skip, "first")
         for index in range(options.rounds):
-            for arm in ARMS:
-                found[arm].append(measure(directory, arm, options.steps, index))
-        records = {arm: record_cost(directory, arm) for arm in ARMS}
-    base = min(between for _, between in found["none"])
-    print(f"{'loggers':10}  {'ms a step':>9}  {'ms between':>10}  {'steps/s':>8}  {'against none':>12}")
-    for arm, values in found.items():
-        step, between = min(v[0] for v in values), min(v[1] for v in values)
-        print(f"{arm:10}  {step:9.3f}  {between:10.3f}  {1000 / between:8.1f}  {100 * (between / base - 1):+11.2f}%")
-    print("\nmicroseconds a record costs the training process")
-    print(f"{'loggers':10}  {'20 a second':>11}  {'back to back':>12}")
-    for arm, (paced, packed) in records.items():
-        print(f"{arm:10}  {paced:11.1f}  {packed:12.1f}")
+            for arm in arms:
+                cost = measure(directory, arm, options.steps, skip, f"{index}-{arm}")
+                after = measure(directory, "none", options.steps, skip, f"{index}-{arm}-none")
+                found[arm].append(cost)
+                found["none"].append(after)
+                ratios[arm].append(cost.wall / ((before.wall + after.wall) / 2))
+                ratios["none"].append(after.wall / before.wall)
+                before = after
+    print(f"{'loggers':12}  {'steps/s':>8}  {'against none':>12}  {'ms loop':>8}  {'us record':>9}")
+    for arm, costs in found.items():
+        wall, loop, record = (statistics.median(getattr(c, what) for c in costs) for what in ("wall", "loop", "record"))
+        slower = 100 * (statistics.median(ratios[arm]) - 1)
+        print(f"{arm:12}  {1000 / wall:8.1f}  {slower:+11.2f}%  {loop:8.3f}  {record:9.1f}")
+    noise = statistics.median(abs(ratio - 1) for ratio in ratios["none"])
+    print(f"\na run without loggers differs from the one before it by {100 * noise:.1f}% (median)")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
         base_role,
         default_roles,
     )
-    from nanochat_core.logger import Logger, LoggerContext
+    from nanochat_core.logger import Logger, LoggerContext, metrics_and_texts
     from nanochat_core.loss import cross_entropy
     from nanochat_core.reduction import GradientReducer, TorchOptimizer
     from nanochat_core.registry import Registrar
@@ -58,6 +58,7 @@ _LAZY = {
     "World": "distributed",
     "Logger": "logger",
     "LoggerContext": "logger",
+    "metrics_and_texts": "logger",
     "Registrar": "registry",
     "generate": "sampling",
     **dict.fromkeys(
@@ -157,6 +158,7 @@ __all__ = [
     "hold_out",
     "hookimpl",
     "is_close_call",
+    "metrics_and_texts",
     "one_of",
     "option",
     "pick_choice",

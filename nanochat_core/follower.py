@@ -249,18 +249,23 @@ class _Ended(threading.Thread):
 
     def __init__(self, pipe: IO[bytes]) -> None:
         super().__init__(daemon=True)
-        self.pipe, self.event, self.status = pipe, threading.Event(), "failed"
+        self.pipe, self.event, self.status, self.parent = pipe, threading.Event(), "failed", os.getppid()
         self.start()
 
     def run(self) -> None:
         self.status = self.pipe.readline().decode().strip() or "failed"
         self.event.set()
 
+    def wait(self, seconds: float) -> bool:
+        """Whether the run has ended, after at most so many seconds. A process that the training process forked may
+        hold the pipe open after its death, but can't be this one's parent."""
+        return self.event.wait(seconds) or os.getppid() != self.parent
+
 
 def _follow(follower: Follower, ended: _Ended) -> bool:
     """Follow the ledger to the end of the run. Returns whether the logger was told everything."""
     pause = POLL_SECONDS
-    while not ended.event.wait(pause):
+    while not ended.wait(pause):
         try:
             follower.send_new()
             pause = POLL_SECONDS
@@ -292,13 +297,14 @@ def main() -> int:
     """The job comes through stdin; arguments are the pipes' file descriptors. Output goes to the log of the logger."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # meant for the training process, which will say how the run ended
-    os.nice(10)
     ended = _Ended(os.fdopen(int(sys.argv[1]), "rb"))
     say = _Speaker(os.fdopen(int(sys.argv[2]), "wb", buffering=0))
     try:
         job: Job = pickle.load(sys.stdin.buffer)  # from our own parent, through a file without a name
         print(f"-- {time.strftime('%Y-%m-%d %H:%M:%S')} logger {job.choice.name}, process {os.getpid()}", flush=True)
         _lock(progress_file(job.context.directory, job.choice.name).with_suffix(".lock"), job.timeout)
+        if job.context.live:
+            os.nice(10)
         follower = Follower(job, say)
         follower.start()
     except Exception as error:
@@ -306,8 +312,42 @@ def main() -> int:
         reason = str(error).splitlines()[0] if isinstance(error, NanochatError) else repr(error)
         say(report=f"can't start, training goes on without it: {reason}")
         return CANT_START
-    os.nice(9)  # from now on it takes what training leaves: about 1.5% of a core that both want
+    if job.context.live:
+        _give_way()
     return 0 if _follow(follower, ended) else INCOMPLETE
+
+
+def _give_way() -> None:
+    """From now on take what training leaves, about 1.5% of a core that both want: all threads, and what they started.
+
+    Where Linux shares cores between sessions first ("autogroup"), niceness only counts within a session: this process
+    leads one of its own, and so may its children, hence the niceness of each session too.
+    """
+    os.nice(9)
+    for pid in _family(os.getpid()):
+        for thread in Path(f"/proc/{pid}/task").glob("*"):
+            with contextlib.suppress(OSError):  # it has ended
+                os.setpriority(os.PRIO_PROCESS, int(thread.name), 19)
+        with contextlib.suppress(OSError):  # there are no such groups
+            _write_patiently(Path(f"/proc/{pid}/autogroup"), "19")
+
+
+def _family(pid: int) -> Iterator[int]:
+    """A process and its descendants."""
+    yield pid
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            for child in children.read_text().split():
+                yield from _family(int(child))
+
+
+def _write_patiently(path: Path, text: str) -> None:
+    """Linux takes a niceness of a session once in 0.1 s, from all processes together."""
+    for _ in range(20):
+        with contextlib.suppress(BlockingIOError):
+            path.write_text(text)
+            return
+        time.sleep(0.11)
 
 
 def _lock(path: Path, timeout: float) -> None:

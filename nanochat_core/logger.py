@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import attrs
+
+_NOT_FINITE = ("nan", "inf", "-inf")  # JSON has no such numbers, so the ledger writes words
+
+
+def metrics_and_texts(record: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, str]]:
+    """What a line of the ledger says, by name: numbers, among them those that are not finite, and texts."""
+    values = {name: value for name, value in record.items() if name not in ("step", "time", "evaluator")}
+    texts = {name: value for name, value in values.items() if isinstance(value, str) and value not in _NOT_FINITE}
+    metrics = {
+        name: float(value) if isinstance(value, str) else value for name, value in values.items() if name not in texts
+    }
+    return metrics, texts
 
 
 @attrs.frozen
@@ -36,6 +50,20 @@ class LoggerContext:
     start_step: int
     live: bool = True
     report: Callable[[str], None] = print
+
+    def evaluations(self) -> list[tuple[int, str, str, float]]:
+        """Step, evaluator's entry, metric and value of all that evaluators have found since the run began."""
+        rows = []
+        with (
+            contextlib.suppress(FileNotFoundError),
+            (self.directory / "metrics.jsonl").open(encoding="utf-8") as ledger,
+        ):
+            for line in ledger:
+                if line.endswith("\n") and '"evaluator"' in line:
+                    record = json.loads(line)
+                    for name, value in metrics_and_texts(record)[0].items():
+                        rows.append((record["step"], record.get("evaluator", ""), name, value))
+        return rows
 
 
 class Logger(ABC):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 import traceback
@@ -66,14 +67,16 @@ class Logs:
     def report(self, line: str) -> None:
         """A line for people: to stdout and ``log.txt``."""
         if self._text is not None:
-            tqdm.write(line)  # goes around a progress bar
-            sys.stdout.flush()
+            with contextlib.suppress(OSError):  # the terminal is gone, or who read the pipe: no reason to stop
+                tqdm.write(line)  # goes around a progress bar
+                sys.stdout.flush()
             self.note(line)
 
     def note(self, line: str) -> None:
         """A line for ``log.txt`` alone."""
         if self._text is not None:
-            print(line, file=self._text, flush=True)
+            with contextlib.suppress(OSError):  # a full disk
+                print(line, file=self._text, flush=True)
 
     def record(self, step: int, values: dict[str, float | str]) -> None:
         """A ledger line. A logger of this process that raises is reported once and left out from then on; those that

@@ -3,7 +3,9 @@ follows the ledger, so that one that raises, hangs or dies never touches trainin
 
 from __future__ import annotations
 
+import inspect
 import json
+import math
 import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -11,7 +13,7 @@ from typing import Any, Literal
 import attrs
 
 from nanochat_core.errors import PluginError
-from nanochat_core.logger import Logger, LoggerContext
+from nanochat_core.logger import Logger, LoggerContext, metrics_and_texts
 from nanochat_core.plugins import load_plugins
 from nanochat_core.registry import Entry
 from nanochat_core.rundir import write_atomic
@@ -42,14 +44,10 @@ class Observer(Logger):
         self._call("run_started")
 
     def log(self, record: Mapping[str, float | str]) -> None:
-        self._tell_checkpoints()
         step = int(record["step"])
-        values = {k: v for k, v in record.items() if k not in ("step", "time", "evaluator")}
-        words = {k: v for k, v in values.items() if isinstance(v, str)}
-        metrics: dict[str, float] = {k: float(v) for k, v in values.items() if k not in words}
-        metrics |= {k: float(v) for k, v in words.items() if v in ("nan", "inf", "-inf")}
+        self._tell_checkpoints(step)  # those of later steps, which are there already, come later
+        metrics, texts = metrics_and_texts(record)
         if "evaluator" in record:
-            texts = {k: v for k, v in words.items() if k not in metrics}
             evaluator = record["evaluator"]
             self._call("evaluation_finished", step=step, evaluator=evaluator, metrics=metrics, texts=texts)
         else:
@@ -61,25 +59,21 @@ class Observer(Logger):
         if self.failures > 1:
             self.context.report(f"its hooks failed {self.failures} times in all")
 
-    def _tell_checkpoints(self) -> None:
-        for name in self._saved():
-            if name not in self.checkpoints:
-                self.checkpoints.append(name)
+    def _tell_checkpoints(self, until: float = math.inf) -> None:
+        for path in sorted(self.context.directory.glob("checkpoints/step_*")):
+            step = int(path.name.removeprefix("step_"))
+            if path.name not in self.checkpoints and step <= until:
+                self.checkpoints.append(path.name)
                 write_atomic(self.memory, json.dumps(self.checkpoints) + "\n")
-                path = self.context.directory / "checkpoints" / name
-                self._call("checkpoint_saved", step=int(name.removeprefix("step_")), path=path)
-
-    def _saved(self) -> list[str]:
-        return sorted(path.name for path in self.context.directory.glob("checkpoints/step_*"))
+                self._call("checkpoint_saved", step=step, path=path)
 
     def _call(self, hook: str, **arguments: Any) -> None:
         """Call the hook with those of its arguments that it takes, as pluggy does."""
         function = getattr(self.module, f"nanochat_{hook}", None)
         if function is not None:
-            names = function.__code__.co_varnames[: function.__code__.co_argcount]
             known = {"context": self.context, **arguments}
             try:
-                function(**{name: known[name] for name in names})
+                function(**{name: known[name] for name in inspect.signature(function).parameters})
             except Exception as error:
                 traceback.print_exc()
                 self.failures += 1

@@ -51,16 +51,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault(name, value)
     try:
         code: int = importlib.import_module(modules[options.command]).main(options, arguments)
-        sys.stdout.flush()
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _drop_stdout()
         return code
     except NanochatError as error:
         print(error, file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:  # the reader of a pipe, such as head, has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
         return 0
     except KeyboardInterrupt:
         return 130
+
+
+def _drop_stdout() -> None:
+    """What is left to print goes nowhere, so that Python does not fail over it at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _plugin_commands(arguments: Sequence[str], modules: dict[str, str]) -> dict[str, str]:

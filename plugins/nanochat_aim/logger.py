@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
+import psutil
 from aim import Repo, Run, Text
 
 from nanochat_aim.config import AimConfig
-from nanochat_core import Logger, LoggerContext
-
-_NOT_FINITE = ("nan", "inf", "-inf")  # JSON has no such numbers, so the ledger writes words
+from nanochat_core import Logger, LoggerContext, metrics_and_texts
 
 
 class Aim(Logger):
@@ -37,6 +37,9 @@ class Aim(Logger):
             capture_terminal_logs=False,
         )
         self.run = run
+        if config.system_metrics and context.live:
+            with contextlib.suppress(Exception):  # of the training process, not this one; Aim has no option for that
+                run._system_resource_tracker._process = psutil.Process(os.getppid())
         memory.write_text(json.dumps({**known, self.repo: run.hash}) + "\n", encoding="utf-8")
         run.name = f"{context.name} {context.id}"
         seed = context.experiment.get("train", {}).get("seed")
@@ -49,18 +52,17 @@ class Aim(Logger):
 
     def log(self, record: Mapping[str, float | str]) -> None:
         step = int(record["step"])
-        for name, value in record.items():
-            if name in ("step", "time", "evaluator"):
-                continue
-            if isinstance(value, str) and value not in _NOT_FINITE:
-                self.run.track(Text(value), name=name, step=step)
-            else:
-                self.run.track(float(value), name=name, step=step)
+        metrics, texts = metrics_and_texts(record)
+        for name, value in metrics.items():
+            self.run.track(float(value), name=name, step=step)
+        for name, text in texts.items():
+            self.run.track(Text(text), name=name, step=step)
 
     def finish(self, status: Literal["finished", "failed", "preempted"]) -> None:
         self.run["run", "status"] = status
-        table = _evaluations(self.context)
-        if table:
+        rows = [("step", "evaluator", "metric", "value"), *self.context.evaluations()]
+        if rows[1:]:
+            table = "\n".join("\t".join(map(str, row)) for row in rows)
             self.run.track(Text(table), name="evaluations", step=0)
         if status == "finished" and not Repo.is_remote_path(self.repo):
             self.run.report_successful_finish(block=False)
@@ -72,16 +74,3 @@ class Aim(Logger):
                 from aim.sdk.index_manager import RepoIndexManager
 
                 RepoIndexManager.get_index_manager(repo).index(name)
-
-
-def _evaluations(context: LoggerContext) -> str:
-    """A table of everything that evaluators found since the run began, columns separated by tabs."""
-    lines = []
-    with (context.directory / "metrics.jsonl").open(encoding="utf-8") as ledger:
-        for line in ledger:
-            if line.endswith("\n") and '"evaluator"' in line:
-                record = json.loads(line)
-                for name, value in record.items():
-                    if name not in ("step", "time", "evaluator") and not isinstance(value, str):
-                        lines.append(f"{record['step']}\t{record.get('evaluator', '')}\t{name}\t{value}")
-    return "\n".join(["step\tevaluator\tmetric\tvalue", *lines]) if lines else ""

@@ -6,8 +6,9 @@ import math
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
 
+from nanochat_core import metrics_and_texts
+
 Record = Mapping[str, float | str]
-_NOT_FINITE = ("nan", "inf", "-inf")  # JSON has no such numbers, so the ledger writes words
 
 _PARTS: tuple[tuple[str, Callable[[float], str]], ...] = (
     ("train/loss", lambda v: f"loss: {v:.6f}"),
@@ -19,20 +20,6 @@ _PARTS: tuple[tuple[str, Callable[[float], str]], ...] = (
     ("total_training_time", lambda v: f"total time: {v / 60:.2f}m"),
     ("eta", lambda v: f"eta: {v / 60:.1f}m"),
 )
-
-
-def split(record: Record) -> tuple[dict[str, float], dict[str, str]]:
-    """Numbers and texts of a record, its step and time left out."""
-    numbers: dict[str, float] = {}
-    texts: dict[str, str] = {}
-    for name, value in record.items():
-        if name in ("step", "time", "evaluator"):
-            continue
-        if isinstance(value, str) and value not in _NOT_FINITE:
-            texts[name] = value
-        else:
-            numbers[name] = value if isinstance(value, int) else float(value)
-    return numbers, texts
 
 
 def step_line(step: int, num_iterations: int, values: Mapping[str, float]) -> str:
@@ -52,7 +39,7 @@ def step_line(step: int, num_iterations: int, values: Mapping[str, float]) -> st
 def evaluation_lines(record: Record) -> Iterator[str]:
     """Lines of a record that is not of an optimizer step: metrics first, then texts, indented."""
     step = f"Step {int(record['step']):05d}"
-    numbers, texts = split(record)
+    numbers, texts = metrics_and_texts(record)
     tasks = []
     for name, value in numbers.items():
         if name == "val/bpb":

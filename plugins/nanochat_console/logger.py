@@ -12,8 +12,8 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from nanochat_console.config import ConsoleConfig
-from nanochat_console.lines import evaluation_lines, split, step_line
-from nanochat_core import Logger, LoggerContext
+from nanochat_console.lines import evaluation_lines, step_line
+from nanochat_core import Logger, LoggerContext, metrics_and_texts
 
 _SMOOTHING = 0.9
 
@@ -35,7 +35,7 @@ class Console(Logger):
 
     def log(self, record: Mapping[str, float | str]) -> None:
         if "train/loss" in record:
-            self._log_step(int(record["step"]), split(record)[0])
+            self._log_step(int(record["step"]), metrics_and_texts(record)[0])
         else:
             for line in evaluation_lines(record):
                 self._print(line)

@@ -8,10 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from nanochat_core import Logger, LoggerContext
+from nanochat_core import Logger, LoggerContext, metrics_and_texts
 from nanochat_csv.config import CSVConfig
 
-_NOT_FINITE = ("nan", "inf", "-inf")  # JSON has no such numbers, so the ledger writes words
 _HEADER = ("step", "time", "name", "value")
 
 
@@ -41,11 +40,10 @@ class CSV(Logger):
         )
 
     def log(self, record: Mapping[str, float | str]) -> None:
-        for name, value in record.items():
-            if name in ("step", "time", "evaluator"):
-                continue
-            is_text = isinstance(value, str) and value not in _NOT_FINITE
-            csv.writer(self.texts if is_text else self.metrics).writerow([record["step"], record["time"], name, value])
+        metrics, texts = metrics_and_texts(record)
+        start = (record["step"], record["time"])
+        csv.writer(self.metrics).writerows((*start, *item) for item in metrics.items())
+        csv.writer(self.texts).writerows((*start, *item) for item in texts.items())
         self.metrics.flush()
         self.texts.flush()
 
@@ -65,6 +63,7 @@ def _rewound(path: Path, start_step: int) -> Path:
     if path.exists():
         with path.open(newline="", encoding="utf-8") as file:
             rows = [row for row in csv.reader(file) if len(row) == 4 and row[0].isdigit() and int(row[0]) < start_step]
-    with path.open("w", newline="", encoding="utf-8") as file:
+    new = path.with_suffix(".new")
+    with new.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([_HEADER, *rows])
-    return path
+    return new.replace(path)  # at once: who is ended in between keeps the old one

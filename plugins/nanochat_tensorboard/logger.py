@@ -14,10 +14,8 @@ from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from nanochat_core import Logger, LoggerContext
+from nanochat_core import Logger, LoggerContext, metrics_and_texts
 from nanochat_tensorboard.config import TensorBoardConfig
-
-_NOT_FINITE = ("nan", "inf", "-inf")  # JSON has no such numbers, so the ledger writes words
 
 
 class TensorBoard(Logger):
@@ -30,7 +28,7 @@ class TensorBoard(Logger):
         if config.directory is not None:
             directory = config.directory / context.name / context.id
         writer: Any = EventFileWriter(str(directory), flush_secs=config.flush_seconds)
-        self.writer = writer
+        self.writer, self.step, self.context = writer, context.start_step, context
         # A resumed run writes one more file there; TensorBoard hides what older files say about steps done again.
         start = SessionLog(status=SessionLog.START)
         writer.add_event(Event(wall_time=time.time(), step=context.start_step, session_log=start))
@@ -47,18 +45,18 @@ class TensorBoard(Logger):
         writer.flush()
 
     def log(self, record: Mapping[str, float | str]) -> None:
-        values = []
-        for name, value in record.items():
-            if name in ("step", "time", "evaluator"):
-                continue
-            if isinstance(value, str) and value not in _NOT_FINITE:
-                values.append(_text(name, value))
-            else:
-                values.append(Summary.Value(tag=name, simple_value=float(value)))
-        event = Event(wall_time=float(record["time"]), step=int(record["step"]), summary=Summary(value=values))
-        self.writer.add_event(event)
+        metrics, texts = metrics_and_texts(record)
+        values = [Summary.Value(tag=name, simple_value=float(value)) for name, value in metrics.items()]
+        values += [_text(name, text) for name, text in texts.items()]
+        self.step = int(record["step"])
+        self.writer.add_event(Event(wall_time=float(record["time"]), step=self.step, summary=Summary(value=values)))
 
     def finish(self, status: Literal["finished", "failed", "preempted"]) -> None:
+        values = [_text("status", status)]
+        rows = [("step", "evaluator", "metric", "value"), *self.context.evaluations()]
+        if rows[1:]:
+            values.append(_text("evaluations", "\n".join("\t".join(map(str, row)) for row in rows)))
+        self.writer.add_event(Event(wall_time=time.time(), step=self.step, summary=Summary(value=values)))
         self.writer.close()
 
 

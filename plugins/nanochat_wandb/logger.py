@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import netrc
 import os
 import re
@@ -14,11 +13,9 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import wandb
-
-from nanochat_core import Logger, LoggerContext
+from nanochat_core import Logger, LoggerContext, metrics_and_texts
 from nanochat_wandb.config import WandbConfig
 
-_NOT_FINITE = ("nan", "inf", "-inf")  # JSON has no such numbers, so the ledger writes words
 _PROBE_SECONDS = 5.0
 
 # The service of a process that started this one, such as a sweep's agent: sharing it would share its runs and its fate.
@@ -47,9 +44,10 @@ class Wandb(Logger):
             online = False
             self.run = self._init(config, online)
         self.run.define_metric("*", step_metric="step")
-        self.directory = os.path.relpath(self.run.dir + "/..")
+        # All parts of a run that was resumed, in one command: wandb appends them in order.
+        self.upload = f"wandb sync {os.path.relpath(context.directory)}/wandb/*run-*-{self.run.id}"
         context.report(
-            f"{self.run.url}" if online else f"writes to {self.directory}; upload: wandb sync {self.directory}"
+            f"{self.run.url}" if online else f"writes to {os.path.relpath(self.run.dir + '/..')}; upload: {self.upload}"
         )
 
     def _init(self, config: WandbConfig, online: bool) -> Any:
@@ -65,39 +63,36 @@ class Wandb(Logger):
         else:
             settings["x_stats_pid"] = os.getppid()  # the training process, not this one
         known = {k: v for k, v in settings.items() if k in wandb.Settings.model_fields}
+        run_id = re.sub(r"[^A-Za-z0-9_-]+", "-", f"{context.name}-{context.id}")[-100:]
         seed = context.experiment.get("train", {}).get("seed")
         return wandb.init(
             project=context.project,
             entity=config.entity,
-            id=re.sub(r"[^A-Za-z0-9_-]+", "-", f"{context.name}-{context.id}")[-100:],
+            id=run_id,
             name=f"{context.name} {context.id}",
             group=context.group or None,
             tags=[*context.tags, *([] if seed is None else [f"seed-{seed}"])],
             config=dict(context.experiment),
             dir=str(context.directory),
             mode="online" if online else "offline",
-            resume="allow" if online else None,
+            # wandb sync appends a part that says so, and else writes from the run's start: right for the first part, of
+            # which some may have been uploaded already; a later one would overwrite the first.
+            resume="allow" if any((context.directory / "wandb").glob(f"*run-*-{run_id}")) else None,
             settings=wandb.Settings(**known),
         )
 
     def log(self, record: Mapping[str, float | str]) -> None:
-        row: dict[str, Any] = {"step": record["step"], "_timestamp": record["time"]}
-        texts = []
-        for name, value in record.items():
-            if name in ("step", "time", "evaluator"):
-                continue
-            if isinstance(value, str) and value not in _NOT_FINITE:
-                texts.append([record["step"], name, value])
-            else:
-                row[name] = float(value) if isinstance(value, str) else value
+        metrics, texts = metrics_and_texts(record)
+        row: dict[str, Any] = {"step": record["step"], "_timestamp": record["time"], **metrics}
         if texts:
-            row[f"texts/{record.get('evaluator', 'run')}"] = wandb.Table(columns=["step", "name", "text"], data=texts)
+            data = [[record["step"], name, text] for name, text in texts.items()]
+            row[f"texts/{record.get('evaluator', 'run')}"] = wandb.Table(columns=["step", "name", "text"], data=data)
         self.run.log(row)
 
     def finish(self, status: Literal["finished", "failed", "preempted"]) -> None:
-        rows = _evaluations(self.context)
+        rows = self.context.evaluations()
         if rows:
-            table = wandb.Table(columns=["step", "evaluator", "metric", "value"], data=rows)
+            table = wandb.Table(columns=["step", "evaluator", "metric", "value"], data=[list(row) for row in rows])
             self.run.log({"step": rows[-1][0], "evaluations": table})
         self.run.summary["status"] = status
         if status == "preempted":
@@ -105,23 +100,7 @@ class Wandb(Logger):
         try:
             self.run.finish(exit_code=0 if status == "finished" else 1)
         except TimeoutError:
-            self.context.report(f"not all was uploaded in time; send the rest with: wandb sync {self.directory}")
-
-
-def _evaluations(context: LoggerContext) -> list[list[Any]]:
-    """Step, evaluator, metric and value of everything that evaluators found since the run began."""
-    rows = []
-    with (context.directory / "metrics.jsonl").open(encoding="utf-8") as ledger:
-        for line in ledger:
-            if line.endswith("\n") and '"evaluator"' in line:
-                record = json.loads(line)
-                metrics = {k: v for k, v in record.items() if k not in ("step", "time", "evaluator")}
-                rows += [
-                    [record["step"], record.get("evaluator", ""), name, float(value)]
-                    for name, value in metrics.items()
-                    if not isinstance(value, str) or value in _NOT_FINITE
-                ]
-    return rows
+            self.context.report(f"not all was uploaded in time; send the rest with: {self.upload}")
 
 
 def _is_online(config: WandbConfig) -> tuple[bool, str]:

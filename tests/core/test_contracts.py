@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,10 @@ from typing import Any
 import attrs
 import pytest
 import torch
+from core_bundle import write_bundle
+from hub_server import serve
+from lm_eval_tasks import write_task
+from support import ROOT
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -28,6 +33,10 @@ from nanochat_core.plugins import load_plugins
 from nanochat_core.testing import check_data_source, check_evaluator, check_logger, check_model, check_optimizer
 from nanochat_csv.config import CSVConfig
 from nanochat_csv.logger import CSV
+from nanochat_parquet.hub import Hub
+from nanochat_parquet.hub_source import HubSource, numbered
+
+HUB = ("climbmix", "fineweb_edu", "hub_parquet")
 
 
 def entry(kind: str, name: str, **options: Any) -> tuple[Callable[[Any, Any], Any], Any]:
@@ -41,22 +50,84 @@ def entry(kind: str, name: str, **options: Any) -> tuple[Callable[[Any, Any], An
 # -- ours
 
 
-def test_our_model() -> None:
-    check_model(*entry("model", "gpt", depth=2, aspect_ratio=16, head_dim=16))
+# The tests of each tokenizer run its checks; the other kinds are here.
+TOKENIZERS = ("bpe", "bytes", "huggingface", "sentencepiece", "tiktoken")
+MODELS = {"gpt": {"depth": 2, "aspect_ratio": 16, "head_dim": 16}}
+OPTIMIZERS = ("adamw", "muon_adamw")
+DATA_SOURCES = ("climbmix", "fineweb_edu", "hub_parquet", "jsonl", "parquet", "python_docs", "text")
+EVALUATORS = {
+    "bpb": {"eval_tokens": 256}, "core": {"max_per_task": 4}, "lm_eval": {"tasks": ("quiz",)},
+    "samples": {"prompts": ("ab", "c"), "max_new_tokens": 3},
+}  # fmt: skip
+LOGGERS = ("aim", "console", "csv", "tensorboard", "wandb")
+FOREIGN = ("hf",)  # what transformers loads, for nanochat eval: nothing of it is ours to promise
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon_adamw"])
+def test_every_plugin_of_ours_is_checked() -> None:
+    checked = {
+        "tokenizer": TOKENIZERS, "model": MODELS, "optimizer": OPTIMIZERS, "data_source": DATA_SOURCES,
+        "evaluator": EVALUATORS, "logger": LOGGERS,
+    }  # fmt: skip
+    for kind, registry in load_plugins().registries.items():
+        ours = {entry.name for entry in registry.entries if entry.distribution == "nanochat"} - set(FOREIGN)
+        assert ours == set(checked[kind]), kind
+    for name in TOKENIZERS:
+        assert "check_tokenizer(build, " in (ROOT / "tests" / "plugins" / f"test_{name}.py").read_text()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_our_models(name: str) -> None:
+    check_model(*entry("model", name, **MODELS[name]))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_our_optimizers(name: str) -> None:
     check_optimizer(*entry("optimizer", name))
 
 
-def test_our_data_sources(shards: Path) -> None:
-    check_data_source(*entry("data_source", "parquet", path=shards))
+def files_of(name: str, directory: Path, shards: Path) -> dict[str, Any]:
+    """Options that point a data source to documents, which are written."""
+    texts = [f"document {i}\n" + "word " * (i % 5) for i in range(60)]
+    if name == "parquet":
+        return {"path": shards}
+    if name == "jsonl":
+        (directory / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        return {"path": str(directory), "val_fraction": 0.25}
+    if name == "text":
+        (directory / "a.txt").write_text("\n===\n".join(texts))
+        return {"path": str(directory), "separator": "===", "val_fraction": 0.25}
+    return {}
 
 
-def test_our_evaluators() -> None:
-    assert "val/bpb" in check_evaluator(*entry("evaluator", "bpb", eval_tokens=256)).metrics
-    check_evaluator(*entry("evaluator", "samples", prompts=("ab", "c"), max_new_tokens=3))
+@pytest.mark.parametrize("name", [name for name in DATA_SOURCES if name not in HUB])
+def test_our_data_sources(name: str, tmp_path: Path, shards: Path) -> None:
+    check_data_source(*entry("data_source", name, **files_of(name, tmp_path, shards)))
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_our_data_sources_of_the_hub(name: str, tmp_path: Path, shards: Path) -> None:
+    build, config = entry("data_source", name, shards=1, **({"repo": "someone/texts"} if name == "hub_parquet" else {}))
+
+    def from_here(config: Any, context: DataContext) -> DataSource:
+        """What the factory builds, from a hub on loopback that has two shards."""
+        source = build(config, context)
+        source.hub = Hub("someone/texts", "main", context.cache_dir, endpoint=hub.url, hub_cache=context.cache_dir)
+        return HubSource(source.hub, config, None if name == "hub_parquet" else numbered(2))
+
+    with serve(shards, "someone/texts") as hub:
+        check_data_source(from_here, config)
+
+
+@pytest.mark.parametrize("name", EVALUATORS)
+def test_our_evaluators(name: str, tmp_path: Path) -> None:
+    places: dict[str, Any] = {}
+    if name == "core":
+        places = {"bundle": write_bundle(tmp_path)}
+    if name == "lm_eval":
+        pytest.importorskip("lm_eval")
+        places = {"include_path": write_task(tmp_path)}
+    found = check_evaluator(*entry("evaluator", name, **EVALUATORS[name], **places))
+    assert found.metrics or found.texts
 
 
 def read_csv(run: Path) -> dict[str, dict[int, float]]:

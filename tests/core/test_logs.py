@@ -8,92 +8,25 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from fixtures.install import install_fixture
-from support import ROOT, Site
+from logging_run import Run, wait_for
+from support import ROOT, Site, losses, only_run
 
 from nanochat_core import LoggerContext
-from nanochat_core.follower import Progress, progress_file
 from nanochat_core.ledger import rewind_ledger
-from nanochat_core.logs import Logs
 from nanochat_core.plugins import load_plugins
-from nanochat_core.rundir import RunDirectory
 from nanochat_core.schema import Choice, LoggerKeys
 
 MOODY = ROOT / "tests" / "fixtures" / "loggers" / "nanochat-moody-logger"
-
-
-class Run:
-    """A run of which only the logging is real."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory / "runs" / "mine" / "1"
-        self.directory.mkdir(parents=True)
-        self.logs = Logs(RunDirectory(self.directory))
-        self.slowest = 0.0
-
-    def start(self, plugin: str = "moody", timeout: float = 20.0, start_step: int = 0, **options: Any) -> Run:
-        entry = load_plugins()["logger"].get(plugin)
-        assert entry is not None
-        context = LoggerContext(self.directory, "mine", "1", "nanochat", "", (), {}, 10, start_step)
-        self.logs.open()
-        self.logs.open_ledger()
-        choice = Choice(LoggerKeys(plugin, plugin, timeout), entry, entry.config(**options))
-        self.logs.start_loggers((choice,), context)
-        return self
-
-    def train(self, *steps: int, evaluate: tuple[int, ...] = ()) -> Run:
-        for step in steps:
-            self._timed(step, {"train/loss": 1.0 / (step + 1)})
-            if step + 1 in evaluate:
-                self._timed(step + 1, {"evaluator": "bpb", "val/bpb": 2.0})
-        return self
-
-    def _timed(self, step: int, values: dict[str, Any]) -> None:
-        started = time.perf_counter()
-        self.logs.record(step, values)
-        self.slowest = max(self.slowest, time.perf_counter() - started)
-
-    def finish(self, status: Any = "finished") -> float:
-        started = time.monotonic()
-        self.logs.finish(status)
-        self.logs.close()
-        return time.monotonic() - started
-
-    @property
-    def told(self) -> list[tuple[int, str]]:
-        """Step and stream of the records the logger was told."""
-        return [(line["step"], line.get("evaluator", "")) for line in self.lines if "step" in line]
-
-    @property
-    def lines(self) -> list[dict[str, Any]]:
-        file = self.directory / "moody.jsonl"
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-    @property
-    def said(self) -> list[str]:
-        return (self.directory / "log.txt").read_text().splitlines()
-
-    @property
-    def progress(self) -> Progress:
-        return Progress.read(progress_file(self.directory, "moody"))
 
 
 @pytest.fixture
 def run(site: Site, tmp_path: Path) -> Run:
     install_fixture(MOODY, site.directory)
     return Run(tmp_path)
-
-
-def wait_for(holds: Callable[[], bool], seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.02)
 
 
 def test_a_logger_mirrors_the_ledger_from_a_process_of_its_own(run: Run) -> None:
@@ -155,14 +88,15 @@ def test_a_slow_logger_does_not_slow_training_and_is_ended_at_the_end(run: Run) 
     assert f"misses {50 - len(run.told)} records" in run.said[1]
 
 
-def test_a_killed_run_ends_as_failed(run: Run, site: Site) -> None:
+@pytest.mark.parametrize("before", ["", "if os.fork() == 0: time.sleep(30), os._exit(0)  # it keeps the pipe open"])
+def test_a_killed_run_ends_as_failed(run: Run, site: Site, before: str) -> None:
     script = f"""
-import os, signal, sys
+import os, signal, sys, time
 sys.path[:0] = [{str(site.directory)!r}, {str(ROOT / "tests")!r}]
 from pathlib import Path
-sys.path.insert(0, {str(ROOT / "tests" / "core")!r})
-import test_logs
-run = test_logs.Run(Path({str(run.directory)!r})).start().train(0, 1)
+from logging_run import Run
+run = Run(Path({str(run.directory)!r})).start().train(0, 1)
+{before}
 os.kill(os.getpid(), signal.SIGKILL)
 """
     done = subprocess.run([sys.executable, "-c", script], check=False)
@@ -170,6 +104,27 @@ os.kill(os.getpid(), signal.SIGKILL)
     run.directory = run.directory / "runs" / "mine" / "1"
     wait_for(lambda: run.lines[-1:] == [{"status": "failed"}])
     assert run.told == [(0, ""), (1, "")]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux")
+def test_a_logger_gives_way_to_training(run: Run) -> None:
+    run.start().train(0)
+    wait_for(lambda: len(run.told) == 1)
+    process = Path(f"/proc/{run.lines[0]['pid']}")
+    assert {os.getpriority(os.PRIO_PROCESS, int(thread.name)) for thread in process.glob("task/*")} == {19}
+    if (process / "autogroup").exists():
+        assert (process / "autogroup").read_text().split()[-1] == "19"
+    run.finish()
+
+
+def test_a_terminal_that_goes_away_stops_nothing(tiny: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "nanochat_core", "run", str(tiny), "--runs-dir", str(tmp_path / "runs")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        next(line for line in process.stdout if line.startswith("step 00001"))
+        process.stdout.close()
+        assert process.wait(120) == 0
+    assert set(losses(only_run(tmp_path / "runs"))) == set(range(12))
 
 
 def resume(run: Run, plugin: str) -> None:

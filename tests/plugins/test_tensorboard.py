@@ -46,6 +46,8 @@ def test_scalars_and_texts_come_back(tmp_path):
     (sample,) = events.Tensors("samples/0/text_summary")
     assert (sample.wall_time, sample.step) == (1002.5, 2)
     assert sample.tensor_proto.string_val[0].decode() == "    Hot *is*\n        cold"
+    (status,) = events.Tensors("status/text_summary")
+    assert status.tensor_proto.string_val[0].decode().strip() == "finished"
     (experiment,) = events.Tensors("experiment/text_summary")
     assert '"depth": 4' in experiment.tensor_proto.string_val[0].decode()
 

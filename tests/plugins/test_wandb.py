@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -14,8 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from logging_run import Run, wait_for
 from support import ROOT, call, ledger, losses, metrics, only_run, write_experiment
+from wandb_server import WandbServer, serve
 
+from nanochat_core.ledger import rewind_ledger
 from nanochat_core.plugins import load_plugins
 
 pytest.importorskip("wandb")
@@ -78,16 +82,16 @@ KILLED = """
 import os, signal, sys
 sys.path[:0] = {paths!r}
 from pathlib import Path
-import test_logs
-run = test_logs.Run(Path({directory!r})).start("wandb", mode="offline").train(0, 1)
+from logging_run import Run, wait_for
+run = Run(Path({directory!r})).start("wandb", mode="offline").train(0, 1)
 progress = run.directory / "loggers" / "wandb.json"
-test_logs.wait_for(progress.exists, 60)
+wait_for(progress.exists, 60)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
 def test_a_killed_run_is_not_left_in_progress(tmp_path: Path) -> None:
-    paths = [str(ROOT / "tests"), str(ROOT / "tests" / "core")]
+    paths = [str(ROOT / "tests")]
     subprocess.run([sys.executable, "-c", KILLED.format(paths=paths, directory=str(tmp_path))], check=False)
     run = tmp_path / "runs" / "mine" / "1"
     deadline = time.monotonic() + 30
@@ -96,6 +100,14 @@ def test_a_killed_run_is_not_left_in_progress(tmp_path: Path) -> None:
         time.sleep(0.1)
     (only,) = records(run)
     assert [r["exit"]["exit_code"] for r in only if r["type"] == "exit"] == [1]
+
+
+def test_a_preempted_run_says_so(tmp_path: Path) -> None:
+    run = Run(tmp_path).start("wandb", timeout=60.0, mode="offline", system_metrics=False)
+    run.train(0).finish("preempted")
+    (only,) = records(run.directory)
+    assert [r["exit"]["exit_code"] for r in only if r["type"] == "exit"] == [1]
+    assert any(r.get("summary", {}).get("update", {}).get("status") == "preempted" for r in only)
 
 
 class Refusing(http.server.BaseHTTPRequestHandler):
@@ -160,6 +172,64 @@ def test_auto_goes_offline_when_the_server_does_not_accept_the_run(train: Any) -
     server.server_close()
     assert "offline, because the server does not accept the run" in out
     assert series(history(run), "train/loss") == losses(run)
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
+    with serve() as server:
+        for name, value in {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0" * 40, "NO_PROXY": "*"}.items():
+            monkeypatch.setenv(name, value)
+        yield server
+
+
+def interrupted(tmp_path: Path, **options: Any) -> Run:
+    """A run that is killed after step 7 and goes on from its checkpoint of step 4."""
+    run = Run(tmp_path)
+    run.start("wandb", timeout=60.0, system_metrics=False, **options).train(0, 1, 2, 3)
+    size = run.logs.ledger_bytes()
+    run.train(4, 5, 6, 7).finish("failed")
+    rewind_ledger(run.directory / "metrics.jsonl", size, 4)
+    run.start("wandb", timeout=60.0, start_step=4, system_metrics=False, **options)
+    run.train(4, 5, 6, 7, 8, 9).finish()
+    return run
+
+
+def test_online_a_resumed_run_goes_on_in_the_same_run(server: WandbServer, tmp_path: Path) -> None:
+    run = interrupted(tmp_path, mode="online")
+    assert [row["step"] for row in server.rows("mine-1") if "train/loss" in row] == list(range(10))
+    assert server.exits == {"mine-1": [1, 0]}
+    assert any(f"{server.url}/me/nanochat/runs/mine-1" in line for line in run.said)
+
+
+def upload(said: list[str]) -> None:
+    """What the last line says to type."""
+    (command,) = re.findall(r"wandb sync .*", said[-1])
+    done = subprocess.run(
+        f"{sys.executable} -m {command}", shell=True, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_offline_a_resumed_run_is_uploaded_whole(server: WandbServer, tmp_path: Path) -> None:
+    run = interrupted(tmp_path, mode="offline")
+    assert not server.lines
+    upload(run.said)
+    assert [row["step"] for row in server.rows("mine-1") if "train/loss" in row] == list(range(10))
+
+
+def test_a_server_that_goes_silent_in_the_middle(server: WandbServer, tmp_path: Path) -> None:
+    run = Run(tmp_path).start("wandb", timeout=60.0, mode="online", system_metrics=False, finish_timeout=2.0)
+    run.train(0, 1)
+    wait_for(lambda: len(server.rows("mine-1")) == 2, 60)
+    server.silent.set()
+    run.train(2, 3, 4)
+    assert run.slowest < 0.2
+    assert run.finish() < 30
+    assert len(server.rows("mine-1")) == 2
+    assert "not all was uploaded in time" in run.said[-1]
+    server.silent.clear()
+    upload(run.said)
+    assert [row["step"] for row in server.rows("mine-1")] == list(range(5))
 
 
 def test_a_service_of_another_process_is_left_alone(

@@ -1,0 +1,79 @@
+"""A run of which only the logging is real."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from nanochat_core import LoggerContext
+from nanochat_core.follower import Progress, progress_file
+from nanochat_core.logs import Logs
+from nanochat_core.plugins import load_plugins
+from nanochat_core.rundir import RunDirectory
+from nanochat_core.schema import Choice, LoggerKeys
+
+
+class Run:
+    """Its ledger and one logger."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory / "runs" / "mine" / "1"
+        self.directory.mkdir(parents=True)
+        self.logs = Logs(RunDirectory(self.directory))
+        self.slowest = 0.0
+
+    def start(self, plugin: str = "moody", timeout: float = 20.0, start_step: int = 0, **options: Any) -> Run:
+        entry = load_plugins()["logger"].get(plugin)
+        assert entry is not None
+        context = LoggerContext(self.directory, "mine", "1", "nanochat", "", (), {}, 10, start_step)
+        self.logs.open()
+        self.logs.open_ledger()
+        choice = Choice(LoggerKeys(plugin, plugin, timeout), entry, entry.config(**options))
+        self.logs.start_loggers((choice,), context)
+        return self
+
+    def train(self, *steps: int, evaluate: tuple[int, ...] = ()) -> Run:
+        for step in steps:
+            self._timed(step, {"train/loss": 1.0 / (step + 1)})
+            if step + 1 in evaluate:
+                self._timed(step + 1, {"evaluator": "bpb", "val/bpb": 2.0})
+        return self
+
+    def _timed(self, step: int, values: dict[str, Any]) -> None:
+        started = time.perf_counter()
+        self.logs.record(step, values)
+        self.slowest = max(self.slowest, time.perf_counter() - started)
+
+    def finish(self, status: Any = "finished") -> float:
+        started = time.monotonic()
+        self.logs.finish(status)
+        self.logs.close()
+        return time.monotonic() - started
+
+    @property
+    def told(self) -> list[tuple[int, str]]:
+        """Step and stream of the records the logger was told."""
+        return [(line["step"], line.get("evaluator", "")) for line in self.lines if "step" in line]
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        file = self.directory / "moody.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    @property
+    def said(self) -> list[str]:
+        return (self.directory / "log.txt").read_text().splitlines()
+
+    @property
+    def progress(self) -> Progress:
+        return Progress.read(progress_file(self.directory, "moody"))
+
+
+def wait_for(holds: Callable[[], bool], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
