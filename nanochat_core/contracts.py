@@ -77,7 +77,8 @@ def check_model(
     """Check that a model keeps its contract, on the CPU in float32.
 
     Shapes and dtypes; position t sees nothing after t, a row nothing of other rows; the loss is the cross-entropy of
-    the logits; the same seed gives the same weights; what is saved and loaded goes on exactly; a cache changes nothing.
+    the logits; the same seed gives the same weights; what is saved and loaded goes on exactly. A cache, and activations
+    that are computed again, change nothing, where a model has them.
 
     Args:
         factory, config: as in the registration; a small config will do.
@@ -100,7 +101,7 @@ def check_model(
     check = _ModelCheck(model, build, vocab_size, max_seq_len, tolerance)
     parts = (
         check.shapes, check.loss, check.causality, check.rows, check.gradients, check.roles, check.seed, check.meta,
-        check.saved_and_loaded, check.cache,
+        check.saved_and_loaded, check.cache, check.checkpointed_activations,
     )  # fmt: skip
     for part in parts:
         check.run(part)
@@ -243,6 +244,30 @@ class _ModelCheck(_Check):
                 at += size
                 self.expect(cache.length == at, f"after {at} tokens the cache says {cache.length}")
         self.expect(self._close(torch.cat(chunks, 1), whole_BTD), "with a cache the states are others than without")
+
+    def checkpointed_activations(self) -> None:
+        again = self.build()
+        try:
+            again.checkpoint_activations()
+        except NotImplementedError:
+            return
+        again.load_state_dict(self.model.state_dict())
+        found = []
+        for model in (self.model, again):
+            model.train()
+            torch.manual_seed(7)  # for dropout
+            loss = model(self.ids_BT, self.targets_BT)
+            loss.backward()
+            gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+            found.append((loss.detach(), gradients))
+            model.zero_grad(set_to_none=True)
+            model.eval()
+        (loss, kept), (same_loss, computed_again) = found
+        self.expect(self._close(loss, same_loss), "with checkpoint_activations the loss is another")
+        for name, gradient in kept.items():
+            other = computed_again[name]
+            same = gradient is other or (gradient is not None and other is not None and self._close(gradient, other))
+            self.expect(same, f"with checkpoint_activations parameter {name} gets another gradient")
 
 
 # ---------------------------------------------------------------------------------------------------- optimizers

@@ -241,7 +241,8 @@ class Model(nn.Module, ABC):
         return None
 
     def checkpoint_activations(self) -> None:
-        """Keep only what enters each block for the backward pass, and compute the rest again there.
+        """Keep only what enters each block for the backward pass, and compute the rest again there, as
+        ``torch.utils.checkpoint`` does with ``use_reentrant=False``. Called once, before ``compile_training``.
 
         Raises:
             NotImplementedError: when the model can't.
@@ -275,6 +276,11 @@ class Model(nn.Module, ABC):
 
     def resolved_options(self) -> Mapping[str, Resolved]:
         """What each option left to "auto" became, by option name."""
+        return {}
+
+    def unsupported(self) -> Mapping[str, str]:
+        """Options that can't be trained with on the device the model was built for: option name to why, and what to do.
+        A run is refused; a plan for other hardware goes on."""
         return {}
 
     def describe(self) -> Mapping[str, str | int]:

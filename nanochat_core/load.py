@@ -509,3 +509,20 @@ def changed_options(old: Experiment, new: Experiment) -> list[tuple[str, Any, An
                 rule = rule or table_rules.get(table, "free")
                 changes.append((f"{table}.{key}", plain_a.get(key), plain_b.get(key), rule))
     return changes
+
+
+def unverified_options(experiment: Experiment) -> dict[str, str]:
+    """Options whose value is another than the default, and whose code never ran on the hardware it is for: dotted key
+    to what never ran where. To be asked before each "auto" becomes a value."""
+    found = {}
+    for table in TABLES:
+        part = getattr(experiment, table)
+        for content in part if isinstance(part, tuple) else (part,):
+            prefix = f"{table}.{content.name}" if isinstance(part, tuple) else table
+            configs = (content.keys, content.config) if isinstance(content, Choice) else (content,)
+            for config in filter(lambda c: attrs.has(type(c)), configs):
+                for name, field in fields_of(type(config)).items():
+                    note = field.metadata.get("unverified")
+                    if note and getattr(config, name) != field.default:
+                        found[f"{prefix}.{name}"] = note
+    return found

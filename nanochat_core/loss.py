@@ -104,7 +104,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             with torch.enable_grad():
                 loss = F.cross_entropy(logits(h), t, ignore_index=IGNORED, reduction="sum")
             inputs = [h, *head] if wants_hidden else list(head)
-            with torch.autocast(h.device.type, enabled=False):
+            # The meta device, where models are planned, has no autocast.
+            with torch.autocast("cpu" if h.is_meta else h.device.type, enabled=False):
                 grads = list(torch.autograd.grad(loss, inputs)) if inputs else []
             losses.append(loss.detach())
             if wants_hidden:

@@ -17,6 +17,7 @@ def option(
     *,
     validator: Callable[[Any, Any, Any], Any] | list[Callable[[Any, Any, Any], Any]] | None = None,
     on_resume: OnResume | None = None,
+    unverified: str = "",
 ) -> Any:
     """A field of an attrs config class, with the text that ``nanochat plugins KIND/NAME`` prints for it.
 
@@ -25,8 +26,10 @@ def option(
         help: one line: what it does, its unit, what its special values mean.
         validator: attrs validator(s) ``(instance, attribute, value)`` that raise ``ValueError`` with a remedy.
         on_resume: whether a run may be resumed with another value; None takes the rule of the option's table.
+        unverified: one line, for an option whose code never ran on the hardware it is for: what never ran where. Said
+            in the option's help, and of an experiment that gives it another value than the default.
     """
-    metadata = {"help": help, "on_resume": on_resume}
+    metadata = {"help": help, "on_resume": on_resume, "unverified": unverified}
     if isinstance(default, list | dict | set):
         raise TypeError("an option's default must be immutable: use a tuple")
     return attrs.field(default=default, validator=validator, metadata=metadata)

@@ -8,7 +8,7 @@ from typing import Any
 
 import attrs
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nanochat_core.distributed import World
 from nanochat_core.errors import ConfigError, NanochatError, PluginError, Problem
@@ -22,7 +22,8 @@ from nanochat_core.interfaces import (
     Tokenizer,
     TokenizerContext,
 )
-from nanochat_core.load import LoadedExperiment, Origin, add_places
+from nanochat_core.load import LoadedExperiment, Origin, add_places, unverified_options
+from nanochat_core.memory import estimate_memory
 from nanochat_core.schedule import phases
 from nanochat_core.schema import Choice, Experiment
 
@@ -80,11 +81,18 @@ class Plan:
 
 @attrs.frozen
 class Planned:
-    """A plan, the experiment with every "auto" filled in, and the origins of all values."""
+    """A plan, the experiment with every "auto" filled in, and the origins of all values.
+
+    Args:
+        problems: why it can't run here.
+        unverified: options in force whose code never ran on its hardware, by dotted key: what never ran where.
+    """
 
     plan: Plan
     experiment: Experiment
     origins: Mapping[str, Origin]
+    problems: tuple[Problem, ...] = ()
+    unverified: Mapping[str, str] = attrs.field(factory=dict)
 
 
 def planned_vocab_size(choice: Choice) -> int:
@@ -107,12 +115,14 @@ def planned_vocab_size(choice: Choice) -> int:
     return tokenizer.vocab_size
 
 
-def build_model(choice: Choice, context: ModelContext, device: torch.device) -> Model:
+def build_model(
+    choice: Choice, context: ModelContext, device: torch.device, activation_checkpointing: bool = False
+) -> Model:
     """Build a model on ``device`` and check its side of the contract.
 
     Raises:
         PluginError: when the factory returns no Model.
-        ConfigError: when its vocabulary is smaller than the tokenizer's.
+        ConfigError: when its vocabulary is smaller than the tokenizer's, or it can't checkpoint its activations.
     """
     with torch.device(device):
         model = choice.build(context)
@@ -132,6 +142,12 @@ def build_model(choice: Choice, context: ModelContext, device: torch.device) -> 
     unknown = {n for n, _ in model.named_parameters()} - set(model.parameter_roles())
     if unknown:
         raise PluginError(f"parameter_roles() of model {choice.plugin!r} leaves out {', '.join(sorted(unknown))}")
+    if activation_checkpointing:
+        try:
+            model.checkpoint_activations()
+        except NotImplementedError:
+            message = f'model plugin "{choice.plugin}" can\'t compute activations again: set it to false'
+            raise ConfigError([Problem("train.activation_checkpointing", message)]) from None
     return model
 
 
@@ -167,6 +183,7 @@ class _Planner:
     def __init__(self, loaded: LoadedExperiment, world_size: int, device: torch.device) -> None:
         self.experiment = loaded.experiment
         self.origins = dict(loaded.origins)
+        self.unverified = unverified_options(loaded.experiment)
         self.world_size, self.device = world_size, device
 
     def plan(self) -> Planned:
@@ -177,7 +194,7 @@ class _Planner:
         vocab_size = planned_vocab_size(self.experiment.tokenizer)
         context = ModelContext(vocab_size, train.max_seq_len, self.device, dtype)
         meta = torch.device("meta")
-        model = build_model(self.experiment.model, context, meta)
+        model = build_model(self.experiment.model, context, meta, train.activation_checkpointing)
         self._resolve("model", model.resolved_options())
 
         counts = dict(model.parameter_counts())
@@ -223,7 +240,9 @@ class _Planner:
             memory=estimate_memory(model, optimizer, train.device_batch_size, train.max_seq_len),
             description={**model.describe(), **optimizer.describe()},
         )
-        return Planned(plan, self.experiment, self.origins)
+        keys = {f"model.{option}": why for option, why in model.unsupported().items()}
+        problems = tuple(Problem(key, why, self._where(key)) for key, why in keys.items())
+        return Planned(plan, self.experiment, self.origins, problems, self.unverified)
 
     def _where(self, key: str) -> str:
         origin = self.origins.get(key)
@@ -328,37 +347,6 @@ def _compile_pays(device: torch.device, dtype: torch.dtype, flops: float) -> Res
     )
 
 
-def estimate_memory(model: Model, optimizer: Optimizer, rows: int, length: int) -> dict[str, int]:
-    """Bytes a device needs in training, by purpose, from a forward pass on the meta device.
-
-    Activations are what autograd saves for the backward pass, each storage counted once.
-    """
-    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
-    own = {p.untyped_storage()._cdata for p in model.parameters()} | {
-        b.untyped_storage()._cdata for b in model.buffers()
-    }
-    saved: dict[int, tuple[int, Tensor]] = {}  # the tensors are kept, so that no storage is freed and its id reused
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            saved[storage._cdata] = (storage.nbytes(), tensor)
-        return tensor
-
-    ids = torch.zeros(rows, length, dtype=torch.int64, device="meta")
-    activations = -1
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            model(ids, ids)
-        activations = sum(size for size, _ in saved.values())
-    except (NotImplementedError, RuntimeError):
-        pass  # an operation without a meta kernel: no estimate
-    memory = {"parameters": parameters, "gradients": parameters, "optimizer state": optimizer.state_bytes()}
-    if activations >= 0:
-        memory["activations"] = activations
-    return memory
-
-
 def format_plan(planned: Planned) -> str:
     """The banner of a run."""
     plan = planned.plan
@@ -390,6 +378,7 @@ def format_plan(planned: Planned) -> str:
     known = "activations" in plan.memory
     estimate = f"about {sum(plan.memory.values()) / 2**20:,.0f} MiB a device ({parts})"
     rows.append(("memory", estimate if known else f"{estimate}; activations unknown for this model"))
+    rows += [("unverified", f"{key}: {note}") for key, note in planned.unverified.items()]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"  {name:<{width}}  {text}" for name, text in rows)
 
@@ -401,7 +390,9 @@ def time_training(planned: Planned, device: torch.device, seconds: float = 5.0) 
     plan, experiment = planned.plan, planned.experiment
     context = ModelContext(plan.vocab_size, plan.max_seq_len, device, getattr(torch, plan.dtype))
     torch.manual_seed(experiment.train.seed)
-    model: nn.Module = build_model(experiment.model, context, torch.device("cpu")).to(device)
+    model: nn.Module = build_model(
+        experiment.model, context, torch.device("cpu"), experiment.train.activation_checkpointing
+    ).to(device)
     ids = torch.randint(plan.vocab_size, (plan.device_batch_size, plan.max_seq_len), device=device)
     done, start = 0, time.perf_counter()
     while done < 2 or (time.perf_counter() - start < seconds and done < 50):

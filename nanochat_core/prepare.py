@@ -56,6 +56,8 @@ def prepare(file: Path, overrides: Sequence[str], runs_dir: Path, resume: str | 
         overrides = [*overrides, f"train.compile={str(old.train.compile).lower()}"]
         loaded = load(file, overrides, plugins).require_all()
     planned = make_plan(loaded, world.size, world.device)
+    if planned.problems:
+        raise ConfigError(planned.problems)
     experiment = planned.experiment
     observers = tuple((o.plugin, o.distribution) for o in plugins.observers)
     print(f"nanochat run {file}: experiment {experiment.run.name}\n{format_plan(planned)}", flush=True)

@@ -181,7 +181,7 @@ class _Session:
         train, weights = self.experiment.train, self.setup.weights
         torch.manual_seed(train.seed)
         context = ModelContext(tokenizer.vocab_size, train.max_seq_len, self.world.device, self.dtype)
-        model = build_model(self.experiment.model, context, torch.device("cpu"))
+        model = build_model(self.experiment.model, context, torch.device("cpu"), train.activation_checkpointing)
         if content is not None:
             load_model_tensors(model, content.model, str(self.setup.checkpoint))
         elif weights is not None:

@@ -86,6 +86,14 @@ class Train:
         on_resume="refuse",
     )  # fmt: skip
     compile: bool | Literal["auto"] = option("auto", "torch.compile; auto: when the run is long enough to earn it back")
+    activation_checkpointing: bool = option(
+        False,
+        "keep only what enters each block, and compute the rest again in the backward pass: less memory, more time",
+    )
+    profile: int = option(
+        0, "optimizer steps to trace once training has settled, which slows them; profile/ in the run directory has "
+        "the trace; 0 is off", validator=at_least(0), unverified="kernels of a CUDA device were never traced",
+    )  # fmt: skip
     max_skipped_steps: int = option(
         10, "steps in a row with a loss or gradient that is not finite before the run stops", validator=at_least(0)
     )

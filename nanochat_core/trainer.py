@@ -22,6 +22,7 @@ from nanochat_core.loader import Step, TrainLoader
 from nanochat_core.logs import Logs
 from nanochat_core.needs import distributions_of
 from nanochat_core.plan import Plan
+from nanochat_core.profiler import Profiler
 from nanochat_core.rundir import RunDirectory
 from nanochat_core.schedule import lr_multiplier, warmdown_progress
 from nanochat_core.schema import DataSourceKeys, Experiment
@@ -100,23 +101,33 @@ class Trainer:
         with StopRequest() as stop:
             self.model.train()
             self._evaluate(self.evaluated)
-            started = time.perf_counter()
-            while state.step < horizon:
-                waiting = time.perf_counter()
-                step = next(self.loader)
-                data_wait = time.perf_counter() - waiting
-                stopping = self._train_step(step, data_wait, started, stop.signal is not None)
-                at_end = state.step == horizon
-                if at_end or stopping or self._data_ended or (save_every is not None and state.step % save_every == 0):
-                    self.save()
-                if stopping and not at_end:
-                    self.logs.report(f"stopped by a signal after step {state.step}, saved; run it again with --resume")
-                    return "preempted"
-                if self._data_ended and not at_end:
-                    raise self._data_used_up()
-                self._evaluate()
+            with self._profiler() as profiler:
                 started = time.perf_counter()
+                while state.step < horizon:
+                    waiting = time.perf_counter()
+                    step = next(self.loader)
+                    data_wait = time.perf_counter() - waiting
+                    stopping = self._train_step(step, data_wait, started, stop.signal is not None)
+                    profiler.step()
+                    at_end = state.step == horizon
+                    due = save_every is not None and state.step % save_every == 0
+                    if at_end or stopping or self._data_ended or due:
+                        self.save()
+                    if stopping and not at_end:
+                        self.logs.report(
+                            f"stopped by a signal after step {state.step}, saved; run it again with --resume"
+                        )
+                        return "preempted"
+                    if self._data_ended and not at_end:
+                        raise self._data_used_up()
+                    self._evaluate()
+                    started = time.perf_counter()
         return "finished"
+
+    def _profiler(self) -> Profiler:
+        steps, ahead = self.experiment.train.profile, self.plan.num_iterations - self.state.step
+        directory = self.run_dir.path / "profile"
+        return Profiler(directory, self.world, steps, UNTIMED_STEPS, ahead, self.logs.report)
 
     def _train_step(self, step: Step, data_wait: float, started: float, stop: bool) -> bool:
         """One optimizer step and its ledger line. Returns whether any rank was asked to stop."""

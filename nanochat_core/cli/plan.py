@@ -41,6 +41,8 @@ def main(options: argparse.Namespace, _: Sequence[str]) -> int:
         print(f"  time: {_duration(seconds)} of training at {speed:,.0f} tokens/s ({how})")
     else:
         print("  time: unknown; measure it here with --probe, or give --tok-per-sec X")
+    for problem in planned.problems:
+        print(f"can't run here: {problem}", file=sys.stderr)
     for problem in loaded.missing:
         print(f"missing: {problem}", file=sys.stderr)
     return 0

@@ -126,3 +126,5 @@ def _print_option(field: attrs.Attribute[object], default: object) -> None:
     print(f"  {field.name} ({type_name(field.type)}, {shown})")
     if field.metadata.get("help"):
         print(f"      {field.metadata['help']}")
+    if field.metadata.get("unverified"):
+        print(f"      unverified: {field.metadata['unverified']}")

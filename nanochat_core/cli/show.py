@@ -16,23 +16,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace, _: Sequence[str]) -> int:
-    from nanochat_core.load import load, to_tables
+    from nanochat_core.load import load, to_tables, unverified_options
     from nanochat_core.plugins import load_plugins
     from nanochat_core.schema import TABLES
 
     loaded = load(options.file, options.overrides, load_plugins())
-    experiment, origins = loaded.experiment, loaded.origins
+    experiment, origins, problems = loaded.experiment, loaded.origins, loaded.missing[:0]
     blocking = [p for p in loaded.missing if not p.key.startswith(("data", "loggers", "evaluators"))]
     if not blocking:  # formulas need the model, the optimizer and the tokenizer, nothing else
         from nanochat_core.distributed import pick_device
         from nanochat_core.plan import make_plan
 
         planned = make_plan(loaded, 1, pick_device(0))
-        experiment, origins = planned.experiment, dict(planned.origins)
+        experiment, origins, problems = planned.experiment, dict(planned.origins), planned.problems
     values = dict(_leaves(to_tables(experiment)))
     rows = [(key, f"{key} = {_toml(value)}", origins[key].text) for key, value in values.items() if key in origins]
     rows += [(key, f"{key} (unset)", origins[key].text) for key in origins if key not in values]
     order = {table: index for index, table in enumerate(TABLES)}
+    notes = {key: f" (unverified: {note})" for key, note in unverified_options(loaded.experiment).items()}
     rows.sort(key=lambda row: order[row[0].split(".")[0]])  # stable: unset options follow the others of their table
     width = max(len(text) for _, text, _ in rows if len(text) < 80)
     table = ""
@@ -41,7 +42,9 @@ def main(options: argparse.Namespace, _: Sequence[str]) -> int:
             if table:
                 print()
             table = key.split(".")[0]
-        print(f"{text:<{width}}  # {origin}")
+        print(f"{text:<{width}}  # {origin}{notes.get(key, '')}")
+    for problem in problems:
+        print(f"\ncan't run here: {problem}", file=sys.stderr)
     for problem in loaded.missing:
         print(f"\nmissing: {problem}", file=sys.stderr)
     return 0

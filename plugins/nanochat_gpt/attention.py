@@ -1,85 +1,165 @@
-"""Causal attention, and the cache of keys and values that makes sampling cheap.
+"""Causal attention, over everything before or over a window, by the fastest backend that is right.
 
-Heads come first in all shapes: H query heads (K key and value heads), B sequences, T positions, C size of a head.
+Heads come first in all shapes: H query heads (K key and value heads), B sequences, T positions, S keys, C size of a
+head.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nanochat_gpt.config import Shape
+from nanochat_gpt.cache import LayerCache
+
+Backend = Literal["matrix", "sdpa", "flex", "flash3"]
 
 
-class LayerCache:
-    """One layer's keys and values."""
+def choose_backend(
+    wanted: str, device: torch.device, dtype: torch.dtype, length: int, window: int | None
+) -> tuple[Backend, str]:
+    """What computes attention over training rows, and why.
 
-    def __init__(self, k_KBTC: Tensor, v_KBTC: Tensor, start: int) -> None:
-        self.k_KBTC, self.v_KBTC, self.start = k_KBTC, v_KBTC, start
-
-    def extend(self, k_KBTC: Tensor, v_KBTC: Tensor) -> tuple[Tensor, Tensor]:
-        """Store a chunk; return all keys and values so far."""
-        stop = self.start + k_KBTC.shape[2]
-        self.k_KBTC[:, :, self.start : stop] = k_KBTC
-        self.v_KBTC[:, :, self.start : stop] = v_KBTC
-        return self.k_KBTC[:, :, :stop], self.v_KBTC[:, :, :stop]
-
-
-class KVCache:
-    """Keys and values of a batch of sequences that grow together; ``length`` positions are filled."""
-
-    def __init__(
-        self, layers: int, batch_size: int, shape: Shape, max_tokens: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        size = (layers, 2, shape.kv_heads, batch_size, max_tokens, shape.head_dim)
-        self._kv = torch.empty(size, dtype=dtype, device=device)
-        self.max_tokens = max_tokens
-        self.length = 0
-
-    def reserve(self, tokens: int) -> None:
-        """Make sure that ``tokens`` more fit.
-
-        Raises:
-            IndexError: when they don't.
-        """
-        if self.length + tokens > self.max_tokens:
-            raise IndexError(f"the cache holds {self.max_tokens} positions; {self.length + tokens} were asked for")
-
-    def layer(self, index: int) -> LayerCache:
-        return LayerCache(self._kv[index, 0], self._kv[index, 1], self.length)
+    Args:
+        wanted: the option; "auto" for the fastest that is right.
+        dtype: of queries, keys and values.
+        length: tokens of a row.
+        window: how far back a token sees; None for all the way.
+    """
+    if wanted in ("matrix", "sdpa", "flex", "flash3"):
+        return wanted, "as asked"  # type: ignore[return-value]
+    if device.type == "cuda":
+        if not flash3_problem(device, dtype):
+            return "flash3", "FlashAttention-3; unverified: it never ran on a GPU"
+        if window is not None:
+            return "flex", "FlexAttention skips what lies outside the window; unverified: it never ran on a GPU"
+        return "sdpa", "cuDNN or FlashAttention-2 through torch"
+    if device.type == "cpu":
+        # Forward and backward on 2 cores, 8,192 tokens of 2 heads of 128: flash 11 ms against 4 at T = 256 in
+        # bfloat16, 31 against 17 at T = 512, 36 against 35 at T = 1024.
+        longest = 256 if dtype.itemsize > 2 else 512
+        if length <= longest:
+            return "matrix", f"all T x T scores at once, faster up to T = {longest} in {str(dtype)[6:]}"
+    return "sdpa", "torch's scaled_dot_product_attention"
 
 
-def attend(q_HBTC: Tensor, k_KBTC: Tensor, v_KBTC: Tensor, cache: LayerCache | None = None) -> Tensor:
-    """Softmax attention of each position over itself and those before it: [H, B, T, C]."""
-    if cache is None and _whole_matrix_is_faster(q_HBTC):
-        groups = len(q_HBTC) // len(k_KBTC)
-        if groups > 1:
-            k_KBTC, v_KBTC = k_KBTC.repeat_interleave(groups, 0), v_KBTC.repeat_interleave(groups, 0)
-        flat = (x.reshape(-1, *x.shape[2:]) for x in (q_HBTC, k_KBTC, v_KBTC))
-        y: Tensor = _WholeMatrixAttention.apply(*flat)
-        return y.view_as(q_HBTC)
+def flash3_problem(device: torch.device, dtype: torch.dtype) -> str:
+    """Why FlashAttention-3 can't be used, or an empty string."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return "it needs a Hopper GPU"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it computes in 16 bits, not in {str(dtype)[6:]}"
+    if importlib.util.find_spec("flash_attn_interface") is None:
+        return "its package flash_attn_interface is not installed"
+    return ""
+
+
+class Masking(NamedTuple):
+    """Who sees whom in one layer of a forward pass.
+
+    Args:
+        window: how far back a token sees, None where that is all the way.
+        first: the first key that any of the queries sees.
+        mask: for matrix and sdpa what is added to the scores, [T, S] (None: plainly causal, or everything); for flex
+            its block mask.
+    """
+
+    backend: Backend
+    window: int | None
+    first: int
+    mask: Any
+
+
+def make_masking(
+    wanted: str, window: int | None, T: int, start: int, training: bool, dtype: torch.dtype, device: torch.device
+) -> Masking:
+    """Masking of T queries that follow ``start`` cached positions."""
+    if window is not None and start + T - 1 <= window:
+        window = None
+    backend, _ = choose_backend(wanted, device, dtype, T, window)
+    if not training and (start or backend != "flash3"):
+        backend = "sdpa"  # whatever the shapes
+    first = 0 if window is None else max(0, start - window)
+    mask: Any = None
+    if backend == "flex":
+        mask = _block_mask(T, window, device)
+    elif backend == "matrix" or (backend == "sdpa" and T > 1 and (start or window is not None)):
+        mask = _additive_mask(T, start, first, window, dtype, device)
+    return Masking(backend, window, first, mask)
+
+
+def _additive_mask(
+    T: int, start: int, first: int, window: int | None, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    queries_T1 = torch.arange(start, start + T, device=device)[:, None]
+    distance_TS = queries_T1 - torch.arange(first, start + T, device=device)
+    hidden_TS = distance_TS < 0
+    if window is not None:
+        hidden_TS |= distance_TS > window
+    return torch.zeros(hidden_TS.shape, dtype=dtype, device=device).masked_fill_(hidden_TS, -math.inf)
+
+
+@functools.lru_cache(maxsize=16)
+def _block_mask(T: int, window: int | None, device: torch.device) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def seen(_: Tensor, __: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (k <= q) if window is None else (k <= q) & (q - k <= window)
+
+    return create_block_mask(seen, None, None, T, T, device=str(device))
+
+
+def attend(q_HBTC: Tensor, k_KBTC: Tensor, v_KBTC: Tensor, masking: Masking, cache: LayerCache | None = None) -> Tensor:
+    """Softmax attention of each position over itself and those before it that its layer sees: [H, B, T, C]."""
+    if cache is not None:
+        k_KBTC, v_KBTC = (x[:, :, masking.first :] for x in cache.extend(k_KBTC, v_KBTC))
+    if masking.backend == "matrix":
+        return _whole_matrix(q_HBTC, k_KBTC, v_KBTC, masking.mask)
     if q_HBTC.is_meta:
         return _planned(q_HBTC, k_KBTC, v_KBTC)
-    start, mask_TS = 0, None
-    if cache is not None:
-        start = cache.start
-        k_KBTC, v_KBTC = cache.extend(k_KBTC, v_KBTC)
-    T, S = q_HBTC.shape[2], k_KBTC.shape[2]
-    if start and T > 1:
-        mask_TS = torch.ones(T, S, dtype=torch.bool, device=q_HBTC.device).tril(diagonal=start)
-    return F.scaled_dot_product_attention(
-        q_HBTC.transpose(0, 1),
-        k_KBTC.transpose(0, 1),
-        v_KBTC.transpose(0, 1),
-        attn_mask=mask_TS,
-        is_causal=start == 0 and T > 1,
-        enable_gqa=len(q_HBTC) != len(k_KBTC),
-    ).transpose(0, 1)
+    if masking.backend == "flash3":
+        return _flash3(q_HBTC, k_KBTC, v_KBTC, masking.window)
+    q_BHTC, k_BKTC, v_BKTC = (x.transpose(0, 1) for x in (q_HBTC, k_KBTC, v_KBTC))
+    grouped = len(q_HBTC) != len(k_KBTC)
+    if masking.backend == "flex":
+        y_BHTC: Tensor = _flex()(q_BHTC, k_BKTC, v_BKTC, block_mask=masking.mask, enable_gqa=grouped)
+    else:
+        causal = masking.mask is None and q_HBTC.shape[2] > 1
+        y_BHTC = F.scaled_dot_product_attention(
+            q_BHTC, k_BKTC, v_BKTC, attn_mask=masking.mask, is_causal=causal, enable_gqa=grouped
+        )
+    return y_BHTC.transpose(0, 1)
+
+
+def _flash3(q_HBTC: Tensor, k_KBTC: Tensor, v_KBTC: Tensor, window: int | None) -> Tensor:
+    from flash_attn_interface import flash_attn_func
+
+    q_BTHC, k_BTKC, v_BTKC = (x.permute(1, 2, 0, 3) for x in (q_HBTC, k_KBTC, v_KBTC))
+    reach = (-1, -1) if window is None else (window, 0)
+    y = flash_attn_func(q_BTHC, k_BTKC, v_BTKC, causal=True, window_size=reach)
+    y_BTHC: Tensor = y[0] if isinstance(y, tuple) else y  # older ones return the log-sum-exp too
+    return y_BTHC.permute(2, 0, 1, 3)
+
+
+@functools.cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def _flex() -> Callable[..., Tensor]:
+    """FlexAttention is fast only when compiled; inside a compiled block it is so already."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return flex_attention if torch.compiler.is_compiling() else _compiled_flex()  # type: ignore[return-value]
 
 
 def _planned(q_HBTC: Tensor, k_KBTC: Tensor, v_KBTC: Tensor) -> Tensor:
@@ -91,32 +171,33 @@ def _planned(q_HBTC: Tensor, k_KBTC: Tensor, v_KBTC: Tensor) -> Tensor:
     return y.transpose(0, 1)
 
 
-def _whole_matrix_is_faster(q_HBTC: Tensor) -> bool:
-    """Forward and backward on a CPU, 8,192 tokens of 2 heads of 128: flash 11 ms against 4 at T = 256 in bfloat16,
-    31 against 17 at T = 512, 36 against 35 at T = 1024."""
-    longest = 256 if q_HBTC.dtype.itemsize > 2 else 512
-    return q_HBTC.is_cpu and q_HBTC.shape[2] <= longest and torch.is_grad_enabled()
+def _whole_matrix(q_HBTC: Tensor, k_KBTC: Tensor, v_KBTC: Tensor, mask_TT: Tensor) -> Tensor:
+    groups = len(q_HBTC) // len(k_KBTC)
+    if groups > 1:
+        k_KBTC, v_KBTC = k_KBTC.repeat_interleave(groups, 0), v_KBTC.repeat_interleave(groups, 0)
+    flat = (x.reshape(-1, *x.shape[2:]) for x in (q_HBTC, k_KBTC, v_KBTC))
+    y_GTC: Tensor = _WholeMatrixAttention.apply(*flat, mask_TT)
+    return y_GTC.view_as(q_HBTC)
 
 
 class _WholeMatrixAttention(torch.autograd.Function):
     """Softmax of all T x T scores of a head at once; they are kept for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, q_GTC: Tensor, k_GTC: Tensor, v_GTC: Tensor) -> Tensor:
+    def forward(ctx: Any, q_GTC: Tensor, k_GTC: Tensor, v_GTC: Tensor, mask_TT: Tensor) -> Tensor:
         G, T, C = q_GTC.shape
-        future_TT = q_GTC.new_full((T, T), -math.inf).triu_(1)
-        s_GTT = torch.baddbmm(future_TT.expand(G, T, T), q_GTC, k_GTC.mT, alpha=C**-0.5)
+        s_GTT = torch.baddbmm(mask_TT.expand(G, T, T), q_GTC, k_GTC.mT, alpha=C**-0.5)
         p_GTT = torch.softmax(s_GTT, dim=-1)
         ctx.save_for_backward(q_GTC, k_GTC, v_GTC, p_GTT)
         return torch.bmm(p_GTT, v_GTC)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, dy_GTC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, dy_GTC: Tensor) -> tuple[Tensor | None, ...]:
         q_GTC, k_GTC, v_GTC, p_GTT = ctx.saved_tensors
         dp_GTT = torch.bmm(dy_GTC, v_GTC.mT)
         ds_GTT = torch.ops.aten._softmax_backward_data(dp_GTT, p_GTT, -1, p_GTT.dtype)
         scale = q_GTC.shape[-1] ** -0.5
         dq_GTC = torch.bmm(ds_GTT, k_GTC).mul_(scale)
         dk_GTC = torch.bmm(ds_GTT.mT, q_GTC).mul_(scale)
-        return dq_GTC, dk_GTC, torch.bmm(p_GTT.mT, dy_GTC)
+        return dq_GTC, dk_GTC, torch.bmm(p_GTT.mT, dy_GTC), None

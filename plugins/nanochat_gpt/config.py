@@ -5,7 +5,12 @@ from typing import Literal
 
 import attrs
 
-from nanochat_core import above, at_least, option
+from nanochat_core import above, at_least, one_of, option
+
+SMEAR_CHANNELS, GATE_CHANNELS = 24, 12  # of the stream, that the gates of smear and of the value embeddings read
+INITS = ("classic", "modern")
+ROUNDINGS = ("heads", "head_dim")
+BACKENDS = ("auto", "matrix", "sdpa", "flex", "flash3")
 
 
 @attrs.frozen
@@ -14,6 +19,12 @@ class GPTConfig:
     aspect_ratio: int = option(64, "width for each unit of depth", validator=at_least(1))
     head_dim: int = option(
         128, "target size of an attention head; heads = ceil(width / head_dim)", validator=at_least(2)
+    )
+    width_rounding: Literal["heads", "head_dim"] = option(
+        "heads",
+        "round the width up to a multiple of heads x 2, so that odd depths have even heads; or of head_dim, so that "
+        "every head has exactly that size",
+        validator=one_of(*ROUNDINGS),
     )
     n_head: int | Literal["auto"] = option("auto", 'query heads; "auto": ceil(width / head_dim)', validator=at_least(1))
     n_kv_head: int | Literal["auto"] = option(
@@ -25,9 +36,57 @@ class GPTConfig:
     softcap: float = option(15.0, "logits z become softcap x tanh(z / softcap); 0 is off", validator=at_least(0))
     rope_base: float = option(10000.0, "base of the rotary frequencies", validator=above(0))
     norm_eps: float = option(1e-6, "added to the mean square in every RMSNorm", validator=at_least(0))
+    qk_scale: float = option(1.0, "factor on queries and keys after their norm", validator=above(0))
+    window_pattern: str = option(
+        "L",
+        "tiled over the layers: L sees all tokens before, S those up to window tokens back; the last layer is always L",
+    )
+    window: int | Literal["auto"] = option(
+        "auto", 'tokens that an S layer looks back; "auto": max_seq_len / 4, up to a multiple of 128',
+        validator=at_least(1),
+    )  # fmt: skip
+    value_embeddings: bool = option(
+        False, "in alternate layers, counted back from the last, values get a gated embedding of their token"
+    )
+    residual_scalars: bool = option(
+        False, "before each block x = r x + s x0, with r and s of each layer trained and x0 the embedded token"
+    )
+    smear: bool = option(False, "each embedded token gets a gated part of the one before")
+    backout: bool = option(False, "subtract a trained part of the middle block's output before the last norm")
+    init: Literal["classic", "modern"] = option(
+        "classic",
+        "classic: normal matrices, head 0; modern: uniform matrices, a smaller MLP, head normal 0.001, embedding 0.8",
+        validator=one_of(*INITS),
+    )
+    fp8: bool = option(
+        False, "in training, products of the blocks in float8 with a scale for each tensor; needs Hopper or newer",
+        unverified="its arithmetic is tested on CPUs, it never ran on a GPU",
+    )  # fmt: skip
+    attention: Literal["auto", "matrix", "sdpa", "flex", "flash3"] = option(
+        "auto",
+        "what computes attention in training: the whole T x T matrix, torch's scaled_dot_product_attention, "
+        'FlexAttention, or FlashAttention-3; "auto": the fastest that is right here (a run prints it)',
+        validator=one_of(*BACKENDS),
+        on_resume="warn",
+        unverified="flex and flash3 never trained on a GPU",
+    )
 
     def __attrs_post_init__(self) -> None:
-        self.shape()  # so that a contradiction is found when the file is read
+        if not self.window_pattern or set(self.window_pattern) - {"S", "L"}:
+            raise ValueError(f'window_pattern must be made of S and L, such as "SSSL", not "{self.window_pattern}"')
+        if self.window != "auto" and "S" not in self.window_pattern:
+            raise ValueError(f'window must be "auto": no layer of window_pattern "{self.window_pattern}" has one')
+        shape = self.shape()  # so that a contradiction is found when the file is read
+        if self.smear and shape.width < SMEAR_CHANNELS:
+            raise ValueError(
+                f"smear must be false: its gate reads {SMEAR_CHANNELS} channels, the width is {shape.width}"
+            )
+        if self.value_embeddings and shape.width < GATE_CHANNELS:
+            raise ValueError(
+                f"value_embeddings must be false: their gates read {GATE_CHANNELS} channels, the width is {shape.width}"
+            )
+        if self.fp8 and (shape.width % 16 or shape.kv_heads * shape.head_dim % 16):
+            raise ValueError(f"fp8 must be false: its products need a width that 16 divides, not {shape.width}")
 
     def shape(self) -> "Shape":
         """Width and heads.
@@ -41,10 +100,28 @@ class GPTConfig:
         if heads % kv_heads:
             divisors = ", ".join(str(d) for d in range(1, heads + 1) if heads % d == 0)
             raise ValueError(f"n_kv_head must divide the {heads} query heads (one of {divisors}), not {kv_heads}")
-        # Heads of one even size, since rotary positions turn pairs.
-        if width % heads or (width // heads) % 2:
+        if self.width_rounding == "head_dim":
+            if self.n_head != "auto":
+                raise ValueError('n_head must be "auto" with width_rounding = "head_dim", which sets the heads too')
+            if self.head_dim % 2:
+                raise ValueError(f"head_dim must be even (rotary positions turn pairs), not {self.head_dim}")
+            width = heads * self.head_dim
+        elif width % heads or (width // heads) % 2:  # rotary positions turn pairs
             width = ceil(width / (2 * heads)) * 2 * heads
         return Shape(width=width, heads=heads, kv_heads=kv_heads, head_dim=width // heads)
+
+    def windows(self, max_seq_len: int) -> "tuple[int | None, ...]":
+        """How far each layer looks back, in tokens; None: to the start."""
+        window = auto_window(max_seq_len) if self.window == "auto" else self.window
+        tiled = [self.window_pattern[layer % len(self.window_pattern)] for layer in range(self.depth - 1)]
+        return (*(window if kind == "S" else None for kind in tiled), None)
+
+    def has_value_embedding(self, layer: int) -> bool:
+        return self.value_embeddings and (self.depth - 1 - layer) % 2 == 0
+
+
+def auto_window(max_seq_len: int) -> int:
+    return ceil(max_seq_len / 4 / 128) * 128
 
 
 @attrs.frozen

@@ -9,6 +9,8 @@ where z = cap u are the logits before the cap. Because of the cap no p underflow
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,7 +35,7 @@ def chunk_sizes(vocab_size: int, device: torch.device) -> tuple[int, int]:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def softcap_cross_entropy(
-    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, cap: float, dtype: torch.dtype
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, cap: float, dtype: torch.dtype, fused: bool = False
 ) -> Tensor:
     """Sum of cross-entropies of ``cap tanh(h W^T / cap)``, in nats: float32 (). Can be differentiated once.
 
@@ -43,18 +45,25 @@ def softcap_cross_entropy(
         targets_N: int64, every one in [0, V) or -1, which counts nothing.
         cap: in (0, MAX_CAP].
         dtype: of the matrix products.
+        fused: let a compiler make the softmax and its gradient two kernels. Unverified: it never ran on a GPU.
     """
     if hidden_ND.is_cpu and bool((targets_N < 0).any()):  # elsewhere the question would wait for the device
         kept = (targets_N >= 0).nonzero().squeeze(1)
         hidden_ND, targets_N = hidden_ND.index_select(0, kept), targets_N.index_select(0, kept)
-    loss: Tensor = _SoftcapCrossEntropy.apply(hidden_ND, weight_VD, targets_N, cap, dtype)
+    loss: Tensor = _SoftcapCrossEntropy.apply(hidden_ND, weight_VD, targets_N, cap, dtype, fused)
     return loss
 
 
 class _SoftcapCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, cap: float, dtype: torch.dtype
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        targets_N: Tensor,
+        cap: float,
+        dtype: torch.dtype,
+        fused: bool,
     ) -> Tensor:
         (N, _), V = hidden_ND.shape, len(weight_VD)
         product_rows, softmax_rows = chunk_sizes(V, hidden_ND.device)
@@ -64,7 +73,7 @@ class _SoftcapCrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(dtype, torch.float32)
         # Memory that every chunk uses again: it stays in the cache.
         z_buffer = hidden_ND.new_empty(product_rows, V)
-        t_buffer, p_buffer = (hidden_ND.new_empty(softmax_rows, V, dtype=wide) for _ in range(2))
+        t_buffer, p_buffer = (hidden_ND.new_empty(0 if fused else softmax_rows, V, dtype=wide) for _ in range(2))
         loss = hidden_ND.new_zeros((), dtype=wide)
         dhidden_ND, dweight_VD = torch.empty_like(hidden_ND), torch.zeros_like(weight_VD, dtype=wide)
         for h_ND, dh_ND, y_N in zip(
@@ -72,8 +81,12 @@ class _SoftcapCrossEntropy(torch.autograd.Function):
         ):
             z_NV = z_buffer[: len(h_ND)]
             torch.mm(h_ND, scaled_VD.t(), out=z_NV)
-            for z, y in zip(z_NV.split(softmax_rows), y_N.split(softmax_rows), strict=True):
-                loss += _loss_and_gradient(z, y[:, None], cap, t_buffer[: len(z)], p_buffer[: len(z)])
+            if fused:
+                chunk_loss, z_NV = _compiled()(z_NV, y_N[:, None], cap)
+                loss += chunk_loss
+            else:
+                for z, y in zip(z_NV.split(softmax_rows), y_N.split(softmax_rows), strict=True):
+                    loss += _loss_and_gradient(z, y[:, None], cap, t_buffer[: len(z)], p_buffer[: len(z)])
             torch.mm(z_NV, plain_VD, out=dh_ND)
             dweight_VD += z_NV.t() @ h_ND
         ctx.save_for_backward(dhidden_ND, dweight_VD)
@@ -83,7 +96,7 @@ class _SoftcapCrossEntropy(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dhidden_ND, dweight_VD = ctx.saved_tensors
-        return dhidden_ND * grad.to(dhidden_ND.dtype), dweight_VD * grad, None, None, None
+        return dhidden_ND * grad.to(dhidden_ND.dtype), dweight_VD * grad, None, None, None, None
 
 
 def _loss_and_gradient(u_NV: Tensor, targets_N1: Tensor, cap: float, t_NV: Tensor, p_NV: Tensor) -> Tensor:
@@ -100,3 +113,22 @@ def _loss_and_gradient(u_NV: Tensor, targets_N1: Tensor, cap: float, t_NV: Tenso
         p_NV.masked_fill_(ignored_N1, 0)
     u_NV.copy_(p_NV)
     return -log_p_N1.masked_fill_(ignored_N1, 0).sum()
+
+
+def plain_loss_and_gradient(u_NV: Tensor, targets_N1: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    """Loss of a chunk and dz, as a formula that a compiler makes two passes of. No s is above cap: that serves as the
+    maximum."""
+    t_NV = torch.tanh(u_NV.float())
+    e_NV = torch.exp(cap * (t_NV - 1))
+    total_N1 = e_NV.sum(-1, keepdim=True)
+    kept_N1 = targets_N1 >= 0
+    target_t_N1 = torch.tanh(u_NV.gather(1, targets_N1.clamp_min(0)).float())
+    loss_N1 = total_N1.log() - cap * (target_t_N1 - 1)
+    one_hot_NV = torch.arange(u_NV.shape[1], device=u_NV.device) == targets_N1
+    dz_NV = (e_NV / total_N1 - one_hot_NV.float()) * (1 - t_NV * t_NV) * kept_N1
+    return torch.where(kept_N1, loss_N1, 0.0).sum(), dz_NV.to(u_NV.dtype)
+
+
+@functools.cache
+def _compiled() -> Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]:
+    return torch.compile(plain_loss_and_gradient, dynamic=False)

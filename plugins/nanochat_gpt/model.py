@@ -4,38 +4,68 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import attrs
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from nanochat_core import Cache, ConfigError, Model, ModelContext, Resolved
-from nanochat_gpt.attention import KVCache, LayerCache, attend
-from nanochat_gpt.config import GPTConfig, Shape
-from nanochat_gpt.head import MAX_CAP, scaled_head, softcap_cross_entropy
-from nanochat_gpt.ops import embed, linear, mlp, rms_norm, rotary_tables, split_heads
+from nanochat_gpt.attention import Masking, attend, choose_backend, flash3_problem, make_masking
+from nanochat_gpt.cache import KVCache, LayerCache
+from nanochat_gpt.config import GATE_CHANNELS, SMEAR_CHANNELS, GPTConfig, Shape, auto_window
+from nanochat_gpt.fp8 import fp8_problem
+from nanochat_gpt.head import MAX_CAP, softcap_cross_entropy
+from nanochat_gpt.initialize import initialize
+from nanochat_gpt.ops import embed, linear, mix, mlp, rms_norm, rotary_tables, smear, split_heads
+
+
+class Pass(NamedTuple):
+    """What the blocks of one forward pass share.
+
+    Args:
+        rotary: cosines and sines of the positions, each [T, C / 2].
+        x0_BTD: the embedded tokens.
+        dtype: of the products; ``fp8``: whether they are computed in float8.
+    """
+
+    rotary: tuple[Tensor, Tensor]
+    x0_BTD: Tensor
+    eps: float
+    dtype: torch.dtype
+    fp8: bool
 
 
 class Attention(nn.Module):
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, config: GPTConfig, shape: Shape, value_embedding: bool) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = shape.heads, shape.kv_heads, shape.head_dim
+        self.qk_scale = config.qk_scale
         kv_width = shape.kv_heads * shape.head_dim
         self.query = nn.Linear(shape.width, shape.width, bias=False)
         self.key = nn.Linear(shape.width, kv_width, bias=False)
         self.value = nn.Linear(shape.width, kv_width, bias=False)
         self.output = nn.Linear(shape.width, shape.width, bias=False)
+        self.value_gate = nn.Linear(GATE_CHANNELS, shape.kv_heads, bias=False) if value_embedding else None
 
     def forward(
-        self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], eps: float, dtype: torch.dtype, cache: LayerCache | None
+        self, x_BTD: Tensor, e_BTD: Tensor | None, common: Pass, masking: Masking, cache: LayerCache | None
     ) -> Tensor:
         B, T, _ = x_BTD.shape
         weight = torch.cat([self.query.weight, self.key.weight, self.value.weight])  # one product instead of three
-        qkv_BTSC = linear(x_BTD, weight, dtype).view(B, T, -1, self.head_dim)
-        q_HBTC, k_KBTC, v_KBTC = split_heads(qkv_BTSC, self.heads, self.kv_heads, *rotary, eps)
-        y_HBTC = attend(q_HBTC, k_KBTC, v_KBTC, cache)
-        return linear(y_HBTC.permute(1, 2, 0, 3).reshape(B, T, -1), self.output.weight, dtype)
+        qkv_BTSC = linear(x_BTD, weight, common.dtype, common.fp8).view(B, T, -1, self.head_dim)
+        q_HBTC, k_KBTC, v_KBTC = split_heads(
+            qkv_BTSC, self.heads, self.kv_heads, *common.rotary, common.eps, self.qk_scale
+        )
+        if e_BTD is not None:
+            assert self.value_gate is not None
+            gate_BTK = 3 * torch.sigmoid(linear(x_BTD[..., :GATE_CHANNELS], self.value_gate.weight, common.dtype))
+            e_BTKC = gate_BTK[..., None] * e_BTD.view(B, T, self.kv_heads, self.head_dim)
+            v_KBTC = v_KBTC + e_BTKC.permute(2, 0, 1, 3)
+        y_HBTC = attend(q_HBTC, k_KBTC, v_KBTC, masking, cache)
+        y_BTD = y_HBTC.permute(1, 2, 0, 3).reshape(B, T, -1)
+        return linear(y_BTD, self.output.weight, common.dtype, common.fp8)
 
 
 class MLP(nn.Module):
@@ -44,21 +74,33 @@ class MLP(nn.Module):
         self.up = nn.Linear(width, 4 * width, bias=False)
         self.down = nn.Linear(4 * width, width, bias=False)
 
-    def forward(self, x_BTD: Tensor, dtype: torch.dtype) -> Tensor:
-        return mlp(x_BTD, self.up.weight, self.down.weight, dtype)
+    def forward(self, x_BTD: Tensor, common: Pass) -> Tensor:
+        return mlp(x_BTD, self.up.weight, self.down.weight, common.dtype, common.fp8)
 
 
 class Block(nn.Module):
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, config: GPTConfig, shape: Shape, value_embedding: bool) -> None:
         super().__init__()
-        self.attention = Attention(shape)
+        self.attention = Attention(config, shape, value_embedding)
         self.mlp = MLP(shape.width)
 
     def forward(
-        self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], eps: float, dtype: torch.dtype, cache: LayerCache | None
+        self,
+        x_BTD: Tensor,
+        e_BTD: Tensor | None,
+        scalars: tuple[Tensor, Tensor] | None,
+        common: Pass,
+        masking: Masking,
+        cache: LayerCache | None,
     ) -> Tensor:
-        x_BTD = x_BTD + self.attention(rms_norm(x_BTD, eps), rotary, eps, dtype, cache)
-        return x_BTD + self.mlp(rms_norm(x_BTD, eps), dtype)
+        """Args:
+        e_BTD: value embeddings of the tokens, with ``D`` of the key and value heads.
+        scalars: r and s of ``residual_scalars``, each ().
+        """
+        if scalars is not None:
+            x_BTD = mix(x_BTD, common.x0_BTD, *scalars)
+        x_BTD = x_BTD + self.attention(rms_norm(x_BTD, common.eps), e_BTD, common, masking, cache)
+        return x_BTD + self.mlp(rms_norm(x_BTD, common.eps), common)
 
 
 def no_autocast(device: torch.device) -> torch.autocast:
@@ -69,65 +111,104 @@ def no_autocast(device: torch.device) -> torch.autocast:
 class GPT(Model):
     """See the options for what can vary.
 
-    Matrices are float32 and cast to ``dtype`` for their products (float64 serves tests). With bfloat16 the embedding
-    is stored in bfloat16, and the residual stream has its dtype.
+    Matrices are float32 and cast to ``dtype`` for their products (float64 serves tests). With bfloat16 the embeddings
+    are stored in bfloat16, and the residual stream has their dtype.
 
     Args:
         config: the options.
-        vocab_size: number of tokens, V.
-        max_seq_len: T of the training rows; rotary tables are ready for ten times that, and computed beyond.
-        dtype: of the matrix products.
+        context: where it will run; its vocabulary is the model's unless the options say another.
     """
 
-    def __init__(self, config: GPTConfig, vocab_size: int, max_seq_len: int, dtype: torch.dtype) -> None:
+    def __init__(self, config: GPTConfig, context: ModelContext) -> None:
         super().__init__()
-        self.config, self.shape = config, config.shape()
-        self.vocab_size, self.hidden_size, self.dtype = vocab_size, self.shape.width, dtype
-        self.embedding = nn.Embedding(vocab_size, self.hidden_size)
-        self.blocks = nn.ModuleList(Block(self.shape) for _ in range(config.depth))
+        self.config, self.shape, self.context = config, config.shape(), context
+        self.vocab_size = context.vocab_size if config.vocab_size == "auto" else config.vocab_size
+        self.hidden_size, self.dtype = self.shape.width, context.dtype
+        self.windows = config.windows(context.max_seq_len)
+        self.embedding = nn.Embedding(self.vocab_size, self.hidden_size)
+        has_value = [config.has_value_embedding(layer) for layer in range(config.depth)]
+        self.blocks = nn.ModuleList(Block(config, self.shape, value) for value in has_value)
         # Rows padded to a multiple of 64 make the largest product fast; they take no part in the logits.
-        self.head = nn.Linear(self.hidden_size, math.ceil(vocab_size / 64) * 64, bias=False)
-        self.initialize()  # in float32, so that one seed gives the same numbers whatever the dtype
-        self.to(torch.promote_types(dtype, torch.float32))
-        if dtype == torch.bfloat16:
-            self.embedding.to(dtype)
-        cos_TC, sin_TC = self._rotary_tables(0, 10 * max_seq_len)
+        self.head = nn.Linear(self.hidden_size, math.ceil(self.vocab_size / 64) * 64, bias=False)
+        kv_width = self.shape.kv_heads * self.shape.head_dim
+        self.value_embeddings = nn.ModuleDict(
+            {str(layer): nn.Embedding(self.vocab_size, kv_width) for layer, value in enumerate(has_value) if value}
+        )
+        if config.residual_scalars:
+            self.residual_scalars = nn.Parameter(torch.empty(config.depth))
+            self.x0_scalars = nn.Parameter(torch.empty(config.depth))
+        if config.smear:
+            self.smear_gate = nn.Linear(SMEAR_CHANNELS, 1, bias=False)
+            self.smear_factor = nn.Parameter(torch.empty(()))
+        if config.backout:
+            self.backout_factor = nn.Parameter(torch.empty(()))
+        initialize(self, config)  # in float32, so that one seed gives the same numbers whatever the dtype
+        self.to(torch.promote_types(self.dtype, torch.float32))
+        if self.dtype == torch.bfloat16:
+            self.embedding.to(self.dtype)
+            self.value_embeddings.to(self.dtype)
+        # Tables for ten times the training length are kept, those beyond are computed when they are needed.
+        cos_TC, sin_TC = self._rotary_tables(0, 10 * context.max_seq_len)
         self.register_buffer("cos_TC", cos_TC, persistent=False)
         self.register_buffer("sin_TC", sin_TC, persistent=False)
         self._compiled_block: Callable[..., Tensor] | None = None
-
-    @torch.no_grad()
-    def initialize(self) -> None:
-        """Classic init: what adds to the residual stream starts at zero, and so do the logits."""
-        nn.init.normal_(self.embedding.weight, std=1.0)
-        nn.init.zeros_(self.head.weight)
-        for block in self.blocks:
-            for module in block.modules():
-                if isinstance(module, nn.Linear):
-                    fan_out, fan_in = module.weight.shape
-                    nn.init.normal_(module.weight, std=min(1.0, math.sqrt(fan_out / fan_in)) / math.sqrt(fan_in))
-            assert isinstance(block, Block)
-            nn.init.zeros_(block.attention.output.weight)
-            nn.init.zeros_(block.mlp.down.weight)
+        self._compiled, self._recompute = False, False
 
     def hidden(self, ids_BT: Tensor, cache: Cache | None = None) -> Tensor:
         assert cache is None or isinstance(cache, KVCache), "a cache comes from new_cache"
         with no_autocast(ids_BT.device):
-            x_BTD = embed(ids_BT, self.embedding.weight)
-            start = 0
-            if cache is not None:
-                cache.reserve(ids_BT.shape[1])
-                start = cache.length
-            rotary = self._rotary(start, start + ids_BT.shape[1])
-            training = self.training and torch.is_grad_enabled() and cache is None
-            run = self._compiled_block if training and self._compiled_block else Block.__call__
-            eps = self.config.norm_eps
-            x_BTD = rms_norm(x_BTD, eps)
+            before_B1 = cache.append(ids_BT) if cache is not None else None
+            x_BTD = self._embed(ids_BT, before_B1)
+            start, T = cache.length if cache is not None else 0, ids_BT.shape[1]
+            training = torch.is_grad_enabled() and cache is None
+            maskings = {
+                w: make_masking(self.config.attention, w, T, start, training, self.dtype, ids_BT.device)
+                for w in set(self.windows)
+            }
+            fp8 = self.config.fp8 and training and self.training
+            common = Pass(self._rotary(start, start + T), x_BTD, self.config.norm_eps, self.dtype, fp8)
+            run = self._block_runner(training and self.training)
+            scalars = self._scalars()
+            middle_BTD = x_BTD
             for index, block in enumerate(self.blocks):
-                x_BTD = run(block, x_BTD, rotary, eps, self.dtype, cache.layer(index) if cache is not None else None)
+                e_BTD = None
+                if str(index) in self.value_embeddings:
+                    e_BTD = embed(ids_BT, self.value_embeddings[str(index)].weight)
+                layer = cache.layer(index) if cache is not None else None
+                x_BTD = run(block, x_BTD, e_BTD, scalars[index], common, maskings[self.windows[index]], layer)
+                if index == self.config.depth // 2:
+                    middle_BTD = x_BTD
             if cache is not None:
-                cache.length += x_BTD.shape[1]
-            return rms_norm(x_BTD, eps)
+                cache.length += T
+            if self.config.backout:
+                x_BTD = (x_BTD - self.backout_factor * middle_BTD).to(x_BTD.dtype)
+            return rms_norm(x_BTD, self.config.norm_eps)
+
+    def _embed(self, ids_BT: Tensor, before_B1: Tensor | None) -> Tensor:
+        """The normed embedding, smeared: what enters the first block."""
+        x_BTD = rms_norm(embed(ids_BT, self.embedding.weight), self.config.norm_eps)
+        if not self.config.smear:
+            return x_BTD
+        before_B1D = None
+        if before_B1 is not None:
+            before_B1D = rms_norm(embed(before_B1, self.embedding.weight), self.config.norm_eps)
+        return smear(x_BTD, before_B1D, self.smear_gate.weight, self.smear_factor)
+
+    def _scalars(self) -> list[tuple[Tensor, Tensor]] | list[None]:
+        if not self.config.residual_scalars:
+            return [None] * self.config.depth
+        return list(zip(self.residual_scalars.unbind(), self.x0_scalars.unbind(), strict=True))
+
+    def _block_runner(self, training: bool) -> Callable[..., Tensor]:
+        run: Callable[..., Tensor] = self._compiled_block if training and self._compiled_block else Block.__call__
+        if not (training and self._recompute):
+            return run
+
+        def recomputed(*arguments: Any) -> Tensor:
+            y: Tensor = checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False)
+            return y
+
+        return recomputed
 
     def _rotary(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         cos_TC, sin_TC = self.get_buffer("cos_TC"), self.get_buffer("sin_TC")
@@ -144,11 +225,11 @@ class GPT(Model):
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         with no_autocast(hidden_ND.device):
-            cap, weight_VD = self.config.softcap, self.head.weight[: self.vocab_size]
-            weight_VD = scaled_head(weight_VD, cap, self.dtype) if cap else weight_VD
-            z_NV = linear(hidden_ND, weight_VD, self.dtype)
+            cap, z_NV = self.config.softcap, linear(hidden_ND, self.head.weight[: self.vocab_size], self.dtype)
             z_NV = z_NV.to(torch.promote_types(z_NV.dtype, torch.float32))
-            return cap * torch.tanh(z_NV) if cap else z_NV
+            if not cap:
+                return z_NV
+            return cap * torch.tanh(z_NV / cap) if torch.is_grad_enabled() else z_NV.div_(cap).tanh_().mul_(cap)
 
     def forward(self, ids_BT: Tensor, targets_BT: Tensor, reduction: Literal["sum", "none"] = "sum") -> Tensor:
         cap = self.config.softcap
@@ -157,50 +238,93 @@ class GPT(Model):
         hidden_ND = self.hidden(ids_BT).flatten(0, 1)
         with no_autocast(ids_BT.device):
             weight_VD = self.head.weight[: self.vocab_size]
-            return softcap_cross_entropy(hidden_ND, weight_VD, targets_BT.flatten(), cap, self.dtype)
+            fused = self._compiled and hidden_ND.is_cuda
+            return softcap_cross_entropy(hidden_ND, weight_VD, targets_BT.flatten(), cap, self.dtype, fused)
 
     def new_cache(self, batch_size: int, max_tokens: int) -> KVCache:
         weight = self.head.weight
         return KVCache(len(self.blocks), batch_size, self.shape, max_tokens, self.dtype, weight.device)
 
+    def checkpoint_activations(self) -> None:
+        self._recompute = True
+
+    def compile_training(self, backend: str = "inductor") -> None:
+        """Compile the block that training runs through: once for all that are alike, so that depth costs no compile
+        time.
+
+        Evaluation and sampling, whose shapes vary, stay eager, and so do the embeddings, whose compiled gradients would
+        not repeat. The head is compiled on a GPU; on a CPU it is not faster so.
+        """
+        self._compiled_block = torch.compile(Block.forward, dynamic=False, backend=backend)
+        self._compiled = True
+
     def parameter_roles(self) -> Mapping[str, str]:
-        special = {"embedding.weight": "embedding", "head.weight": "head"}
-        return {name: special.get(name, "matrix") for name, _ in self.named_parameters()}
+        special = {
+            "embedding.weight": "embedding",
+            "head.weight": "head",
+            "residual_scalars": "scalar.residual",
+            "x0_scalars": "scalar.x0",
+            "smear_gate.weight": "scalar.smear",
+            "smear_factor": "scalar.smear",
+            "backout_factor": "scalar.smear",
+        }
+        roles = {name: special.get(name, "matrix") for name, _ in self.named_parameters()}
+        return {n: "embedding.value" if n.startswith("value_embeddings.") else role for n, role in roles.items()}
 
     def flops_per_token(self, max_seq_len: int) -> float:
-        """6 a parameter of a matrix (forward 2, backward 4), and 12 x heads x head size x T a layer for attention."""
+        """6 a parameter of a matrix (forward 2, backward 4), and for attention 12 x heads x head size x tokens in sight
+        a layer. Embeddings and scalars count nothing."""
         counts = self.parameter_counts()
-        attention = 12 * self.shape.heads * self.shape.head_dim * max_seq_len
-        return 6.0 * (counts["matrix"] + counts["head"]) + len(self.blocks) * attention
+        in_sight = sum(min(w, max_seq_len) if w is not None else max_seq_len for w in self.windows)
+        attention = 12 * self.shape.heads * self.shape.head_dim * in_sight
+        return 6.0 * (counts["matrix"] + counts["head"]) + attention
 
     def reference_counts(self) -> Mapping[str, int]:
         """Those of depth 12 with the same vocabulary and the heads that depth gives."""
         config = attrs.evolve(self.config, depth=12, n_head="auto", n_kv_head="auto")
         with torch.device("meta"):
-            return GPT(config, self.vocab_size, 1, self.dtype).parameter_counts()
+            return GPT(config, attrs.evolve(self.context, max_seq_len=1)).parameter_counts()
 
     def resolved_options(self) -> Mapping[str, Resolved]:
+        length, shape, config = self.context.max_seq_len, self.shape, self.config
         found = {
-            "n_head": Resolved(self.shape.heads, f"ceil(width {self.shape.width} / head_dim {self.config.head_dim})"),
-            "n_kv_head": Resolved(self.shape.kv_heads, "as many as n_head"),
+            "n_head": Resolved(shape.heads, f"ceil(width {shape.width} / head_dim {config.head_dim})"),
+            "n_kv_head": Resolved(shape.kv_heads, "as many as n_head"),
             "vocab_size": Resolved(self.vocab_size, "the tokenizer's"),
         }
-        return {name: resolved for name, resolved in found.items() if getattr(self.config, name) == "auto"}
+        if "S" in config.window_pattern:
+            found["window"] = Resolved(auto_window(length), f"max_seq_len {length} / 4, up to a multiple of 128")
+        return {name: resolved for name, resolved in found.items() if getattr(config, name) == "auto"}
+
+    def unsupported(self) -> Mapping[str, str]:
+        device, problems = self.context.device, {}
+        if self.config.fp8 and (problem := fp8_problem(device)):
+            problems["fp8"] = f"{problem}: set it to false"
+        if self.config.attention == "flash3" and (problem := flash3_problem(device, self.dtype)):
+            problems["attention"] = f'"flash3" is not to be had: {problem}; give "auto"'
+        if self.config.attention == "flex" and device.type != "cuda":
+            problems["attention"] = '"flex" trains on CUDA devices only: give "auto"'
+        return problems
 
     def describe(self) -> Mapping[str, str | int]:
-        width = f"{self.shape.width:,}"
-        if self.shape.width != self.config.depth * self.config.aspect_ratio:
-            width += f" (rounded up from {self.config.depth * self.config.aspect_ratio:,}, so that the heads divide it)"
+        width, asked = f"{self.shape.width:,}", self.config.depth * self.config.aspect_ratio
+        if self.shape.width != asked:
+            width += f" (rounded up from {asked:,}, so that the heads divide it)"
         shape = self.shape
-        return {"layers": self.config.depth, "width": width, "heads": shape.heads, "kv heads": shape.kv_heads}
+        rows: dict[str, str | int] = {"layers": self.config.depth, "width": width, "heads": shape.heads}
+        rows["kv heads"] = shape.kv_heads
+        rows["attention"] = "; ".join(self._describe_attention())
+        return rows
 
-    def compile_training(self, backend: str = "inductor") -> None:
-        """Compile the block that training runs through: once, for all of them, so that depth costs no compile time.
-
-        Evaluation and sampling, whose shapes vary, stay eager, and so do the embedding, whose compiled gradient would
-        not repeat, and the head, which is not faster compiled.
-        """
-        self._compiled_block = torch.compile(Block.forward, dynamic=False, backend=backend)
+    def _describe_attention(self) -> list[str]:
+        lines, length = [], self.context.max_seq_len
+        for window in sorted(set(self.windows), key=lambda w: w is None):
+            layers = self.windows.count(window)
+            seen = None if window is None or length - 1 <= window else window
+            backend, why = choose_backend(self.config.attention, self.context.device, self.dtype, length, seen)
+            reach = f"{layers} of {len(self.windows)} layers see {window} tokens back: " if window is not None else ""
+            lines.append(f"{reach}{backend} ({why})")
+        return lines
 
 
 def build(config: GPTConfig, context: ModelContext) -> GPT:
@@ -209,10 +333,9 @@ def build(config: GPTConfig, context: ModelContext) -> GPT:
     Raises:
         ConfigError: when the vocabulary is smaller than the tokenizer's.
     """
-    vocab_size = context.vocab_size if config.vocab_size == "auto" else config.vocab_size
-    if vocab_size < context.vocab_size:
+    if config.vocab_size != "auto" and config.vocab_size < context.vocab_size:
         raise ConfigError(
-            f"model.vocab_size: {vocab_size} is smaller than the tokenizer's {context.vocab_size}: "
+            f"model.vocab_size: {config.vocab_size} is smaller than the tokenizer's {context.vocab_size}: "
             f'give at least {context.vocab_size}, or "auto"'
         )
-    return GPT(config, vocab_size, context.max_seq_len, context.dtype)
+    return GPT(config, context)

@@ -13,10 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nanochat_gpt.fp8 import fp8_linear
 
-def linear(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """x W^T in ``dtype``."""
-    return F.linear(x.to(dtype), weight.to(dtype))
+
+def linear(x: Tensor, weight: Tensor, dtype: torch.dtype, fp8: bool = False) -> Tensor:
+    """x W^T in ``dtype``; with ``fp8`` its products are float8."""
+    return fp8_linear(x, weight, dtype) if fp8 else F.linear(x.to(dtype), weight.to(dtype))
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -69,12 +71,12 @@ class _RMSNorm(torch.autograd.Function):
         return torch.addcmul(dy, y, mean, value=-1).mul_(r), None
 
 
-def mlp(x: Tensor, up: Tensor, down: Tensor, dtype: torch.dtype) -> Tensor:
+def mlp(x: Tensor, up: Tensor, down: Tensor, dtype: torch.dtype, fp8: bool = False) -> Tensor:
     """relu(x U^T)^2 D^T."""
-    if _by_hand():
+    if _by_hand() and not fp8:
         y: Tensor = _MLP.apply(x.to(dtype), up.to(dtype), down.to(dtype))
         return y
-    return linear(F.relu(linear(x, up, dtype)).square(), down, dtype)
+    return linear(F.relu(linear(x, up, dtype, fp8)).square(), down, dtype, fp8)
 
 
 class _MLP(torch.autograd.Function):
@@ -113,38 +115,50 @@ def rotate(x_BTHC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
 
 
 def split_heads(
-    qkv_BTSC: Tensor, heads: int, kv_heads: int, cos_TC: Tensor, sin_TC: Tensor, eps: float
+    qkv_BTSC: Tensor, heads: int, kv_heads: int, cos_TC: Tensor, sin_TC: Tensor, eps: float, scale: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values from one product; queries and keys rotated, then RMS-normed over a head.
+    """Queries, keys and values from one product; queries and keys rotated, RMS-normed over a head, then scaled.
 
     Args:
         qkv_BTSC: S = heads + 2 kv_heads heads of size C.
+        scale: factor on queries and on keys.
 
     Returns:
         [H, B, T, C], [K, B, T, C], [K, B, T, C]: each head's matrices lie in one piece.
     """
     if _by_hand():
-        q_HBTC, k_KBTC, v_KBTC = _RotateNorm.apply(qkv_BTSC, heads, kv_heads, cos_TC, sin_TC, eps)
+        q_HBTC, k_KBTC, v_KBTC = _RotateNorm.apply(qkv_BTSC, heads, kv_heads, cos_TC, sin_TC, eps, scale)
         return q_HBTC, k_KBTC, v_KBTC
     qk_BTSC, v_BTKC = qkv_BTSC.split([heads + kv_heads, kv_heads], dim=2)
-    qk_BTSC = rms_norm(rotate(qk_BTSC, cos_TC, sin_TC), eps).to(qkv_BTSC.dtype)
+    qk_BTSC = (rms_norm(rotate(qk_BTSC, cos_TC, sin_TC), eps) * scale).to(qkv_BTSC.dtype)
     q_HBTC, k_KBTC = qk_BTSC.permute(2, 0, 1, 3).split([heads, kv_heads])
     return q_HBTC, k_KBTC, v_BTKC.permute(2, 0, 1, 3)
 
 
 class _RotateNorm(torch.autograd.Function):
-    """Rotation keeps lengths: normed and rotated in any order, and mean(y dy) is the same on both sides of it."""
+    """Rotation keeps lengths: normed and rotated in any order, and mean(y dy) is the same on both sides of it.
+
+    With y = s r x and r the inverse root mean square: dx = s r (dy - y mean(y dy) / s^2).
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, qkv_BTSC: Tensor, heads: int, kv_heads: int, cos_TC: Tensor, sin_TC: Tensor, eps: float
+        ctx: Any,
+        qkv_BTSC: Tensor,
+        heads: int,
+        kv_heads: int,
+        cos_TC: Tensor,
+        sin_TC: Tensor,
+        eps: float,
+        scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         B, T, _, C = qkv_BTSC.shape
         x_BTSC, v_BTKC = qkv_BTSC.split([heads + kv_heads, kv_heads], dim=2)
-        r_BTS1 = _inverse_rms(x_BTSC, eps)
+        r_BTS1 = _inverse_rms(x_BTSC, eps).mul_(scale)
         y_SBTC = qkv_BTSC.new_empty(heads + kv_heads, B, T, C)
         _rotate_into(y_SBTC.permute(1, 2, 0, 3), x_BTSC * r_BTS1, cos_TC[:, None], sin_TC[:, None])
         ctx.save_for_backward(y_SBTC, r_BTS1, cos_TC, sin_TC)
+        ctx.scale = scale
         q_HBTC, k_KBTC = y_SBTC.split([heads, kv_heads])
         return q_HBTC, k_KBTC, v_BTKC.permute(2, 0, 1, 3).contiguous()
 
@@ -157,11 +171,11 @@ class _RotateNorm(torch.autograd.Function):
         y_parts, r_parts = y_SBTC.split([H, K]), r_BTS1.split([H, K], dim=2)
         out_parts = dqkv_BTSC.split([H, K, K], dim=2)
         for dy, y, r, out in zip((dq, dk), y_parts, r_parts, out_parts, strict=False):
-            mean = torch.linalg.vecdot(y, dy).div_(C).unsqueeze(-1)
+            mean = torch.linalg.vecdot(y, dy).div_(C * ctx.scale**2).unsqueeze(-1)
             dn = torch.addcmul(dy, y, mean, value=-1).permute(1, 2, 0, 3) * r
             _rotate_into(out, dn, cos_TC[:, None], -sin_TC[:, None])
         out_parts[2].copy_(dv.permute(1, 2, 0, 3))
-        return dqkv_BTSC, None, None, None, None, None
+        return dqkv_BTSC, None, None, None, None, None, None
 
 
 def _rotate_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> None:
@@ -169,6 +183,39 @@ def _rotate_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> None:
     y1, y2 = out.chunk(2, dim=-1)
     y1.copy_((x1 * cos).addcmul_(x2, sin))
     y2.copy_((x2 * cos).addcmul_(x1, sin, value=-1))
+
+
+def mix(x: Tensor, x0: Tensor, r: Tensor, s: Tensor) -> Tensor:
+    """r x + s x0, with trained numbers r and s."""
+    if _by_hand():
+        y: Tensor = _Mix.apply(x, x0, r, s)
+        return y
+    return (r * x + s * x0).to(x.dtype)
+
+
+class _Mix(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, x0: Tensor, r: Tensor, s: Tensor) -> Tensor:
+        ctx.save_for_backward(x, x0, r, s)
+        return torch.mul(x, r).addcmul_(x0, s)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
+        x, x0, r, s = ctx.saved_tensors
+        dr, ds = (torch.linalg.vecdot(z, dy).sum(dtype=r.dtype) for z in (x, x0))
+        return dy * r, dy * s, dr, ds
+
+
+def smear(x_BTD: Tensor, before_B1D: Tensor | None, weight_1G: Tensor, factor: Tensor) -> Tensor:
+    """x_t + factor sigmoid(w . x_t[:G]) x_{t-1}.
+
+    Args:
+        before_B1D: what came before the first position; None when nothing did.
+    """
+    gate_BT1 = factor * torch.sigmoid(F.linear(x_BTD[..., : weight_1G.shape[1]], weight_1G.to(x_BTD.dtype)))
+    first_B1D = torch.zeros_like(x_BTD[:, :1]) if before_B1D is None else before_B1D
+    return (x_BTD + gate_BT1 * torch.cat([first_B1D, x_BTD[:, :-1]], dim=1)).to(x_BTD.dtype)
 
 
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import ROOT, Trained, call, spawn
+from support import ROOT, Site, Trained, call, spawn
 
 import nanochat_core
 
@@ -113,6 +113,31 @@ def test_d20_can_be_shown_and_planned_before_its_data_source_is_there(tmp_path: 
 def test_every_shipped_experiment_is_sound(file: Path) -> None:
     rows = shown(file)
     assert all(origin for _, origin in rows.values())
+
+
+UNVERIFIED = """
+@attrs.frozen
+class Config:
+    fast: bool | str = option("auto", "a fast way", unverified="never ran on a fast machine")
+    plain: int = option(1, "a plain option")
+
+@hookimpl
+def nanochat_register_evaluators(registry):
+    registry.add("made-up", config=Config, factory="made_up.plugin:Config")
+"""
+
+
+def test_what_never_ran_on_its_hardware_is_said(site: Site, tiny: Path) -> None:
+    site.add("made-up", UNVERIFIED)
+    text, chosen = "never ran on a fast machine", ("--set", "evaluators.it.plugin=made-up")
+    assert f"      a fast way\n      unverified: {text}\n" in call("plugins", "evaluator/made-up").out
+    for command, line in (
+        ("show", rf"evaluators\.it\.fast = true +# --set evaluators\.it\.fast=true \(unverified: {text}\)"),
+        ("plan", rf"  unverified +evaluators\.it\.fast: {text}"),
+    ):
+        assert text not in call(command, tiny, *chosen, "--set", "evaluators.it.plain=2").out
+        said = call(command, tiny, *chosen, "--set", "evaluators.it.fast=true").out
+        assert len(re.findall(f"(?m)^{line}$", said)) == 1
 
 
 # --------------------------------------------------------------------------------------------------------------- plan

@@ -11,6 +11,7 @@ import attrs
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from nanochat_core import (
     DataContext,
@@ -171,8 +172,34 @@ class Unseeded(Good):
             self.head.weight.normal_(generator=torch.Generator().manual_seed(torch.seed() % 2**31))
 
 
+class Checkpointed(Good):
+    """Its embedding is dropped out, and computed again in the backward pass."""
+
+    again = False
+
+    def hidden(self, ids_BT: Any, cache: Any = None) -> Any:
+        return checkpoint(self.dropped, ids_BT, use_reentrant=False) if self.again else self.dropped(ids_BT)
+
+    def dropped(self, ids_BT: Any) -> Any:
+        return nn.functional.dropout(super().hidden(ids_BT), 0.2, self.training)
+
+    def checkpoint_activations(self) -> None:
+        self.again = True
+
+
+class LosesGradients(Checkpointed):
+    def hidden(self, ids_BT: Any, cache: Any = None) -> Any:
+        return super().hidden(ids_BT).detach() if self.again else super().hidden(ids_BT)
+
+
+class OtherFunction(Checkpointed):
+    def dropped(self, ids_BT: Any) -> Any:
+        return super().dropped(ids_BT) * (0.9 if self.again else 1)
+
+
 def test_a_good_model() -> None:
     check_model(Good, None)
+    check_model(Checkpointed, None)
 
 
 @pytest.mark.parametrize(
@@ -186,6 +213,8 @@ def test_a_good_model() -> None:
         (OwnRoles, "has role 'body'"),
         (Forgetful, "saved and loaded it gives other logits"),
         (Unseeded, "the same seed gives other weights"),
+        (LosesGradients, r"with checkpoint_activations parameter embedding\.weight gets another gradient"),
+        (OtherFunction, "with checkpoint_activations the loss is another"),
     ],
 )
 def test_broken_models(model: Any, reason: str) -> None:

@@ -530,15 +530,3 @@ remove = true
     assert again.experiment == loaded.experiment
     assert again.experiment.loggers == ()
     assert again.experiment.run.name == "child"
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["quickstart", "ablations/base", "ablations/adamw", "ablations/no_softcap", "ablations/multi_query"],
-)
-def test_shipped_experiments_survive_a_round_trip(name: str, tmp_path: Path) -> None:
-    shipped = Path(__file__).parents[2] / "experiments" / f"{name}.toml"
-    loaded = load(shipped, (), PLUGINS).require_all()
-    copy = tmp_path / "copy.toml"
-    copy.write_text(dump(loaded.experiment), encoding="utf-8")
-    assert load(copy, (), PLUGINS).experiment == loaded.experiment

@@ -5,78 +5,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from gpt_reading import ALL, CONFIGS, SMALL, VOCAB, T, batch, make, norm, recipe_logits
 
 from nanochat_core import ConfigError, ModelContext
 from nanochat_gpt.config import GPTConfig
-from nanochat_gpt.model import GPT, build
-
-VOCAB, T = 50, 8
-SMALL = GPTConfig(depth=2, aspect_ratio=16, head_dim=8)  # width 32, 4 heads
-
-
-def make(config: GPTConfig = SMALL, dtype: torch.dtype = torch.float64, seed: int = 0) -> GPT:
-    """A model whose every matrix matters: the init leaves some at zero."""
-    torch.manual_seed(seed)
-    model = build(config, ModelContext(VOCAB, T, torch.device("cpu"), dtype))
-    for name, parameter in model.named_parameters():
-        if name != "embedding.weight":
-            torch.nn.init.normal_(parameter, std=0.3)
-    return model
-
-
-def batch(rows: int = 3, length: int = T, seed: int = 1) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, VOCAB, (rows, length + 1), generator=generator)
-    return ids[:, :-1], ids[:, 1:].clone()
-
-
-def norm(x: Tensor, eps: float) -> Tensor:
-    return x / torch.sqrt((x**2).mean(-1, keepdim=True) + eps)
-
-
-def recipe_logits(model: GPT, ids: Tensor) -> Tensor:
-    """The recipe read plainly, head by head and position by position, in the dtype of the weights."""
-    config, shape = model.config, model.config.shape()
-    eps, C = config.norm_eps, shape.head_dim
-    weights = dict(model.named_parameters())
-    x = norm(weights["embedding.weight"][ids], eps)
-    positions = torch.arange(ids.shape[1], dtype=x.dtype)
-    for layer in range(config.depth):
-        w = {n.removeprefix(f"blocks.{layer}."): p for n, p in weights.items() if n.startswith(f"blocks.{layer}.")}
-        y = norm(x, eps)
-        heads = []
-        for h in range(shape.heads):
-            g = h // (shape.heads // shape.kv_heads)  # the key and value head that this query head reads
-            q = y @ w["attention.query.weight"][h * C : (h + 1) * C].T
-            k = y @ w["attention.key.weight"][g * C : (g + 1) * C].T
-            v = y @ w["attention.value.weight"][g * C : (g + 1) * C].T
-            q, k = (norm(rotated(z, positions, config.rope_base), eps) for z in (q, k))
-            scores = q @ k.mT / math.sqrt(C)
-            future = positions[None, :] > positions[:, None]
-            heads.append(scores.masked_fill(future, -math.inf).softmax(-1) @ v)
-        x = x + torch.cat(heads, -1) @ w["attention.output.weight"].T
-        x = x + torch.relu(norm(x, eps) @ w["mlp.up.weight"].T) ** 2 @ w["mlp.down.weight"].T
-    z = norm(x, eps) @ weights["head.weight"][: model.vocab_size].T
-    return config.softcap * torch.tanh(z / config.softcap) if config.softcap else z
-
-
-def rotated(x: Tensor, positions: Tensor, base: float) -> Tensor:
-    half = x.shape[-1] // 2
-    out = torch.zeros_like(x)
-    for c in range(half):
-        angle = positions * base ** (-2 * c / x.shape[-1])
-        out[..., c] = x[..., c] * angle.cos() + x[..., c + half] * angle.sin()
-        out[..., c + half] = -x[..., c] * angle.sin() + x[..., c + half] * angle.cos()
-    return out
-
-
-CONFIGS = [
-    SMALL,
-    GPTConfig(depth=2, aspect_ratio=16, head_dim=8, n_kv_head=2),  # grouped queries
-    GPTConfig(depth=1, aspect_ratio=16, head_dim=8, n_kv_head=1, softcap=0.0, rope_base=500.0, norm_eps=1e-2),
-    GPTConfig(depth=1, aspect_ratio=20, head_dim=8, softcap=40.0),  # width rounded up
-]
+from nanochat_gpt.model import build
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -107,10 +40,11 @@ def test_gradients_over_long_rows() -> None:
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-8)
 
 
-def test_compiled_training_computes_the_same() -> None:
+@pytest.mark.parametrize("config", [SMALL, ALL])
+def test_compiled_training_computes_the_same(config: GPTConfig) -> None:
     """The compiled path uses other formulas than the eager one. Tracing is what counts, so no machine code is made."""
     ids, targets = batch()
-    eager, compiled = make(), make()
+    eager, compiled = make(config), make(config)
     compiled.compile_training(backend="eager")
     losses = [model(ids, targets) for model in (eager, compiled)]
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-12, atol=0)
@@ -135,7 +69,7 @@ def test_per_token_losses_add_up_with_and_without_gradients() -> None:
     torch.testing.assert_close(total_evaluated, total.detach())
 
 
-@pytest.mark.parametrize("config", CONFIGS[:2])
+@pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("chunks", [[1] * 8, [8], [3, 1, 4], [5, 3]])
 def test_cached_chunks_equal_the_full_forward(config: GPTConfig, rows: int, chunks: list[int]) -> None:

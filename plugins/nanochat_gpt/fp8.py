@@ -1,0 +1,65 @@
+"""Linear layers whose three products (forward, and two gradients) are computed in float8, each tensor with one scale.
+
+Activations and weights are cast to e4m3, gradients that come from above to e5m2 (Micikevicius et al., FP8 formats for
+deep learning, arXiv:2209.05433): each divided by its largest magnitude over the largest number of the format.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+FORWARD, BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
+
+
+def fp8_problem(device: torch.device) -> str:
+    """Why a device can't train with float8 products, or an empty string."""
+    if device.type != "cuda":
+        return f"it needs a Hopper or newer GPU, this is a {device.type.upper()} device"
+    if torch.cuda.get_device_capability(device) < (9, 0):
+        return f"it needs a Hopper or newer GPU, not {torch.cuda.get_device_name(device)}"
+    return ""
+
+
+def fp8_linear(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """x W^T, computed in float8 with results in ``dtype``, and so are its gradients.
+
+    Args:
+        x: [..., I]; ``weight``: [O, I]; I, O and the number of rows of x are multiples of 16.
+    """
+    y: Tensor = _Fp8Linear.apply(x.to(dtype).flatten(0, -2), weight.to(dtype))
+    return y.view(*x.shape[:-1], len(weight))
+
+
+def cast(x: Tensor, to: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x / scale in float8, and the scale, float32 (): the largest magnitude becomes the format's largest number."""
+    largest = torch.finfo(to).max
+    scale = x.abs().amax().float().clamp_min(1e-12) / largest
+    return (x.float() / scale).clamp(-largest, largest).to(to), scale
+
+
+def _product(a: tuple[Tensor, Tensor], b_transposed: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
+    """a b, with b given as its transpose: the hardware wants rows of a and columns of b to lie in one piece."""
+    (x, scale_x), (y, scale_y) = a, b_transposed
+    return torch._scaled_mm(x, y.t(), scale_a=scale_x, scale_b=scale_y, out_dtype=dtype)
+
+
+class _Fp8Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_NI: Tensor, weight_OI: Tensor) -> Tensor:
+        x, w = cast(x_NI, FORWARD), cast(weight_OI, FORWARD)
+        ctx.save_for_backward(*x, *w)
+        ctx.dtype = x_NI.dtype
+        return _product(x, w, x_NI.dtype)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dy_NO: Tensor) -> tuple[Tensor, Tensor]:
+        x_NI, scale_x, w_OI, scale_w = ctx.saved_tensors
+        dy, scale_dy = cast(dy_NO, BACKWARD)
+        dx_NI = _product((dy, scale_dy), (w_OI.t().contiguous(), scale_w), ctx.dtype)
+        dw_OI = _product((dy.t().contiguous(), scale_dy), (x_NI.t().contiguous(), scale_x), ctx.dtype)
+        return dx_NI, dw_OI
