@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nanochat_core import ModelContext, Multipliers, World
+from nanochat_core import ConfigError, ModelContext, Multipliers, World
 from nanochat_core.build import build_optimizer
 from nanochat_core.load import load
 from nanochat_core.plan import build_model, make_plan
@@ -31,15 +31,16 @@ class Training:
 
     def __init__(self, file: Path, overrides: Sequence[str], device: torch.device) -> None:
         planned = make_plan(load(file, overrides, load_plugins()).require_all(), 1, device)
+        if planned.problems:
+            raise ConfigError(planned.problems)
         self.plan, self.experiment, self.device = planned.plan, planned.experiment, device
+        train = self.experiment.train
         self.dtype: torch.dtype = getattr(torch, self.plan.dtype)
-        torch.manual_seed(self.experiment.train.seed)
+        torch.manual_seed(train.seed)
         context = ModelContext(self.plan.vocab_size, self.plan.max_seq_len, device, self.dtype)
-        self.model = build_model(self.experiment.model, context, torch.device("cpu")).to(device)
-        self.model.train()
+        model = build_model(self.experiment.model, context, torch.device("cpu"), train.activation_checkpointing)
+        self.model = model.to(device).train()
         self.optimizer = build_optimizer(self.experiment.optimizer, self.model, self.plan, World(0, 1, device))
-        if getattr(self.experiment.train, "activation_checkpointing", False):
-            self.model.checkpoint_activations()
         if self.plan.compile:
             self.model.compile_training()
         self.steps = 0
