@@ -122,7 +122,7 @@ def test_polar_express_is_near_the_polar_factor(shape: tuple[int, int, int], dty
     u, s, vt = torch.linalg.svd(g_GRC, full_matrices=False)
     assert (s[:, 0] / s[:, -1]).max() < 50
     ours = orthogonalize(g_GRC, 5, dtype, polar_express=True).double()
-    rounding = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.02}[dtype]
+    rounding = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.06}[dtype]
     turned = u.mT @ ours @ vt.mT  # diagonal where the singular vectors are the same
     singular = turned.diagonal(dim1=1, dim2=2)
     assert (turned - torch.diag_embed(singular)).abs().max() < rounding
