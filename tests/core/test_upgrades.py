@@ -159,7 +159,10 @@ def test_a_resumed_run_does_not_take_a_new_default(made: Made) -> None:
     made.site.change("made-up", release(default=7.0, limit=0.5))
     result = made.train("--resume", "--set", "model.gain=2.0")
     assert "model.limit: was None in" in result.err
-    assert "the old value can't be written in TOML: install the release it was made with, or start a fresh run" in result.err
+    assert (
+        "the old value can't be written in TOML: install the release it was made with, or start a fresh run"
+        in result.err
+    )
     made.site.change("made-up", release(default=7.0))
     result = made.train("--resume", "--set", "model.gain=2.0")
     assert result.code == 0, result.err
