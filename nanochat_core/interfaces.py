@@ -289,8 +289,8 @@ def base_role(role: str) -> str:
 
 
 def default_roles(model: nn.Module) -> dict[str, str]:
-    """Roles for a model that declares none: what an ``nn.Embedding`` holds is ``embedding``, the last 2-D parameter is
-    ``head`` unless the head is tied to an embedding, other 2-D parameters are ``matrix``, everything else ``scalar``."""
+    """Roles for a model that declares none: what an ``nn.Embedding`` holds is ``embedding``, even if it is the head
+    too; else the last 2-D parameter is ``head``; other 2-D parameters are ``matrix``, everything else ``scalar``."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     others = [m for m in model.modules() if not isinstance(m, nn.Embedding)]
     tied = any(id(p) in embeddings for m in others for p in m.parameters(recurse=False))
