@@ -9,7 +9,7 @@ import attrs
 import torch
 
 from nanochat_core import packing
-from nanochat_core.checkpoint import load_model_tensors, load_weights
+from nanochat_core.checkpoint import load_model_tensors, saved_tensors
 from nanochat_core.distributed import World
 from nanochat_core.errors import DataError, PluginError
 from nanochat_core.evaluate import EvaluationWorld
@@ -190,15 +190,16 @@ def load_trained(reference: str, runs_dir: Path, device: torch.device) -> Traine
         ConfigError: when its plugins are not installed.
     """
     run = find_run(reference, runs_dir)
-    experiment = load_experiment(run, load_plugins())
-    return open_trained(run, newest_checkpoint(run), experiment, device)
+    checkpoint = newest_checkpoint(run)
+    return open_trained(run, checkpoint, load_experiment(run, checkpoint, load_plugins()), device)
 
 
 def open_trained(run: RunDirectory, checkpoint: Path, experiment: Experiment, device: torch.device) -> TrainedModel:
-    """The model of one checkpoint of a run, as ``experiment`` says."""
+    """The model of one checkpoint of a run; ``experiment`` has the checkpoint's options, see ``load_run``."""
     tokenizer = load_tokenizer(experiment.tokenizer, run.tokenizer)
     dtype: torch.dtype = getattr(torch, experiment.train.dtype)
     context = ModelContext(tokenizer.vocab_size, experiment.train.max_seq_len, device, dtype)
     model = build_model(experiment.model, context, torch.device("cpu"))
-    load_model_tensors(model, load_weights(checkpoint), str(checkpoint))
+    assert experiment.model.entry is not None
+    load_model_tensors(model, saved_tensors(checkpoint, experiment.model.entry), str(checkpoint))
     return TrainedModel(model.to(device).eval(), tokenizer, experiment, dtype, checkpoint)

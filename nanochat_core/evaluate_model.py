@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import attrs
@@ -18,9 +17,10 @@ from nanochat_core.errors import CheckpointError, ConfigError, Problem
 from nanochat_core.evaluate import EvaluationFailed, EvaluationWorld, evaluate
 from nanochat_core.evaluation_files import EXAMPLES, TABLE, write_evaluation
 from nanochat_core.interfaces import DataSource, Evaluation, ModelContext
-from nanochat_core.load import load, parse_override
+from nanochat_core.load import LoadedExperiment, load, parse_override
+from nanochat_core.needs import load_run
 from nanochat_core.plan import build_model
-from nanochat_core.plugins import load_plugins
+from nanochat_core.plugins import Plugins, load_plugins
 from nanochat_core.prepare import newest_checkpoint
 from nanochat_core.rundir import RunDirectory, find_run
 from nanochat_core.schema import Experiment
@@ -110,15 +110,14 @@ def load_subject(subject: Subject, names: Sequence[str], overrides: Sequence[str
         message = f"can't be changed for an evaluation; what can: {', '.join(allowed)}"
         raise ConfigError([Problem(key, message, "--set") for key in wrong])
     plugins = load_plugins()
-    with _experiment_file(subject) as file:
-        known = {choice.name for choice in load(file, (), plugins).experiment.evaluators}
-        for name in dict.fromkeys(n for n in names if n not in known):
-            if plugins["evaluator"].get(name) is None:
-                hint = plugins["evaluator"].suggest(name)
-                message = f"neither an entry of the experiment ({', '.join(known) or 'none'}) nor a plugin{hint}"
-                raise ConfigError([Problem(name, message, "--evaluator")])
-            overrides = [f"evaluators.{name}.plugin={name}", *overrides]
-        loaded = load(file, overrides, plugins)
+    known = {choice.name for choice in _load(subject, (), plugins).experiment.evaluators}
+    for name in dict.fromkeys(n for n in names if n not in known):
+        if plugins["evaluator"].get(name) is None:
+            hint = plugins["evaluator"].suggest(name)
+            message = f"neither an entry of the experiment ({', '.join(known) or 'none'}) nor a plugin{hint}"
+            raise ConfigError([Problem(name, message, "--evaluator")])
+        overrides = [f"evaluators.{name}.plugin={name}", *overrides]
+    loaded = _load(subject, overrides, plugins)
     chosen = tuple(c for c in loaded.experiment.evaluators if not names or c.name in names)
     if not chosen:
         raise ConfigError([Problem("--evaluator", "name at least one, as in --evaluator core")])
@@ -134,15 +133,13 @@ def load_subject(subject: Subject, names: Sequence[str], overrides: Sequence[str
     return attrs.evolve(loaded.experiment, evaluators=chosen)
 
 
-@contextlib.contextmanager
-def _experiment_file(subject: Subject) -> Iterator[Path]:
-    if subject.run is not None:
-        yield subject.run.experiment
-        return
+def _load(subject: Subject, overrides: Sequence[str], plugins: Plugins) -> LoadedExperiment:
+    if subject.run is not None and subject.checkpoint is not None:
+        return load_run(subject.run, subject.checkpoint, plugins, overrides)
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory, "elsewhere.toml")
         file.write_text(ELSEWHERE.format(plugin=subject.plugin, path=f"'{subject.path}'"))
-        yield file
+        return load(file, overrides, plugins)
 
 
 def open_subject(subject: Subject, experiment: Experiment, device: torch.device) -> TrainedModel:

@@ -13,7 +13,7 @@ import attrs
 import torch
 
 from nanochat_core.build import build_evaluators, build_loader, build_optimizer, build_source
-from nanochat_core.checkpoint import CheckpointContent, load_checkpoint, load_model_tensors, load_weights
+from nanochat_core.checkpoint import CheckpointContent, load_checkpoint, load_model_tensors, saved_tensors
 from nanochat_core.distributed import OtherRankFailed, World, join_world, leave_world
 from nanochat_core.errors import CheckpointError, ConfigError, DataError, NanochatError, Problem
 from nanochat_core.evaluate import Evaluations, EvaluationWorld
@@ -192,7 +192,8 @@ class _Session:
                     f"[tokenizer] and [data], or start from random weights"
                 )
                 raise ConfigError([Problem("train.init_from", message)])
-            load_model_tensors(model, load_weights(weights), str(weights))
+            assert self.experiment.model.entry is not None
+            load_model_tensors(model, saved_tensors(weights, self.experiment.model.entry), str(weights))
             self.logs.report(f"starting from the weights of {weights}")
         model.to(self.world.device)
         for parameter in model.parameters():

@@ -138,6 +138,17 @@ def test_bpb_on_texts_of_ones_own(tmp_path):
     assert "fruit/bpb: " in result.out
 
 
+def test_roles_by_shape(tmp_path):
+    """The head of llama is its own, that of gpt2 its embedding."""
+    context = ModelContext(259, 64, CPU, torch.float32)
+    roles = build("model", llama(tmp_path / "llama"), context).parameter_roles()
+    assert roles["theirs.lm_head.weight"] == "head"
+    assert roles["theirs.model.layers.1.mlp.down_proj.weight"] == "matrix"
+    roles = build("model", gpt2(tmp_path / "gpt2"), context).parameter_roles()
+    assert set(roles.values()) == {"embedding", "matrix", "scalar"}
+    assert roles["theirs.transformer.wte.weight"] == "embedding"
+
+
 def test_what_is_no_model_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     result = call("eval", f"hf:{tmp_path / 'empty'}", "--evaluator", "core", "--runs-dir", tmp_path)
