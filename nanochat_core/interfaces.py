@@ -319,6 +319,8 @@ def default_roles(model: nn.Module) -> dict[str, str]:
 class OptimizerContext:
     """What an optimizer may know when it is built.
 
+    It is built on every rank, and once more on the meta device to plan, where there is nobody to talk to.
+
     Args:
         parameters: trainable parameters by name, in the model's order, the same on every rank.
         roles: role of each parameter, by name.
