@@ -101,10 +101,10 @@ def matrix_decay(config: MuonAdamWConfig) -> float:
 
 
 def momentum(config: MuonAdamWConfig, step: int, warmdown: float) -> float:
-    """Muon's momentum: linear up over its warmup, then linear to its end over the schedule's warmdown."""
+    """Muon's momentum: a linear rise from its start; what it rises to moves to its end over the schedule's warmdown."""
     done = min(1.0, step / config.momentum_warmup_steps) if config.momentum_warmup_steps else 1.0
-    risen = (1 - done) * config.momentum_start + done * config.momentum
-    return (1 - warmdown) * risen + warmdown * number(config.momentum_end)
+    aim = (1 - warmdown) * config.momentum + warmdown * number(config.momentum_end)
+    return (1 - done) * config.momentum_start + done * aim
 
 
 def decay_factor(schedule: str, step: int, num_iterations: int) -> float:

@@ -182,9 +182,9 @@ def plain_muon(p: Tensor, steps: range, name: str, c: MuonAdamWConfig) -> Tensor
     along = 1 if rows >= columns else 0  # second moments: one a row, or one a column of a wide matrix
     buffer, moment = torch.zeros_like(p), torch.zeros_like(p.mean(along, keepdim=True))
     for step in steps:
-        risen = c.momentum_start + (c.momentum - c.momentum_start) * min(1.0, step / c.momentum_warmup_steps)
         end = c.momentum if c.momentum_end == "auto" else c.momentum_end
-        m = risen + (end - risen) * multipliers(step).warmdown
+        aim = c.momentum + (end - c.momentum) * multipliers(step).warmdown
+        m = c.momentum_start + (aim - c.momentum_start) * min(1.0, step / c.momentum_warmup_steps)
         gradient = gradients(step)[name]
         buffer = m * buffer + (1 - m) * gradient
         x = (1 - m) * gradient + m * buffer
@@ -334,6 +334,7 @@ def test_momentum_rises_and_falls_linearly() -> None:
 
     assert [at(s, 0.0) for s in (0, 150, 300, 1000)] == pytest.approx([0.85, 0.90, 0.95, 0.95])
     assert at(0, 0.0, momentum_warmup_steps=0) == at(1000, 1.0) == 0.95
+    assert at(150, 0.5) == at(150, 0.0)  # without an end of its own the warmdown changes nothing
     speedrun = {"momentum": 0.97, "momentum_warmup_steps": 400, "momentum_end": 0.9}
     found = [at(s, w, **speedrun) for s, w in ((0, 0), (200, 0), (400, 0), (2000, 0.5), (4000, 1))]
     assert found == pytest.approx([0.85, 0.91, 0.97, 0.935, 0.90])
