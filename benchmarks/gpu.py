@@ -1,8 +1,8 @@
 """Everything that is measured on one CUDA GPU, in one command. Unverified: it has not run on a GPU yet.
 
-    python benchmarks/gpu.py                      # about half an hour on an H100; writes gpu-report/report.md and .json
+    python benchmarks/gpu.py                      # writes gpu-report/report.md and .json
     python benchmarks/gpu.py --depths 12 --kinds train attention
-    python benchmarks/gpu.py --smoke              # a minute on any machine: whether the script works
+    python benchmarks/gpu.py --smoke              # tiny, on any machine: whether the script works
 
 Training steps of experiments/dN.toml (classic) and experiments/speedrun.toml at depths 12 and 20, T = 2048, 2^19 tokens
 a step, in bfloat16 and with model.fp8 = true, with each attention backend; attention alone, forward and backward, over
