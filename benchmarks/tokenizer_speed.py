@@ -27,9 +27,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import rustbpe
 
-from nanochat_bpe.config import PATTERN, SPECIAL_TOKENS, BPEConfig
+from nanochat_bpe.config import PATTERN, BPEConfig
 from nanochat_bpe.tokenizer import BPETokenizer, train
-from nanochat_core import DataContext
+from nanochat_core import SPECIAL_TOKENS, DataContext
 from nanochat_parquet.config import ParquetConfig
 from nanochat_parquet.source import build as parquet
 
