@@ -54,7 +54,7 @@ if TYPE_CHECKING:
         score_spans,
         token_spans,
     )
-    from nanochat_core.table_tokenizer import TableTokenizer, load_table_tokenizer, special_tokens_from
+    from nanochat_core.table_tokenizer import PerThread, TableTokenizer, load_table_tokenizer, special_tokens_from
 
 _LAZY = {
     "World": "distributed",
@@ -79,7 +79,7 @@ _LAZY = {
         "scoring",
     ),
     "cross_entropy": "loss",
-    **dict.fromkeys(["TableTokenizer", "load_table_tokenizer", "special_tokens_from"], "table_tokenizer"),
+    **dict.fromkeys(["PerThread", "TableTokenizer", "load_table_tokenizer", "special_tokens_from"], "table_tokenizer"),
     "GradientReducer": "reduction",
     "TorchOptimizer": "reduction",
     **dict.fromkeys(
@@ -135,6 +135,7 @@ __all__ = [
     "Optimizer",
     "OptimizerContext",
     "OutOfTime",
+    "PerThread",
     "PluginError",
     "Problem",
     "Problems",

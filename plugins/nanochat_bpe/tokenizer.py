@@ -21,6 +21,7 @@ from nanochat_core import (
     CheckpointError,
     ConfigError,
     DataError,
+    PerThread,
     TableTokenizer,
     TokenizerContext,
     Tokens,
@@ -51,13 +52,12 @@ class BPETokenizer(TableTokenizer):
     def __init__(self, pattern: str, tokens: Sequence[bytes], encoder: Encoder = "tiktoken") -> None:
         super().__init__(tokens, special_tokens_from(len(tokens)))
         self._pattern, self._tokens, self._encoder = pattern, tokens, encoder
+        ranks, special = {token: rank for rank, token in enumerate(tokens)}, self._special
+        self._encodings = PerThread(
+            lambda: tiktoken.Encoding("nanochat", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+        )
         try:
-            self._encoding = tiktoken.Encoding(
-                "nanochat",
-                pat_str=pattern,
-                mergeable_ranks={token: rank for rank, token in enumerate(tokens)},
-                special_tokens=self._special,
-            )
+            self._encodings.get()
         except ValueError as error:
             raise ConfigError(f"tokenizer.pattern: no regular expression that tiktoken knows: {error}") from error
         self._encode_piece: Callable[[str], Tokens] = self._by_tiktoken
@@ -82,9 +82,9 @@ class BPETokenizer(TableTokenizer):
 
     def _by_tiktoken(self, text: str) -> Tokens:
         try:
-            ids = self._encoding.encode_to_numpy(text, disallowed_special=())
+            ids = self._encodings.get().encode_to_numpy(text, disallowed_special=())
         except UnicodeEncodeError:
-            ids = self._encoding.encode_to_numpy(well_formed(text), disallowed_special=())
+            ids = self._encodings.get().encode_to_numpy(well_formed(text), disallowed_special=())
         return ids.view(np.int32)
 
     @property

@@ -20,6 +20,7 @@ import tiktoken.load
 from nanochat_core import (
     ConfigError,
     DataError,
+    PerThread,
     TableTokenizer,
     TokenizerContext,
     Tokens,
@@ -53,10 +54,14 @@ class TiktokenTokenizer(TableTokenizer):
             tokens[rank] = token
         super().__init__(tokens, special_tokens_from(max([*ranks.values(), *special.values()]) + 1, special))
         self._pattern, self._ranks, self._own_special = pattern, dict(ranks), dict(special)
-        try:
-            self._encoding = tiktoken.Encoding(
-                "nanochat", pat_str=pattern, mergeable_ranks=self._ranks, special_tokens={}
+        own_ranks, all_special = self._ranks, self._special
+        self._encodings = PerThread(
+            lambda: tiktoken.Encoding(
+                "nanochat", pat_str=pattern, mergeable_ranks=own_ranks, special_tokens=all_special
             )
+        )
+        try:
+            self._encodings.get()
         except ValueError as error:
             raise ConfigError(f"tokenizer.pattern: no regular expression that tiktoken knows: {error}") from error
         if not self.keeps_text():
@@ -70,9 +75,9 @@ class TiktokenTokenizer(TableTokenizer):
         if len(pieces) > 1:
             return np.concatenate([self.encode_array(piece) for piece in pieces])
         try:
-            ids = self._encoding.encode_to_numpy(text, disallowed_special=())
+            ids = self._encodings.get().encode_to_numpy(text, disallowed_special=())
         except UnicodeEncodeError:
-            ids = self._encoding.encode_to_numpy(well_formed(text), disallowed_special=())
+            ids = self._encodings.get().encode_to_numpy(well_formed(text), disallowed_special=())
         return ids.view(np.int32)
 
     @property
