@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import attrs
@@ -182,35 +183,36 @@ def _checked(subject: Subject, names: Sequence[str], overrides: Sequence[str]) -
 def _evaluate(subject: Subject, experiment: Experiment, world: World) -> int:
     trained = open_subject(subject, experiment, world.device)
     guarded = EvaluationWorld.of(world)
+
+    @cache  # built when somebody asks for it
+    def source() -> DataSource:
+        return build_source(experiment.data)
+
     evaluators = build_evaluators(
-        experiment.evaluators, _once(experiment), trained.tokenizer, trained.experiment, guarded, subject.evaluations
+        experiment.evaluators,
+        source,
+        cache(lambda split: source().fingerprint(split)),
+        trained.tokenizer,
+        trained.experiment,
+        guarded,
+        subject.evaluations,
     )
     code = 0
-    for choice, evaluator in evaluators:
+    for built in evaluators:
+        choice = built.choice
         try:
-            evaluation = evaluate(choice, evaluator, trained.model, trained.dtype, subject.step, guarded)
+            evaluation = evaluate(choice, built.evaluator, trained.model, trained.dtype, subject.step, guarded)
         except EvaluationFailed as error:
             code = FAILED_EXIT_CODE
             if world.is_main:
                 print(f"evaluator {choice.name} failed: {error}", flush=True)
             continue
         if world.is_main:
-            more = {"subject": subject.label, "ranks": world.size, "dtype": str(trained.dtype).removeprefix("torch.")}
+            dtype = str(trained.dtype).removeprefix("torch.")
+            more = {"subject": subject.label, "ranks": world.size, "dtype": dtype, "data": built.data}
             path = write_evaluation(subject.evaluations, choice.name, subject.step, evaluation, more)
             _show(choice.name, evaluation, path)
     return code
-
-
-def _once(experiment: Experiment) -> Callable[[], DataSource]:
-    """The data source, built when somebody asks for it."""
-    built: list[DataSource] = []
-
-    def source() -> DataSource:
-        if not built:
-            built.append(build_source(experiment.data))
-        return built[0]
-
-    return source
 
 
 def _show(name: str, evaluation: Evaluation, path: Path) -> None:

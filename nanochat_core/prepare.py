@@ -30,6 +30,7 @@ class Setup:
         weights: checkpoint of ``[train] init_from``.
         distributions: version of each distribution that brought a plugin.
         observers: entry-point name and distribution of each plugin that observes runs.
+        allow_other_data: whether a resumed run may go on with data of other fingerprints.
     """
 
     planned: Planned
@@ -38,9 +39,17 @@ class Setup:
     weights: Path | None
     distributions: dict[str, str]
     observers: tuple[tuple[str, str], ...] = ()
+    allow_other_data: bool = False
 
 
-def prepare(file: Path, overrides: Sequence[str], runs_dir: Path, resume: str | None, world: World) -> Setup | None:
+def prepare(
+    file: Path,
+    overrides: Sequence[str],
+    runs_dir: Path,
+    resume: str | None,
+    world: World,
+    allow_other_data: bool = False,
+) -> Setup | None:
     """Load and plan, print the plan, choose the run directory. None when there is nothing left to do.
 
     Raises:
@@ -71,7 +80,7 @@ def prepare(file: Path, overrides: Sequence[str], runs_dir: Path, resume: str | 
             _compare_options(weights, planned)
         return Setup(planned, create_run(runs_dir, experiment.run.name), None, weights, plugins.versions(), observers)
     run_dir, checkpoint = found
-    _check_changes(old, planned, run_dir)
+    _check_changes(old, planned, run_dir, allow_other_data)
     step = load_state(checkpoint).step
     if step >= planned.plan.num_iterations:
         print(
@@ -81,7 +90,7 @@ def prepare(file: Path, overrides: Sequence[str], runs_dir: Path, resume: str | 
         return None
     print(f"resuming {run_dir.path} from {checkpoint.name}")
     _explain_horizon(old, planned, run_dir, step)
-    return Setup(planned, run_dir, checkpoint, None, plugins.versions(), observers)
+    return Setup(planned, run_dir, checkpoint, None, plugins.versions(), observers, allow_other_data)
 
 
 def newest_checkpoint(run: RunDirectory) -> Path:
@@ -158,10 +167,12 @@ def _compare_options(weights: Path, planned: Planned) -> None:
         raise ConfigError(problems)
 
 
-def _check_changes(old: Experiment, planned: Planned, run_dir: RunDirectory) -> None:
+def _check_changes(old: Experiment, planned: Planned, run_dir: RunDirectory, allow_other_data: bool) -> None:
     """Refuse to resume with options that would make it another run; name other changes."""
     problems = []
     for key, before, now, rule in changed_options(old, planned.experiment):
+        if rule == "refuse" and allow_other_data and key.startswith("data.") and not key.startswith("data.packing"):
+            rule = "warn"
         if rule == "refuse":
             keep = "keep it (leave it out)"
             if before is not None:
