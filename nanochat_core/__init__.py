@@ -12,6 +12,7 @@ from nanochat_core.options import above, at_least, between, one_of, option
 from nanochat_core.paths import cache_dir
 
 if TYPE_CHECKING:
+    from nanochat_core.casting import cast
     from nanochat_core.distributed import World
     from nanochat_core.interfaces import (
         IGNORED,
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     )
 
 _LAZY = {
+    "cast": "casting",
     "World": "distributed",
     "Logger": "logger",
     "LoggerContext": "logger",
@@ -148,6 +150,7 @@ __all__ = [
     "base_role",
     "between",
     "cache_dir",
+    "cast",
     "choice_spans",
     "cropped_span",
     "cross_entropy",
