@@ -13,6 +13,7 @@ from nanochat_core.paths import cache_dir
 from nanochat_core.texts import SPECIAL_TOKENS, cut_long_runs, well_formed
 
 if TYPE_CHECKING:
+    from nanochat_core.casting import cast
     from nanochat_core.distributed import World
     from nanochat_core.interfaces import (
         IGNORED,
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from nanochat_core.table_tokenizer import PerThread, TableTokenizer, load_table_tokenizer, special_tokens_from
 
 _LAZY = {
+    "cast": "casting",
     "World": "distributed",
     "Logger": "logger",
     "LoggerContext": "logger",
@@ -155,6 +157,7 @@ __all__ = [
     "base_role",
     "between",
     "cache_dir",
+    "cast",
     "choice_spans",
     "cropped_span",
     "cross_entropy",

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nanochat_core.casting import weights_at_rest
 from nanochat_core.distributed import World
 from nanochat_core.evaluation_files import write_evaluation
 from nanochat_core.interfaces import Evaluation, Evaluator, Model
@@ -36,7 +37,8 @@ def inference(model: Model, dtype: torch.dtype) -> Iterator[None]:
     rng, numpy_rng, python_rng = rng_state(device), np.random.get_state(), random.getstate()
     model.eval()
     try:
-        with torch.no_grad(), torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32):
+        autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32)
+        with torch.no_grad(), weights_at_rest(), autocast:
             yield
     finally:
         for module, mode in modes.items():
