@@ -1,4 +1,4 @@
-"""What `train_speed.py` measures against: the same model and optimizer, written plainly in eager float32 PyTorch."""
+"""What `train_speed.py` measures against: the same model, written plainly in eager float32 PyTorch."""
 
 from __future__ import annotations
 
@@ -89,18 +89,39 @@ def orthogonalize(g: Tensor, steps: int = 5) -> Tensor:
 
 
 class PlainTrainer:
-    """One optimizer step with gradient accumulation, clipping, AdamW and Muon."""
+    """One optimizer step with gradient accumulation and clipping.
 
-    def __init__(self, depth: int, width: int, heads: int, vocab_size: int, seq_len: int, micro_batch: int) -> None:
-        self.model = PlainGPT(depth, width, heads, vocab_size, seq_len)
+    Args:
+        optimizer: "adamw" for ``torch.optim.AdamW`` as it comes, "fused" for its fused kernel, "muon" for AdamW on
+            embedding and head and Muon on the rest.
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        width: int,
+        heads: int,
+        vocab_size: int,
+        seq_len: int,
+        micro_batch: int,
+        optimizer: str = "adamw",
+    ) -> None:
+        self.model = model = PlainGPT(depth, width, heads, vocab_size, seq_len)
         self.micro_batch = micro_batch
-        factor = math.sqrt(768 / width)
-        groups = [
-            {"params": [self.model.embedding.weight], "lr": 0.2 * factor},
-            {"params": [self.model.head.weight], "lr": 0.004 * factor},
-        ]
-        self.adamw = torch.optim.AdamW(groups, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0, fused=True)
-        self.muon = PlainMuon(list(self.model.blocks.parameters()), lr=0.02, momentum=0.95)
+        self.optimizers: list[torch.optim.Optimizer]
+        if optimizer == "muon":
+            factor = math.sqrt(768 / width)
+            groups = [
+                {"params": [model.embedding.weight], "lr": 0.2 * factor},
+                {"params": [model.head.weight], "lr": 0.004 * factor},
+            ]
+            self.optimizers = [
+                torch.optim.AdamW(groups, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0, fused=True),
+                PlainMuon(list(model.blocks.parameters()), lr=0.02, momentum=0.95),
+            ]
+        else:
+            fused = True if optimizer == "fused" else None
+            self.optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), fused=fused)]
 
     def step(self, ids: Tensor, targets: Tensor) -> float:
         total, micro_batches = 0.0, len(ids) // self.micro_batch
@@ -109,7 +130,7 @@ class PlainTrainer:
             loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for optimizer in (self.adamw, self.muon):
+        for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
         return total

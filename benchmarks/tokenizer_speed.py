@@ -26,10 +26,11 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import rustbpe
+import tiktoken
 
-from nanochat_bpe.config import PATTERN, SPECIAL_TOKENS, BPEConfig
+from nanochat_bpe.config import PATTERN, BPEConfig
 from nanochat_bpe.tokenizer import BPETokenizer, train
-from nanochat_core import DataContext
+from nanochat_core import SPECIAL_TOKENS, DataContext
 from nanochat_parquet.config import ParquetConfig
 from nanochat_parquet.source import build as parquet
 
@@ -65,9 +66,15 @@ def encoding(data: Path, megabytes: int) -> None:
         size += len(text)
         if size > megabytes * 1e6:
             break
+    plain = tiktoken.Encoding(
+        "plain",
+        pat_str=PATTERN,
+        mergeable_ranks={token: rank for rank, token in enumerate(tokens)},
+        special_tokens={},
+    )
     free = hashlib.sha256
     ways: dict[str, Callable[[str], object]] = {
-        "tiktoken, plainly": tokenizer._encoding.encode_ordinary,
+        "tiktoken, plainly": plain.encode_ordinary,
         "bpe": lambda text: tokenizer.encode_documents([text]),
         "free work": lambda text: free(text.encode() * 64).digest(),
     }

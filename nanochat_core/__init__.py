@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from nanochat_core.documents import Documents, hold_out
+from nanochat_core.documents import Documents, Problems, hold_out
 from nanochat_core.errors import CheckpointError, ConfigError, DataError, NanochatError, PluginError, Problem
 from nanochat_core.hookspecs import HOOK_API, hookimpl
 from nanochat_core.options import above, at_least, between, one_of, option
 from nanochat_core.paths import cache_dir
+from nanochat_core.texts import SPECIAL_TOKENS, cut_long_runs, well_formed
 
 if TYPE_CHECKING:
+    from nanochat_core.casting import cast
     from nanochat_core.distributed import World
     from nanochat_core.interfaces import (
         IGNORED,
@@ -53,8 +55,10 @@ if TYPE_CHECKING:
         score_spans,
         token_spans,
     )
+    from nanochat_core.table_tokenizer import PerThread, TableTokenizer, load_table_tokenizer, special_tokens_from
 
 _LAZY = {
+    "cast": "casting",
     "World": "distributed",
     "Logger": "logger",
     "LoggerContext": "logger",
@@ -78,6 +82,7 @@ _LAZY = {
         "scoring",
     ),
     "cross_entropy": "loss",
+    **dict.fromkeys(["PerThread", "TableTokenizer", "load_table_tokenizer", "special_tokens_from"], "table_tokenizer"),
     "GradientReducer": "reduction",
     "TorchOptimizer": "reduction",
     **dict.fromkeys(
@@ -111,6 +116,7 @@ __version__ = "0.1.0"
 __all__ = [
     "HOOK_API",
     "IGNORED",
+    "SPECIAL_TOKENS",
     "Batch",
     "Cache",
     "CheckpointError",
@@ -132,13 +138,16 @@ __all__ = [
     "Optimizer",
     "OptimizerContext",
     "OutOfTime",
+    "PerThread",
     "PluginError",
     "Problem",
+    "Problems",
     "Registrar",
     "Resolved",
     "Span",
     "SpanScore",
     "Split",
+    "TableTokenizer",
     "Tokenizer",
     "TokenizerContext",
     "Tokens",
@@ -149,22 +158,27 @@ __all__ = [
     "base_role",
     "between",
     "cache_dir",
+    "cast",
     "choice_spans",
     "cropped_span",
     "cross_entropy",
+    "cut_long_runs",
     "default_roles",
     "generate",
     "greedy_match",
     "hold_out",
     "hookimpl",
     "is_close_call",
+    "load_table_tokenizer",
     "metrics_and_texts",
     "one_of",
     "option",
     "pick_choice",
     "score_choices",
     "score_spans",
+    "special_tokens_from",
     "token_spans",
+    "well_formed",
 ]
 
 

@@ -9,10 +9,10 @@ import attrs
 import torch
 
 from nanochat_core import packing
-from nanochat_core.checkpoint import load_model_tensors, load_weights
+from nanochat_core.checkpoint import load_model_tensors, saved_tensors
 from nanochat_core.distributed import World
 from nanochat_core.errors import DataError, PluginError
-from nanochat_core.evaluate import EvaluationWorld
+from nanochat_core.evaluate import BuiltEvaluator, EvaluationWorld
 from nanochat_core.interfaces import (
     Batch,
     DataContext,
@@ -148,27 +148,37 @@ def rows_of(
 def build_evaluators(
     choices: Sequence[Choice],
     source: Callable[[], DataSource],
+    fingerprint: Callable[[Split], str],
     tokenizer: Tokenizer,
     experiment: Experiment,
     world: EvaluationWorld,
     directory: Path,
-) -> tuple[tuple[Choice, Evaluator], ...]:
-    """The evaluators, each with its entry of the experiment.
+) -> tuple[BuiltEvaluator, ...]:
+    """The evaluators.
 
     Args:
-        source: gives the data source.
+        source: gives the data source; asked only when an evaluator reads rows.
+        fingerprint: of a split of it.
         directory: where evaluations are kept.
     """
     T, B = experiment.train.max_seq_len, experiment.train.device_batch_size
     rows = rows_of(source, tokenizer, T, B, world)
-    context = EvaluatorContext(tokenizer, world, T, B, rows, world.time_left)
-    built = []
-    for choice in choices:
-        evaluator = choice.build(attrs.evolve(context, directory=directory / f".{choice.name}"))
+
+    def build(choice: Choice) -> BuiltEvaluator:
+        data: dict[str, str] = {}
+
+        def noted_rows(split: Split, tokens: int) -> Iterator[Batch]:
+            if world.is_main:
+                data[split] = fingerprint(split)
+            return rows(split, tokens)
+
+        kept = directory / f".{choice.name}"
+        evaluator = choice.build(EvaluatorContext(tokenizer, world, T, B, noted_rows, world.time_left, kept))
         if not isinstance(evaluator, Evaluator):
             raise PluginError(f"the factory of evaluator {choice.plugin!r} must return a nanochat_core.Evaluator")
-        built.append((choice, evaluator))
-    return tuple(built)
+        return BuiltEvaluator(choice, evaluator, data)
+
+    return tuple(build(choice) for choice in choices)
 
 
 @attrs.frozen
@@ -190,15 +200,16 @@ def load_trained(reference: str, runs_dir: Path, device: torch.device) -> Traine
         ConfigError: when its plugins are not installed.
     """
     run = find_run(reference, runs_dir)
-    experiment = load_experiment(run, load_plugins())
-    return open_trained(run, newest_checkpoint(run), experiment, device)
+    checkpoint = newest_checkpoint(run)
+    return open_trained(run, checkpoint, load_experiment(run, checkpoint, load_plugins()), device)
 
 
 def open_trained(run: RunDirectory, checkpoint: Path, experiment: Experiment, device: torch.device) -> TrainedModel:
-    """The model of one checkpoint of a run, as ``experiment`` says."""
+    """The model of one checkpoint of a run; ``experiment`` has the checkpoint's options, see ``load_run``."""
     tokenizer = load_tokenizer(experiment.tokenizer, run.tokenizer)
     dtype: torch.dtype = getattr(torch, experiment.train.dtype)
     context = ModelContext(tokenizer.vocab_size, experiment.train.max_seq_len, device, dtype)
     model = build_model(experiment.model, context, torch.device("cpu"))
-    load_model_tensors(model, load_weights(checkpoint), str(checkpoint))
+    assert experiment.model.entry is not None
+    load_model_tensors(model, saved_tensors(checkpoint, experiment.model.entry), str(checkpoint))
     return TrainedModel(model.to(device).eval(), tokenizer, experiment, dtype, checkpoint)

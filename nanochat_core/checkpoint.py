@@ -17,9 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nanochat_core.errors import CheckpointError
+from nanochat_core.registry import Entry
 from nanochat_core.state import TrainState
+from nanochat_core.upgrades import ModelRecord, upgrade_manifest, upgrade_model
 
-VERSION = 1
+VERSION = 2  # upgrades.py reads older ones
 MANIFEST = "manifest.json"
 
 
@@ -30,6 +32,7 @@ class CheckpointContent:
     Args:
         model: parameters and buffers by name; ``optimizer``: ``<parameter>/<what>``; ``rng``: ``<rank>/<generator>``.
         state: where the run stands.
+        built_from: what the model was built from.
         plugins: version of each distribution whose plugins the run uses.
     """
 
@@ -37,6 +40,7 @@ class CheckpointContent:
     optimizer: Mapping[str, Tensor]
     rng: Mapping[str, Tensor]
     state: TrainState
+    built_from: ModelRecord
     plugins: Mapping[str, str] = attrs.field(factory=dict)
 
 
@@ -93,7 +97,13 @@ def save_checkpoint(directory: Path, content: CheckpointContent) -> Path:
             save_file(tensors, temporary / f"{name}.safetensors", metadata={"format": "pt"})
         (temporary / "state.json").write_text(json.dumps(content.state.to_json(), indent=1) + "\n")
         files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(temporary.iterdir())}
-        manifest = {"version": VERSION, "step": content.state.step, "plugins": dict(content.plugins), "files": files}
+        manifest = {
+            "version": VERSION,
+            "step": content.state.step,
+            "plugins": dict(content.plugins),
+            "model": attrs.asdict(content.built_from),
+            "files": files,
+        }
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
         for path in (*temporary.iterdir(), temporary):
             _sync(path)
@@ -159,7 +169,7 @@ def latest_checkpoint(directory: Path) -> tuple[Path | None, list[str]]:
 def load_checkpoint(checkpoint: Path) -> CheckpointContent:
     """Read a checkpoint that ``verify`` found sound, tensors on the CPU."""
     content: dict[str, Any] = {n: load_file(checkpoint / f"{n}.safetensors") for n in ("model", "optimizer", "rng")}
-    return CheckpointContent(state=load_state(checkpoint), **content)
+    return CheckpointContent(state=load_state(checkpoint), built_from=read_model(checkpoint), **content)
 
 
 def load_state(checkpoint: Path) -> TrainState:
@@ -168,5 +178,25 @@ def load_state(checkpoint: Path) -> TrainState:
 
 
 def load_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """Only the model's tensors of a checkpoint, on the CPU."""
+    """Only the model's tensors of a checkpoint, on the CPU, as they were saved."""
     return load_file(checkpoint / "model.safetensors")
+
+
+def read_model(checkpoint: Path) -> ModelRecord:
+    """What the model of a checkpoint was built from."""
+    manifest = upgrade_manifest(json.loads((checkpoint / MANIFEST).read_text()), checkpoint)
+    return ModelRecord(**manifest["model"])
+
+
+def saved_options(checkpoint: Path, entry: Entry) -> dict[str, Any]:
+    """Options of a checkpoint's model as ``entry`` has them today. See ``upgrade_model`` for errors."""
+    record = read_model(checkpoint)
+    tensors = load_weights(checkpoint) if record.version < entry.model_version else {}
+    return upgrade_model(record, entry, tensors, str(checkpoint))[0]
+
+
+def saved_tensors(checkpoint: Path, entry: Entry) -> dict[str, Tensor]:
+    """The model's tensors of a checkpoint, on the CPU, as ``entry`` has them today; those of another plugin as they
+    are. See ``upgrade_model`` for errors."""
+    record, tensors = read_model(checkpoint), load_weights(checkpoint)
+    return tensors if record.plugin != entry.name else upgrade_model(record, entry, tensors, str(checkpoint))[1]

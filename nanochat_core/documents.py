@@ -1,10 +1,16 @@
-"""Long sequences of documents that are read when they are asked for, and the part of them that is held out."""
+"""Long sequences of documents that are read when they are asked for, the part of them that is held out, and what can't
+be read of them."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from typing import overload
+from threading import Lock
+from typing import Literal, overload
+
+from nanochat_core.errors import DataError
+
+MOST_SKIPPED = 10_000  # places; beyond that the data are broken as a whole, or an option is wrong
 
 
 class Documents(Sequence[str]):
@@ -64,3 +70,38 @@ def hold_out(documents: Documents, fraction: float) -> tuple[Documents, Document
     """
     k = max(2, round(1 / fraction))
     return _Train(documents, k), _Val(documents, k)
+
+
+class Problems:
+    """What of a data source could not be read, and what that leads to. Any thread may use it.
+
+    Args:
+        on_error: of ``[data]``: whether it ends the run, or is noted and skipped.
+    """
+
+    def __init__(self, on_error: Literal["fail", "skip"] = "fail") -> None:
+        self.on_error = on_error
+        self._lines: dict[str, None] = {}  # a set that keeps its order
+        self._lock = Lock()
+
+    def meet(self, what: str, remedy: str, error: Exception | None = None) -> None:
+        """Note that a place can't be read.
+
+        Args:
+            remedy: what the user could do about it.
+
+        Raises:
+            DataError: unless it is to be skipped; also after ``MOST_SKIPPED`` places.
+        """
+        what = " ".join(what.split())  # messages of libraries have line breaks
+        if self.on_error == "fail":
+            raise DataError(f"data.on_error: {what}; {remedy}, or set data.on_error to skip") from error
+        with self._lock:
+            self._lines[f"skipped: {what}"] = None
+            if len(self._lines) > MOST_SKIPPED:
+                raise DataError(f"data.on_error: more than {MOST_SKIPPED:,} places can't be read, the last: {what}")
+
+    def lines(self) -> list[str]:
+        """A line for each place, in the order they were met; see ``DataSource.problems``."""
+        with self._lock:
+            return list(self._lines)

@@ -9,7 +9,7 @@ import pickle
 import random
 import time
 import traceback
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nanochat_core.casting import weights_at_rest
 from nanochat_core.distributed import World
 from nanochat_core.evaluation_files import write_evaluation
 from nanochat_core.interfaces import Evaluation, Evaluator, Model
@@ -36,7 +37,8 @@ def inference(model: Model, dtype: torch.dtype) -> Iterator[None]:
     rng, numpy_rng, python_rng = rng_state(device), np.random.get_state(), random.getstate()
     model.eval()
     try:
-        with torch.no_grad(), torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32):
+        autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32)
+        with torch.no_grad(), weights_at_rest(), autocast:
             yield
     finally:
         for module, mode in modes.items():
@@ -197,18 +199,30 @@ class EvaluationFailed(Exception):
 
 
 @attrs.frozen
+class BuiltEvaluator:
+    """An entry of the experiment and the evaluator built from it.
+
+    Args:
+        data: fingerprints of the splits whose rows it has asked for so far, on the main rank.
+    """
+
+    choice: Choice
+    evaluator: Evaluator
+    data: dict[str, str] = attrs.field(factory=dict)
+
+
+@attrs.frozen
 class Evaluations:
     """The evaluators of a run.
 
     Args:
-        evaluators: the experiment's entries with the evaluators built from them.
         num_iterations: optimizer steps of the run.
         world: the one that the evaluators' contexts have.
         directory: of the run: texts go to ``samples``, tables and examples to ``evaluations``.
         report: called with a line for people.
     """
 
-    evaluators: tuple[tuple[Choice, Evaluator], ...]
+    evaluators: tuple[BuiltEvaluator, ...]
     num_iterations: int
     dtype: torch.dtype
     world: World
@@ -216,9 +230,9 @@ class Evaluations:
     report: Callable[[str], None]
     _told: set[str] = attrs.field(factory=set, init=False, eq=False)
 
-    def due(self, step: int) -> list[tuple[Choice, Evaluator]]:
+    def due(self, step: int) -> list[BuiltEvaluator]:
         """Evaluators to call after ``step`` optimizer steps."""
-        return [(choice, evaluator) for choice, evaluator in self.evaluators if self._is_due(choice, step)]
+        return [built for built in self.evaluators if self._is_due(built.choice, step)]
 
     def _is_due(self, choice: Choice, step: int) -> bool:
         keys = choice.keys
@@ -237,7 +251,8 @@ class Evaluations:
         Args:
             done: names of entries to leave out.
         """
-        for choice, evaluator in self.due(step):
+        for built in self.due(step):
+            choice, evaluator = built.choice, built.evaluator
             if choice.name in done:
                 continue
             try:
@@ -247,12 +262,12 @@ class Evaluations:
                 continue
             if self.world.is_main:
                 try:
-                    self._keep(choice.name, step, evaluation)
+                    self._keep(choice.name, step, evaluation, built.data)
                 except OSError as error:
                     self.report(f"results of evaluator {choice.name} at step {step} can't be written: {error}")
             yield choice.name, evaluation
 
-    def _keep(self, name: str, step: int, evaluation: Evaluation) -> None:
+    def _keep(self, name: str, step: int, evaluation: Evaluation, data: Mapping[str, str]) -> None:
         for note in evaluation.notes:
             if f"{name}: {note}" not in self._told:  # once a run
                 self._told.add(f"{name}: {note}")
@@ -263,7 +278,7 @@ class Evaluations:
             path = samples / f"{name}_{step:06d}.json"
             path.write_text(json.dumps(dict(evaluation.texts), indent=1, ensure_ascii=False) + "\n")
         if evaluation.examples or evaluation.files:
-            write_evaluation(self.directory / "evaluations", name, step, evaluation)
+            write_evaluation(self.directory / "evaluations", name, step, evaluation, {"data": dict(data)})
 
 
 def _check(evaluation: Evaluation) -> None:

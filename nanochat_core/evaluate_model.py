@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import attrs
@@ -18,9 +18,10 @@ from nanochat_core.errors import CheckpointError, ConfigError, Problem
 from nanochat_core.evaluate import EvaluationFailed, EvaluationWorld, evaluate
 from nanochat_core.evaluation_files import EXAMPLES, TABLE, write_evaluation
 from nanochat_core.interfaces import DataSource, Evaluation, ModelContext
-from nanochat_core.load import load, parse_override
+from nanochat_core.load import LoadedExperiment, load, parse_override
+from nanochat_core.needs import load_run
 from nanochat_core.plan import build_model
-from nanochat_core.plugins import load_plugins
+from nanochat_core.plugins import Plugins, load_plugins
 from nanochat_core.prepare import newest_checkpoint
 from nanochat_core.rundir import RunDirectory, find_run
 from nanochat_core.schema import Experiment
@@ -110,15 +111,14 @@ def load_subject(subject: Subject, names: Sequence[str], overrides: Sequence[str
         message = f"can't be changed for an evaluation; what can: {', '.join(allowed)}"
         raise ConfigError([Problem(key, message, "--set") for key in wrong])
     plugins = load_plugins()
-    with _experiment_file(subject) as file:
-        known = {choice.name for choice in load(file, (), plugins).experiment.evaluators}
-        for name in dict.fromkeys(n for n in names if n not in known):
-            if plugins["evaluator"].get(name) is None:
-                hint = plugins["evaluator"].suggest(name)
-                message = f"neither an entry of the experiment ({', '.join(known) or 'none'}) nor a plugin{hint}"
-                raise ConfigError([Problem(name, message, "--evaluator")])
-            overrides = [f"evaluators.{name}.plugin={name}", *overrides]
-        loaded = load(file, overrides, plugins)
+    known = {choice.name for choice in _load(subject, (), plugins).experiment.evaluators}
+    for name in dict.fromkeys(n for n in names if n not in known):
+        if plugins["evaluator"].get(name) is None:
+            hint = plugins["evaluator"].suggest(name)
+            message = f"neither an entry of the experiment ({', '.join(known) or 'none'}) nor a plugin{hint}"
+            raise ConfigError([Problem(name, message, "--evaluator")])
+        overrides = [f"evaluators.{name}.plugin={name}", *overrides]
+    loaded = _load(subject, overrides, plugins)
     chosen = tuple(c for c in loaded.experiment.evaluators if not names or c.name in names)
     if not chosen:
         raise ConfigError([Problem("--evaluator", "name at least one, as in --evaluator core")])
@@ -134,15 +134,13 @@ def load_subject(subject: Subject, names: Sequence[str], overrides: Sequence[str
     return attrs.evolve(loaded.experiment, evaluators=chosen)
 
 
-@contextlib.contextmanager
-def _experiment_file(subject: Subject) -> Iterator[Path]:
-    if subject.run is not None:
-        yield subject.run.experiment
-        return
+def _load(subject: Subject, overrides: Sequence[str], plugins: Plugins) -> LoadedExperiment:
+    if subject.run is not None and subject.checkpoint is not None:
+        return load_run(subject.run, subject.checkpoint, plugins, overrides)
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory, "elsewhere.toml")
         file.write_text(ELSEWHERE.format(plugin=subject.plugin, path=f"'{subject.path}'"))
-        yield file
+        return load(file, overrides, plugins)
 
 
 def open_subject(subject: Subject, experiment: Experiment, device: torch.device) -> TrainedModel:
@@ -185,35 +183,36 @@ def _checked(subject: Subject, names: Sequence[str], overrides: Sequence[str]) -
 def _evaluate(subject: Subject, experiment: Experiment, world: World) -> int:
     trained = open_subject(subject, experiment, world.device)
     guarded = EvaluationWorld.of(world)
+
+    @cache  # built when somebody asks for it
+    def source() -> DataSource:
+        return build_source(experiment.data)
+
     evaluators = build_evaluators(
-        experiment.evaluators, _once(experiment), trained.tokenizer, trained.experiment, guarded, subject.evaluations
+        experiment.evaluators,
+        source,
+        cache(lambda split: source().fingerprint(split)),
+        trained.tokenizer,
+        trained.experiment,
+        guarded,
+        subject.evaluations,
     )
     code = 0
-    for choice, evaluator in evaluators:
+    for built in evaluators:
+        choice = built.choice
         try:
-            evaluation = evaluate(choice, evaluator, trained.model, trained.dtype, subject.step, guarded)
+            evaluation = evaluate(choice, built.evaluator, trained.model, trained.dtype, subject.step, guarded)
         except EvaluationFailed as error:
             code = FAILED_EXIT_CODE
             if world.is_main:
                 print(f"evaluator {choice.name} failed: {error}", flush=True)
             continue
         if world.is_main:
-            more = {"subject": subject.label, "ranks": world.size, "dtype": str(trained.dtype).removeprefix("torch.")}
+            dtype = str(trained.dtype).removeprefix("torch.")
+            more = {"subject": subject.label, "ranks": world.size, "dtype": dtype, "data": built.data}
             path = write_evaluation(subject.evaluations, choice.name, subject.step, evaluation, more)
             _show(choice.name, evaluation, path)
     return code
-
-
-def _once(experiment: Experiment) -> Callable[[], DataSource]:
-    """The data source, built when somebody asks for it."""
-    built: list[DataSource] = []
-
-    def source() -> DataSource:
-        if not built:
-            built.append(build_source(experiment.data))
-        return built[0]
-
-    return source
 
 
 def _show(name: str, evaluation: Evaluation, path: Path) -> None:

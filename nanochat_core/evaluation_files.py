@@ -212,6 +212,12 @@ class Difference:
     p: float
 
 
+def other_data(a: Stored, b: Stored) -> list[str]:
+    """Splits whose rows both evaluations read, but of other data: their scores don't compare."""
+    ours, theirs = (stored.facts.get("data", {}) for stored in (a, b))
+    return sorted(split for split in ours.keys() & theirs.keys() if ours[split] != theirs[split])
+
+
 def compare(a: Stored, b: Stored) -> list[Difference]:
     """Differences in each task, and in the mean of the centered ones, for two evaluations of one kind."""
     rng = np.random.default_rng(SEED)

@@ -294,9 +294,11 @@ def base_role(role: str) -> str:
 
 
 def default_roles(model: nn.Module) -> dict[str, str]:
-    """Roles for a model that declares none: what an ``nn.Embedding`` holds is ``embedding`` (an embedding tied to the
-    head too), the last 2-D parameter is ``head``, other 2-D parameters are ``matrix``, everything else ``scalar``."""
+    """Roles for a model that declares none: what an ``nn.Embedding`` holds is ``embedding``, even if it is the head
+    too; else the last 2-D parameter is ``head``; other 2-D parameters are ``matrix``, everything else ``scalar``."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    others = [m for m in model.modules() if not isinstance(m, nn.Embedding)]
+    tied = any(id(p) in embeddings for m in others for p in m.parameters(recurse=False))
     named = list(model.named_parameters())
     matrices = [name for name, p in named if p.ndim == 2 and id(p) not in embeddings]
     roles = {}
@@ -304,7 +306,7 @@ def default_roles(model: nn.Module) -> dict[str, str]:
         if id(parameter) in embeddings:
             roles[name] = "embedding"
         elif parameter.ndim == 2:
-            roles[name] = "head" if name == matrices[-1] else "matrix"
+            roles[name] = "head" if name == matrices[-1] and not tied else "matrix"
         else:
             roles[name] = "scalar"
     return roles
@@ -316,6 +318,8 @@ def default_roles(model: nn.Module) -> dict[str, str]:
 @attrs.frozen
 class OptimizerContext:
     """What an optimizer may know when it is built.
+
+    It is built on every rank, and once more on the meta device to plan, where there is nobody to talk to.
 
     Args:
         parameters: trainable parameters by name, in the model's order, the same on every rank.

@@ -99,13 +99,20 @@ class LoadedExperiment:
         return self
 
 
-def load(file: str | Path, overrides: Iterable[str], plugins: Plugins) -> LoadedExperiment:
+def load(
+    file: str | Path,
+    overrides: Iterable[str],
+    plugins: Plugins,
+    instead: Mapping[str, Mapping[str, Any]] | None = None,
+    instead_from: str = "",
+) -> LoadedExperiment:
     """Read an experiment.
 
     Args:
         file: the TOML file.
         overrides: ``key=value`` texts; list entries are addressed by name, as in ``evaluators.bpb.every=50``.
         plugins: what is installed.
+        instead: tables that stand in for those of the file; ``instead_from``: where they come from.
 
     Raises:
         ConfigError: with every problem found.
@@ -115,6 +122,8 @@ def load(file: str | Path, overrides: Iterable[str], plugins: Plugins) -> Loaded
     tree: Tree = {}
     for index, (layer, where) in enumerate(layers):
         _merge(tree, layer, where, index, problems)
+    for table, content in (instead or {}).items():
+        tree[table] = {key: Value(value, Origin(instead_from, 0)) for key, value in content.items()}
     _merge_overrides(tree, list(overrides), len(layers), problems)
     return _Structurer(tree, plugins, problems, default_name=Path(file).stem).finish()
 

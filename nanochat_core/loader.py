@@ -115,9 +115,8 @@ class TrainLoader:
 
         def open_lane(index: int) -> Lane:
             cursor = START if cursors is None else Cursor(*cursors[index])
-            if packing == "best_fit":
-                return BestFitLane(source, max_seq_len, index, lanes, cursor, epochs, window)
-            return StreamLane(source, max_seq_len, index, lanes, cursor, epochs)
+            kind = BestFitLane if packing == "best_fit" else StreamLane
+            return kind(source, max_seq_len, index, lanes, cursor, epochs, window)
 
         self._lanes = {index: open_lane(index) for index in mine}
         self._device_batch_size, self._device = device_batch_size, device

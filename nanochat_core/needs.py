@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
+from nanochat_core.checkpoint import MANIFEST, read_model, saved_options
 from nanochat_core.errors import ConfigError, Problem
-from nanochat_core.load import load
+from nanochat_core.load import LoadedExperiment, load
 from nanochat_core.plugins import Plugins
 from nanochat_core.rundir import RunDirectory
 from nanochat_core.schema import Choice, Experiment
@@ -23,7 +25,7 @@ def distributions_of(experiment: Experiment) -> dict[str, str]:
 def missing_distributions(checkpoint: Path) -> list[str]:
     """What to say of each distribution that a checkpoint needs and that is not installed."""
     try:
-        needed: dict[str, str] = json.loads((checkpoint / "manifest.json").read_text()).get("plugins", {})
+        needed: dict[str, str] = json.loads((checkpoint / MANIFEST).read_text()).get("plugins", {})
     except (OSError, ValueError):
         return []
     lines = []
@@ -35,15 +37,29 @@ def missing_distributions(checkpoint: Path) -> list[str]:
     return lines
 
 
-def load_experiment(run: RunDirectory, plugins: Plugins) -> Experiment:
-    """The experiment of a run.
+def load_run(run: RunDirectory, checkpoint: Path, plugins: Plugins, overrides: Sequence[str] = ()) -> LoadedExperiment:
+    """The experiment of a run. Its model is that of a checkpoint, whatever the defaults are today.
 
     Raises:
+        CheckpointError: when the installed plugin can't build the model.
+        ConfigError: with every problem found.
+    """
+    record = read_model(checkpoint)
+    entry = plugins["model"].get(record.plugin)
+    options = record.options if entry is None else saved_options(checkpoint, entry)
+    model = {"plugin": record.plugin, **options}
+    return load(run.experiment, overrides, plugins, {"model": model}, str(checkpoint / MANIFEST))
+
+
+def load_experiment(run: RunDirectory, checkpoint: Path, plugins: Plugins) -> Experiment:
+    """The same, complete.
+
+    Raises:
+        CheckpointError: when the installed plugin can't build the model.
         ConfigError: when its plugins are not installed, saying what to install.
     """
     try:
-        return load(run.experiment, (), plugins).require_all().experiment
+        return load_run(run, checkpoint, plugins).require_all().experiment
     except ConfigError as error:
-        checkpoints = sorted(run.checkpoints.glob("step_*"))
-        lines = missing_distributions(checkpoints[-1]) if checkpoints else []
+        lines = missing_distributions(checkpoint)
         raise ConfigError([*error.problems, *(Problem("", line, str(run.path)) for line in lines)]) from None

@@ -121,6 +121,7 @@ class Lane(ABC):
         lane, lanes: which of how many.
         cursor: where the next row starts.
         epochs: passes over the lane that may be made; None for any number.
+        window: documents that ``best_fit`` packs together.
 
     Raises:
         DataError: when the lane has no documents.
@@ -135,8 +136,9 @@ class Lane(ABC):
         lanes: int = 1,
         cursor: Cursor = START,
         epochs: int | None = None,
+        window: int = WINDOW,
     ) -> None:
-        self._source, self._T, self._lane, self._lanes = source, max_seq_len, lane, lanes
+        self._source, self._T, self._lane, self._lanes, self._window = source, max_seq_len, lane, lanes, window
         self._epochs = math.inf if epochs is None else epochs
         self.num_documents = len(range(lane, len(source), lanes))
         if self.num_documents == 0:
@@ -144,6 +146,11 @@ class Lane(ABC):
         if not 0 <= cursor.document < self.num_documents:
             raise self._misplaced(cursor)
         self._next = cursor  # first document (or window) that isn't prepared yet
+        self._begin()
+
+    @abstractmethod
+    def _begin(self) -> None:
+        """Start at ``_next`` with nothing prepared."""
 
     def _misplaced(self, cursor: Cursor) -> CheckpointError:
         return CheckpointError(
@@ -189,16 +196,7 @@ class Lane(ABC):
 class StreamLane(Lane):
     """One lane of ``stream`` packing."""
 
-    def __init__(
-        self,
-        source: TokenSource,
-        max_seq_len: int,
-        lane: int = 0,
-        lanes: int = 1,
-        cursor: Cursor = START,
-        epochs: int | None = None,
-    ) -> None:
-        super().__init__(source, max_seq_len, lane, lanes, cursor, epochs)
+    def _begin(self) -> None:
         self._ready: deque[tuple[Cursor, Tokens]] = deque()  # tokens from the lane's cursor on, by document
         self._num_ready = 0
 
@@ -292,25 +290,12 @@ class BestFitLane(Lane):
     Its documents are cut into windows of ``window``, each packed by itself; the last window takes what is left over,
     fewer than twice as many. While the rows of a window are dealt, the next window is tokenized bit by bit, so that
     the work comes evenly.
-
-    Args:
-        window: documents that are packed together.
     """
 
-    def __init__(
-        self,
-        source: TokenSource,
-        max_seq_len: int,
-        lane: int = 0,
-        lanes: int = 1,
-        cursor: Cursor = START,
-        epochs: int | None = None,
-        window: int = WINDOW,
-    ) -> None:
-        super().__init__(source, max_seq_len, lane, lanes, cursor, epochs)
-        self._starts = [w * window for w in range(max(self.num_documents // window, 1))]
-        if cursor.document not in self._starts:
-            raise self._misplaced(cursor)
+    def _begin(self) -> None:
+        self._starts = [w * self._window for w in range(max(self.num_documents // self._window, 1))]
+        if self._next.document not in self._starts:
+            raise self._misplaced(self._next)
         self._ready: deque[tuple[Cursor, Rows, int]] = deque()  # packed windows from the lane's cursor on
         self._num_ready = 0  # rows in them, from the cursor on
         self._offset = 0  # rows of the first of them that are dealt already

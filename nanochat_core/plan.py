@@ -208,7 +208,7 @@ class _Planner:
         flops = float(model.flops_per_token(train.max_seq_len))
         iterations, horizon = self._horizon(scaling, flops, total_batch_size)
 
-        world = World(rank=0, size=1, device=meta)
+        world = World(rank=0, size=self.world_size, device=meta)
         optimizer: Optimizer = self.experiment.optimizer.build(
             optimizer_context(model, world, total_batch_size, iterations, relative)
         )

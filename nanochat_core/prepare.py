@@ -9,16 +9,16 @@ from pathlib import Path
 
 import attrs
 
-from nanochat_core.checkpoint import latest_checkpoint, load_state
+from nanochat_core.checkpoint import latest_checkpoint, load_state, read_model, saved_options
 from nanochat_core.distributed import World
 from nanochat_core.errors import CheckpointError, ConfigError, Problem
-from nanochat_core.load import add_places, changed_options, load
+from nanochat_core.load import DEFAULT, add_places, changed_options, load
 from nanochat_core.needs import load_experiment
 from nanochat_core.plan import Planned, format_plan, make_plan
-from nanochat_core.plugins import load_plugins
+from nanochat_core.plugins import Plugins, load_plugins
 from nanochat_core.rundir import RunDirectory, all_runs, create_run, find_run
 from nanochat_core.schedule import lr_multiplier
-from nanochat_core.schema import Experiment
+from nanochat_core.schema import Experiment, fields_of, to_plain
 
 
 @attrs.frozen
@@ -30,6 +30,7 @@ class Setup:
         weights: checkpoint of ``[train] init_from``.
         distributions: version of each distribution that brought a plugin.
         observers: entry-point name and distribution of each plugin that observes runs.
+        allow_other_data: whether a resumed run may go on with data of other fingerprints.
     """
 
     planned: Planned
@@ -38,9 +39,17 @@ class Setup:
     weights: Path | None
     distributions: dict[str, str]
     observers: tuple[tuple[str, str], ...] = ()
+    allow_other_data: bool = False
 
 
-def prepare(file: Path, overrides: Sequence[str], runs_dir: Path, resume: str | None, world: World) -> Setup | None:
+def prepare(
+    file: Path,
+    overrides: Sequence[str],
+    runs_dir: Path,
+    resume: str | None,
+    world: World,
+    allow_other_data: bool = False,
+) -> Setup | None:
     """Load and plan, print the plan, choose the run directory. None when there is nothing left to do.
 
     Raises:
@@ -51,7 +60,10 @@ def prepare(file: Path, overrides: Sequence[str], runs_dir: Path, resume: str | 
         print(failure, file=sys.stderr)
     loaded = load(file, overrides, plugins).require_all()
     found = _find_resume(resume, loaded.experiment.run.name, runs_dir)
-    old = load_experiment(found[0], plugins) if found is not None else None
+    old = None
+    if found is not None:
+        _check_version(found[1], plugins)
+        old = load_experiment(*found, plugins)
     if old is not None and loaded.experiment.train.compile == "auto":  # a run stays as it began, to the last bit
         overrides = [*overrides, f"train.compile={str(old.train.compile).lower()}"]
         loaded = load(file, overrides, plugins).require_all()
@@ -65,9 +77,10 @@ def prepare(file: Path, overrides: Sequence[str], runs_dir: Path, resume: str | 
         weights = None
         if experiment.train.init_from is not None:
             weights = newest_checkpoint(find_run(experiment.train.init_from, runs_dir))
+            _compare_options(weights, planned)
         return Setup(planned, create_run(runs_dir, experiment.run.name), None, weights, plugins.versions(), observers)
     run_dir, checkpoint = found
-    _check_changes(old, planned, run_dir)
+    _check_changes(old, planned, run_dir, allow_other_data)
     step = load_state(checkpoint).step
     if step >= planned.plan.num_iterations:
         print(
@@ -77,7 +90,7 @@ def prepare(file: Path, overrides: Sequence[str], runs_dir: Path, resume: str | 
         return None
     print(f"resuming {run_dir.path} from {checkpoint.name}")
     _explain_horizon(old, planned, run_dir, step)
-    return Setup(planned, run_dir, checkpoint, None, plugins.versions(), observers)
+    return Setup(planned, run_dir, checkpoint, None, plugins.versions(), observers, allow_other_data)
 
 
 def newest_checkpoint(run: RunDirectory) -> Path:
@@ -118,13 +131,55 @@ def _find_resume(resume: str | None, name: str, runs_dir: Path) -> tuple[RunDire
     return None
 
 
-def _check_changes(old: Experiment, planned: Planned, run_dir: RunDirectory) -> None:
+def _check_version(checkpoint: Path, plugins: Plugins) -> None:
+    """Refuse to resume from an older version of the model: the optimizer's state is that of its parameters."""
+    record = read_model(checkpoint)
+    entry = plugins["model"].get(record.plugin)
+    if entry is not None and record.version < entry.model_version:
+        run = checkpoint.parents[1]
+        raise CheckpointError(
+            f"{checkpoint} has version {record.version} of model {entry.name!r}, {entry.distribution} {entry.version} "
+            f"has version {entry.model_version}, and a run can't go on with another: install the "
+            f"{entry.distribution} it was made with (its manifest.json says which), or start a fresh run from its "
+            f"weights, without --resume and with --set train.init_from={run}"
+        )
+
+
+def _compare_options(weights: Path, planned: Planned) -> None:
+    """Name options of the model that are others than those its weights were trained with; refuse one that nobody chose:
+    defaults change, weights don't."""
+    choice, problems = planned.experiment.model, []
+    assert choice.entry is not None
+    if read_model(weights).plugin != choice.plugin:
+        return
+    before, now = saved_options(weights, choice.entry), to_plain(choice.config, keep_none=True)
+    for name, field in fields_of(choice.entry.config).items():
+        old, new = before.get(name, now[name]), now[name]
+        if old == new or field.metadata.get("on_resume") == "free":
+            continue
+        key = f"model.{name}"
+        if planned.origins[key] != DEFAULT:
+            print(f"changed from {weights}: {key} was {old!r}, is {new!r}")
+            continue
+        values = " or ".join(f"--set '{key}={json.dumps(value)}'" for value in (old, new) if value is not None)
+        problems.append(Problem(key, f"was {old!r} in {weights}, the default is {new!r}: say which, with {values}"))
+    if problems:
+        raise ConfigError(problems)
+
+
+def _check_changes(old: Experiment, planned: Planned, run_dir: RunDirectory, allow_other_data: bool) -> None:
     """Refuse to resume with options that would make it another run; name other changes."""
     problems = []
     for key, before, now, rule in changed_options(old, planned.experiment):
+        if rule == "refuse" and allow_other_data and key.startswith("data.") and not key.startswith("data.packing"):
+            rule = "warn"
         if rule == "refuse":
-            keep = f"--set '{key}={json.dumps(before)}'" if before is not None else "leave it out"
-            message = f"was {before!r} in {run_dir.path}, is {now!r}: a resumed run can't change it; keep it ({keep}) "
+            keep = "keep it (leave it out)"
+            if before is not None:
+                keep = f"keep it (--set '{key}={json.dumps(before)}')"
+            elif planned.origins.get(key) == DEFAULT:
+                keep = "the old value can't be written in TOML: install the release it was made with,"
+            message = f"was {before!r} in {run_dir.path}, is {now!r}: a resumed run can't change it; {keep} "
             problems.append(Problem(key, message + "or start a fresh run without --resume"))
         elif rule == "warn":
             print(f"changed on resume: {key} was {before!r}, is {now!r}")

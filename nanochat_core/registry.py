@@ -31,6 +31,9 @@ class Entry:
         aliases: other names of options, accepted in TOML files: old to new.
         in_process: a logger that must run in the training process, as one that writes to the terminal; others have a
             process of their own.
+        model_version: of a model: grows when options or parameters of older checkpoints mean something else.
+        upgrade: of a model: ``module:function``, imported for a checkpoint of an older version; called with (version,
+            options, tensors), the options as plain data and the tensors by name, it returns both as they are today.
         plugin: entry-point name of the plugin; ``distribution`` and ``version``: the package it came in.
     """
 
@@ -44,6 +47,8 @@ class Entry:
     defaults: Mapping[str, Any] = attrs.field(factory=dict)
     aliases: Mapping[str, str] = attrs.field(factory=dict)
     in_process: bool = False
+    model_version: int = 1
+    upgrade: str = ""
     plugin: str = ""
     distribution: str = ""
     version: str = ""
@@ -62,15 +67,26 @@ class Entry:
         Raises:
             PluginError: with the original traceback, when it can't be imported.
         """
-        module, _, attribute = self.factory.partition(":")
+        return self._import(self.factory)
+
+    def load_upgrade(self) -> Callable[[int, dict[str, Any], dict[str, Any]], Any]:
+        """What brings older checkpoints up to date.
+
+        Raises:
+            PluginError: with the original traceback, when it can't be imported.
+        """
+        return self._import(self.upgrade)
+
+    def _import(self, target: str) -> Callable[..., Any]:
+        module, _, attribute = target.partition(":")
         try:
-            factory: Callable[[Any, Any], Any] = getattr(importlib.import_module(module), attribute)
+            found: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
         except Exception as error:
             raise PluginError(
                 f"{self.kind} {self.name!r} of {self.distribution} {self.version} can't be imported "
-                f"({self.factory}): {error}\n{traceback.format_exc()}"
+                f"({target}): {error}\n{traceback.format_exc()}"
             ) from error
-        return factory
+        return found
 
 
 def _importable(module: str) -> bool:
@@ -145,14 +161,19 @@ class Registrar:
         defaults: Mapping[str, Any] | None = None,
         aliases: Mapping[str, str] | None = None,
         in_process: bool = False,
+        version: int = 1,
+        upgrade: str = "",
     ) -> None:
-        """Offer ``name``. See ``Entry`` for the arguments.
+        """Offer ``name``. See ``Entry`` for the arguments; ``version`` is its ``model_version``.
 
         Raises:
             PluginError: when an argument is not what ``Entry`` says.
         """
-        if ":" not in factory:
-            raise PluginError(f'factory of {name!r} must be "module:attribute", not {factory!r}')
+        for what, target in (("factory", factory), ("upgrade", upgrade or ":")):
+            if ":" not in target:
+                raise PluginError(f'{what} of {name!r} must be "module:attribute", not {target!r}')
+        if (version != 1 or upgrade) and self._registry.kind != "model":
+            raise PluginError(f"{self._registry.kind} {name!r}: only models have a version and an upgrade")
         self._registry.add(
             Entry(
                 kind=self._registry.kind,
@@ -165,6 +186,8 @@ class Registrar:
                 defaults=dict(defaults or {}),
                 aliases=dict(aliases or {}),
                 in_process=in_process,
+                model_version=version,
+                upgrade=upgrade,
                 plugin=self.plugin,
                 distribution=self.distribution,
                 version=self.version,

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import attrs
 import torch
 
 from nanochat_core.build import build_evaluators, build_loader, build_optimizer, build_source
-from nanochat_core.checkpoint import CheckpointContent, load_checkpoint, load_model_tensors, load_weights
+from nanochat_core.checkpoint import CheckpointContent, load_checkpoint, load_model_tensors, saved_tensors
 from nanochat_core.distributed import OtherRankFailed, World, join_world, leave_world
 from nanochat_core.errors import CheckpointError, ConfigError, DataError, NanochatError, Problem
 from nanochat_core.evaluate import Evaluations, EvaluationWorld
@@ -32,11 +32,14 @@ from nanochat_core.tokenizers import load_tokenizer, make_tokenizer
 from nanochat_core.trainer import PREEMPTED_EXIT_CODE, Trainer
 
 
-def run_experiment(file: Path, overrides: Sequence[str], runs_dir: Path, resume: str | None) -> int:
+def run_experiment(
+    file: Path, overrides: Sequence[str], runs_dir: Path, resume: str | None, allow_other_data: bool = False
+) -> int:
     """Run an experiment on this rank of the world that the environment describes. Returns the exit code.
 
     Args:
         resume: None for a fresh run, "newest", "auto", or a reference to a run.
+        allow_other_data: a resumed run may go on with other data.
 
     Raises:
         NanochatError: on rank 0, when the user has to mend something; other ranks return its exit code silently.
@@ -45,7 +48,7 @@ def run_experiment(file: Path, overrides: Sequence[str], runs_dir: Path, resume:
     if world.device.type == "cpu":
         keep_freed_memory()
     try:
-        setup = world.on_main(lambda: prepare(file, overrides, runs_dir, resume, world))
+        setup = world.on_main(lambda: prepare(file, overrides, runs_dir, resume, world, allow_other_data))
         return 0 if setup is None else _Session(setup, world).run()
     except OtherRankFailed as failure:
         return failure.exit_code
@@ -115,8 +118,12 @@ class _Session:
         world.on_main(self._prepare_data)  # rank 0 first: it fetches, and what is wrong is said once
         source = build_source(experiment.data)
         tokenizer = self._load_tokenizer()
-        splits = {"train": source.fingerprint("train"), "val": source.fingerprint("val")}
-        world.on_main(lambda: self._write_run_files({"tokenizer": tokenizer.fingerprint, **splits}))
+        train, val = source.fingerprint("train"), source.fingerprint("val")
+        fingerprints = {"tokenizer": tokenizer.fingerprint, "train": train, "val": val}
+        others = world.on_main(lambda: self._write_run_files(fingerprints))
+        self.state.fingerprints = fingerprints
+        if "train" in others:  # cursors mean documents that are no longer there
+            self.state.lanes, self.state.cursors = 0, {}
         model = self._build_model(tokenizer, content)
         if type(model).parameter_roles is Model.parameter_roles:
             roles = ", ".join(sorted(set(model.parameter_roles().values())))
@@ -130,11 +137,16 @@ class _Session:
         loader = build_loader(experiment.data, source, tokenizer, plan, self.state, world)
         guarded, evaluations = EvaluationWorld.of(world), self.run_dir.path / "evaluations"
         evaluators = build_evaluators(
-            experiment.evaluators, lambda: source, tokenizer, experiment, guarded, evaluations
+            experiment.evaluators, lambda: source, fingerprints.__getitem__, tokenizer, experiment, guarded, evaluations
         )
         evaluated: list[str] = world.on_main(self._rewind_ledger) if content is not None else []
+        if "val" in others:  # what was measured on the old set compares with nothing
+            self.state.minimum, evaluated = {}, []
         peak, how = peak_flops(world.device, self.dtype)
-        logs.report(f"peak {peak / 1e12:.3g} TFLOP/s a device ({how}); {self.state.lanes} data lanes")
+        logs.report(
+            f"peak {peak / 1e12:.3g} TFLOP/s a device ({how}); {self.state.lanes} data lanes; "
+            f"validation data {val[:12]}"
+        )
         if world.is_main:
             logs.open_ledger()
             self.run_dir.write_status("running", self.state.step, plan.num_iterations)
@@ -192,7 +204,8 @@ class _Session:
                     f"[tokenizer] and [data], or start from random weights"
                 )
                 raise ConfigError([Problem("train.init_from", message)])
-            load_model_tensors(model, load_weights(weights), str(weights))
+            assert self.experiment.model.entry is not None
+            load_model_tensors(model, saved_tensors(weights, self.experiment.model.entry), str(weights))
             self.logs.report(f"starting from the weights of {weights}")
         model.to(self.world.device)
         for parameter in model.parameters():
@@ -229,24 +242,53 @@ class _Session:
             start_step=self.state.step,
         )
 
-    def _write_run_files(self, fingerprints: dict[str, str]) -> None:
-        """``experiment.toml`` and ``provenance.json``; a resumed run must have the same data and tokenizer."""
-        run_dir = self.run_dir
-        earlier = json.loads(run_dir.provenance.read_text()) if self.setup.checkpoint is not None else None
-        for what, fingerprint in fingerprints.items():
-            before = earlier["fingerprints"].get(what, "none") if earlier is not None else fingerprint
-            if before != fingerprint:
-                raise CheckpointError(
-                    f"{run_dir.path}: the {what} data are not those it was trained with (fingerprint "
-                    f"{fingerprint[:12]}, was {before[:12]}): point [data] at the same documents, or start a fresh run "
-                    f"without --resume"
-                )
+    def _write_run_files(self, fingerprints: dict[str, str]) -> list[str]:
+        """``experiment.toml`` and ``provenance.json``. Returns which data ("train", "val") are not those that a
+        resumed run had.
+
+        Raises:
+            CheckpointError: when there are such and they were not allowed, or its tokenizer is another.
+        """
+        run_dir, earlier = self.run_dir, dict[str, Any]()
+        before = fingerprints
+        if self.setup.checkpoint is not None:
+            earlier = json.loads(run_dir.provenance.read_text())
+            before = self.state.fingerprints or earlier["fingerprints"]
+        others = {what: before.get(what, "none") for what in fingerprints if before.get(what) != fingerprints[what]}
+        if others:
+            self._accept(others, fingerprints)
         facts = provenance(self.planned.origins, self.setup.distributions, fingerprints, attrs.asdict(self.plan))
-        if earlier is not None:
+        if others:
+            facts["other_data"] = {"from_step": self.state.step, "before": others}
+        if earlier:
             facts["earlier"] = [*earlier.pop("earlier", []), earlier]
         header = "# The resolved experiment, each auto filled in. provenance.json says where every value came from.\n"
         write_atomic(run_dir.experiment, header + dump(self.experiment))
         write_atomic(run_dir.provenance, json.dumps(facts, indent=1) + "\n")
+        return list(others)
+
+    def _accept(self, others: Mapping[str, str], fingerprints: Mapping[str, str]) -> None:
+        """Say which fingerprints are not what they were, or refuse to go on.
+
+        Args:
+            others: what they were.
+        """
+        if "tokenizer" in others:
+            raise CheckpointError(
+                f"{self.run_dir.tokenizer} holds another tokenizer than the run was trained with (fingerprint "
+                f"{fingerprints['tokenizer'][:12]}, was {others['tokenizer'][:12]}): the weights mean other tokens; "
+                f"put it back, or start a fresh run without --resume"
+            )
+        for what, was in others.items():
+            change = f"the {what} data are not those it was trained with (fingerprint {fingerprints[what][:12]}, "
+            change += f"was {was[:12]})"
+            if not self.setup.allow_other_data:
+                raise CheckpointError(
+                    f"{self.run_dir.path}: {change}: point [data] at the same documents, start a fresh run without "
+                    f"--resume, or go on with these all the same: --allow-other-data"
+                )
+            goes_on = "they are read from their start" if what == "train" else "earlier results don't compare"
+            self.logs.report(f"allowed: from step {self.state.step} on {change}; {goes_on}")
 
     # -- ending
 

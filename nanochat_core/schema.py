@@ -287,6 +287,8 @@ def _strict(tp: Any) -> Callable[[Any, Any], Any]:
 
 def _union_hook(tp: Any) -> Callable[[Any, Any], Any]:
     def structure(value: Any, _: Any) -> Any:
+        if value is None and type(None) in get_args(tp):  # of a checkpoint; TOML has none
+            return None
         for member in get_args(tp):
             if member is type(None):
                 continue
@@ -387,20 +389,21 @@ def fields_of(cls: type) -> dict[str, Any]:
     return _typed_fields(cls)
 
 
-def to_plain(config: Any) -> dict[str, Any]:
-    """A config as plain data for TOML or JSON: no None (absence is the default), lists for tuples, str for paths."""
+def to_plain(config: Any, keep_none: bool = False) -> dict[str, Any]:
+    """A config as plain data for TOML or JSON: lists for tuples, str for paths. TOML has no None: absence is the
+    default."""
     if isinstance(config, Mapping):
         return dict(config)
 
     def plain(value: Any) -> Any:
         if attrs.has(type(value)):
-            return to_plain(value)
+            return to_plain(value, keep_none)
         if isinstance(value, tuple | list):
             return [plain(v) for v in value]
         return str(value) if isinstance(value, Path) else value
 
     values = {f.name: getattr(config, f.name) for f in attrs.fields(type(config)) if f.init}
-    return {name: plain(value) for name, value in values.items() if value is not None}
+    return {name: plain(value) for name, value in values.items() if keep_none or value is not None}
 
 
 _SIMPLE = (bool, int, float, str, Path, type(None))

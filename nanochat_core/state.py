@@ -24,6 +24,7 @@ class TrainState:
     skipped: steps skipped for a loss or gradient that was not finite.
     minimum: smallest value seen of each evaluation metric.
     ledger_bytes: length of the ledger that belongs to this state.
+    fingerprints: of the tokenizer and of both splits of the data (``tokenizer``, ``train``, ``val``).
     """
 
     step: int = 0
@@ -35,6 +36,7 @@ class TrainState:
     skipped: int = 0
     minimum: dict[str, float] = attrs.field(factory=dict)
     ledger_bytes: int = 0
+    fingerprints: dict[str, str] = attrs.field(factory=dict)
 
     def smooth(self, loss: float) -> float:
         """Take in the loss of one more step; returns the debiased EMA. Call after ``step`` has been advanced."""

@@ -27,6 +27,7 @@ from nanochat_core.rundir import RunDirectory
 from nanochat_core.schedule import lr_multiplier, warmdown_progress
 from nanochat_core.schema import DataSourceKeys, Experiment
 from nanochat_core.state import TrainState, rng_state
+from nanochat_core.upgrades import ModelRecord
 
 UNTIMED_STEPS = 10  # compilation and warm caches: not part of the training time
 PREEMPTED_EXIT_CODE = 75  # "try again later": run the same command with --resume
@@ -249,7 +250,8 @@ class Trainer:
             state.ledger_bytes = self.logs.ledger_bytes()
             rng = {f"{rank}/{name}": t for rank, (_, states) in enumerate(parts) for name, t in states.items()}
             plugins = distributions_of(self.experiment)
-            content = CheckpointContent(model_tensors(self.model), optimizer_state, rng, state, plugins)
+            built_from = ModelRecord.of(self.experiment.model)
+            content = CheckpointContent(model_tensors(self.model), optimizer_state, rng, state, built_from, plugins)
             try:
                 path = save_checkpoint(self.run_dir.checkpoints, content)
                 self.logs.report(f"saved {path}")

@@ -30,6 +30,7 @@ class HubServer(ThreadingHTTPServer):
         ranges: the Range headers of GETs, by name.
         stalled: set it to end stalls.
         down: whether connections are closed without an answer.
+        has_ranges: whether it knows requests for all from some byte on; otherwise it sends all of the file.
     """
 
     daemon_threads = True
@@ -41,6 +42,7 @@ class HubServer(ThreadingHTTPServer):
         self.spare_ends = True
         self.speed: float | None = None
         self.down = False
+        self.has_ranges = True
         self.requests: Counter[str] = Counter()
         self.ranges: list[tuple[str, str]] = []
         self.stalled = threading.Event()
@@ -134,6 +136,8 @@ class _Handler(BaseHTTPRequestHandler):
         if fault in ("404", "503"):
             self._json({"error": "not now"}, int(fault))
             return
+        if asked is not None and not asked[2] and not self.server.has_ranges:
+            asked = None
         start, end = (int(asked[1]), int(asked[2] or len(content) - 1) + 1) if asked else (0, len(content))
         body = content[start:end]
         if fault == "truncate":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -149,6 +150,9 @@ def metrics(run: Path, name: str) -> dict[int, float]:
     return dict(pairs)
 
 
+HEADER = "import attrs\nfrom nanochat_core import hookimpl, option\n@attrs.frozen\nclass Config: pass\n"
+
+
 class Site:
     """Packages made up by a test, visible to this process while the test runs."""
 
@@ -161,14 +165,20 @@ class Site:
         source = self.directory.parent / f"source-{package}"
         (source / package.replace("-", "_")).mkdir(parents=True)
         (source / package.replace("-", "_") / "__init__.py").touch()
-        header = "import attrs\nfrom nanochat_core import hookimpl, option\n@attrs.frozen\nclass Config: pass\n"
-        (source / package.replace("-", "_") / "plugin.py").write_text(header + plugin, encoding="utf-8")
+        (source / package.replace("-", "_") / "plugin.py").write_text(HEADER + plugin, encoding="utf-8")
         (source / "pyproject.toml").write_text(
             f'[project]\nname = "{package}"\nversion = "1.0"\n'
             f'[project.entry-points.nanochat]\n{point or "made_up"} = "{package.replace("-", "_")}.plugin"\n',
             encoding="utf-8",
         )
         install_fixture(source, self.directory)
+
+    def change(self, package: str, plugin: str) -> None:
+        """Another release of a package that was added."""
+        file = self.directory / package.replace("-", "_") / "plugin.py"
+        file.write_text(HEADER + plugin, encoding="utf-8")
+        self.forget()
+        importlib.invalidate_caches()
 
     def forget(self) -> None:
         for name in set(sys.modules) - self.before:

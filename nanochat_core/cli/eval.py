@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nanochat_core.cli import add_runs_dir, positive
-from nanochat_core.errors import CheckpointError, ConfigError, Problem
+from nanochat_core.errors import CheckpointError, ConfigError, DataError, Problem
 
 if TYPE_CHECKING:
     from nanochat_core.evaluation_files import Stored
@@ -33,6 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compare", nargs=2, metavar=("A", "B"),
         help="show the difference of two evaluations with paired statistics: runs, or directories under evaluations/",
     )  # fmt: skip
+    parser.add_argument(
+        "--allow-other-data", action="store_true",
+        help="with --compare: show the difference although the two were measured on other data",
+    )  # fmt: skip
     add_runs_dir(parser)
 
 
@@ -41,7 +45,7 @@ def main(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         raise ConfigError([Problem("", "give either one model to evaluate, or --compare A B", "nanochat eval")])
     if options.compare is not None:
         a, b = options.compare
-        return _compare(a, b, options.evaluators, options.runs_dir)
+        return _compare(a, b, options.evaluators, options.runs_dir, options.allow_other_data)
     if options.nproc > 1 and "WORLD_SIZE" not in os.environ:
         from nanochat_core.launch import launch
 
@@ -51,8 +55,8 @@ def main(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     return evaluate_model(options.target, options.evaluators, options.overrides, options.runs_dir)
 
 
-def _compare(a: str, b: str, names: Sequence[str], runs_dir: Path) -> int:
-    from nanochat_core.evaluation_files import compare, format_comparison
+def _compare(a: str, b: str, names: Sequence[str], runs_dir: Path, allow_other_data: bool) -> int:
+    from nanochat_core.evaluation_files import compare, format_comparison, other_data
 
     before, after = _stored(a, runs_dir), _stored(b, runs_dir)
     common = [name for name in before if name in after and (not names or name in names)]
@@ -63,6 +67,14 @@ def _compare(a: str, b: str, names: Sequence[str], runs_dir: Path) -> int:
         )
     for name in common:
         ours, theirs = before[name], after[name]
+        others = other_data(ours, theirs)
+        if others and not allow_other_data:
+            x, y = (stored.facts["data"][others[0]][:12] for stored in (ours, theirs))
+            raise DataError(
+                f"{name}: A and B were measured on other {others[0]} data (fingerprint {x} and {y}), so that their "
+                f"difference says nothing of the models: evaluate both on the same (--set data.path=...), leave {name} "
+                f"out with --evaluator, or compare all the same: --allow-other-data"
+            )
         print(f"{name}\nA: {ours.path}\nB: {theirs.path}\n")
         differences = compare(ours, theirs)
         if differences:
@@ -78,6 +90,8 @@ def _compare(a: str, b: str, names: Sequence[str], runs_dir: Path) -> int:
             if metric in theirs.metrics and not differences:
                 x, y = ours.metrics[metric], theirs.metrics[metric]
                 print(f"{metric}: {x:.6g} to {y:.6g} ({y - x:+.6g})")
+        for split in others:
+            print(f"careful: they were measured on other {split} data")
         for fact in ("baselines", "max_per_task", "max_len", "bundle_digest"):
             x, y = ours.facts["facts"].get(fact), theirs.facts["facts"].get(fact)
             if x != y:

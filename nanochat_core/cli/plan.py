@@ -5,8 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from nanochat_core.cli import above_zero, add_experiment, positive
+from nanochat_core.errors import NanochatError
+
+if TYPE_CHECKING:
+    from nanochat_core.schema import Experiment
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,11 +46,24 @@ def main(options: argparse.Namespace, _: Sequence[str]) -> int:
         print(f"  time: {_duration(seconds)} of training at {speed:,.0f} tokens/s ({how})")
     else:
         print("  time: unknown; measure it here with --probe, or give --tok-per-sec X")
+    if not [problem for problem in loaded.missing if problem.key.split(".")[0] == "data"]:
+        print(f"  validation data: {_validation_data(loaded.experiment)}", flush=True)
     for problem in planned.problems:
         print(f"can't run here: {problem}", file=sys.stderr)
     for problem in loaded.missing:
         print(f"missing: {problem}", file=sys.stderr)
     return 0
+
+
+def _validation_data(experiment: Experiment) -> str:
+    """The set that results will be measured on."""
+    from nanochat_core.build import build_source
+
+    try:
+        source = build_source(experiment.data)
+        return f"{len(source.documents('val')):,} documents, fingerprint {source.fingerprint('val')[:12]}"
+    except NanochatError as error:
+        return f"unknown ({error})"
 
 
 def _duration(seconds: float) -> str:

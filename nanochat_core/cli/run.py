@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 
 from nanochat_core.cli import add_experiment, add_runs_dir, positive
+from nanochat_core.errors import ConfigError, Problem
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +22,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="auto|RUN",
         help="continue the newest run of this experiment, or RUN; auto starts fresh when there is none",
     )
+    parser.add_argument(
+        "--allow-other-data",
+        action="store_true",
+        help="with --resume: go on although [data] gives other documents than before; those for training are read from "
+        "their start",
+    )
 
 
 def _reference(text: str) -> str:
@@ -33,6 +40,8 @@ def main(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from nanochat_core.load import load
     from nanochat_core.plugins import load_plugins
 
+    if options.allow_other_data and options.resume is None:
+        raise ConfigError([Problem("", "goes with --resume: a fresh run has no data yet", "--allow-other-data")])
     is_worker = "WORLD_SIZE" in os.environ
     if not is_worker:  # before torch is imported: a typo costs no seconds
         load(options.file, options.overrides, load_plugins()).require_all()
@@ -42,4 +51,4 @@ def main(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         return launch(arguments, options.nproc)
     from nanochat_core.run import run_experiment
 
-    return run_experiment(options.file, options.overrides, options.runs_dir, options.resume)
+    return run_experiment(options.file, options.overrides, options.runs_dir, options.resume, options.allow_other_data)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import time
 from collections.abc import Sequence
@@ -23,8 +24,8 @@ def main(options: argparse.Namespace, _: Sequence[str]) -> int:
     if not runs:
         print(f"no runs under {options.runs_dir}; start one with: nanochat run experiments/quickstart.toml")
         return 0
-    rows = [("NAME", "ID", "STATUS", "STEP", "BEST BPB", "AGE", "SIZE"), *(_row(run) for run in runs)]
-    widths = [max(len(row[i]) for row in rows) for i in range(7)]
+    rows = [("NAME", "ID", "STATUS", "STEP", "BEST BPB", "VAL DATA", "AGE", "SIZE"), *(_row(run) for run in runs)]
+    widths = [max(len(row[i]) for row in rows) for i in range(8)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     return 0
@@ -42,7 +43,24 @@ def _row(run: RunDirectory) -> tuple[str, ...]:
             step = max(step, record["step"] + 1)
     age = _age(time.time() - status.get("time", run.path.stat().st_mtime))
     bpb = "-" if best is None else f"{best:.4f}"
-    return run.name, run.id, status.get("status", "unknown"), f"{step}/{horizon}", bpb, age, _size(run.path)
+    return (
+        run.name,
+        run.id,
+        status.get("status", "unknown"),
+        f"{step}/{horizon}",
+        bpb,
+        _val_data(run),
+        age,
+        _size(run.path),
+    )
+
+
+def _val_data(run: RunDirectory) -> str:
+    """The fingerprint of its validation set, shortened: bits per byte of different ones don't compare."""
+    try:
+        return str(json.loads(run.provenance.read_text())["fingerprints"]["val"])[:8]
+    except (OSError, ValueError, KeyError):
+        return "-"
 
 
 def _age(seconds: float) -> str:

@@ -4,20 +4,9 @@ from typing import Literal
 
 import attrs
 
-from nanochat_core import at_least, option
+from nanochat_core import SPECIAL_TOKENS, at_least, option
 
 BYTES = 256
-SPECIAL_TOKENS = (
-    "<|bos|>",
-    "<|user_start|>",
-    "<|user_end|>",
-    "<|assistant_start|>",
-    "<|assistant_end|>",
-    "<|python_start|>",
-    "<|python_end|>",
-    "<|output_start|>",
-    "<|output_end|>",
-)
 
 # GPT-4's split pattern, but numbers in groups of at most two digits: small vocabularies can't afford all of 000 to 999.
 PATTERN = (

@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -18,22 +15,27 @@ import numpy as np
 import rustbpe
 import tiktoken
 
-from nanochat_bpe.config import BYTES, SPECIAL_TOKENS, BPEConfig
-from nanochat_core import CheckpointError, ConfigError, DataError, Tokenizer, TokenizerContext, Tokens
+from nanochat_bpe.config import BYTES, BPEConfig
+from nanochat_core import (
+    SPECIAL_TOKENS,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    PerThread,
+    TableTokenizer,
+    TokenizerContext,
+    Tokens,
+    cut_long_runs,
+    load_table_tokenizer,
+    special_tokens_from,
+    well_formed,
+)
 
 Encoder: TypeAlias = Literal["tiktoken", "gigatoken"]
-FORMAT = "nanochat-bpe-1"
-SETTINGS, MERGES = "tokenizer.json", "merges.tiktoken"
-
-# tiktoken's regex engine overflows its stack somewhere above 700,000 spaces in a row: longer runs are cut first.
-_RUN = 100_000
-_LONG_RUN = re.compile(rf"\s{{{_RUN}}}")
-
-# Every kind of character a split pattern has to take a side on. A pattern that drops one of them would lose text.
-_PROBE = "It's 12345 wörter, 漢字 -- \t (x_1 != y)\r\n\n  end \x00 🙂  "
+MERGES = "merges.tiktoken"
 
 
-class BPETokenizer(Tokenizer):
+class BPETokenizer(TableTokenizer):
     """Byte-level BPE.
 
     Args:
@@ -45,16 +47,17 @@ class BPETokenizer(Tokenizer):
         ConfigError: when the pattern is no regular expression, or leaves out text.
     """
 
+    format = "nanochat-bpe-1"
+
     def __init__(self, pattern: str, tokens: Sequence[bytes], encoder: Encoder = "tiktoken") -> None:
+        super().__init__(tokens, special_tokens_from(len(tokens)))
         self._pattern, self._tokens, self._encoder = pattern, tokens, encoder
-        self._special = {name: len(tokens) + i for i, name in enumerate(SPECIAL_TOKENS)}
+        ranks, special = {token: rank for rank, token in enumerate(tokens)}, self._special
+        self._encodings = PerThread(
+            lambda: tiktoken.Encoding("nanochat", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+        )
         try:
-            self._encoding = tiktoken.Encoding(
-                "nanochat",
-                pat_str=pattern,
-                mergeable_ranks={token: rank for rank, token in enumerate(tokens)},
-                special_tokens=self._special,
-            )
+            self._encodings.get()
         except ValueError as error:
             raise ConfigError(f"tokenizer.pattern: no regular expression that tiktoken knows: {error}") from error
         self._encode_piece: Callable[[str], Tokens] = self._by_tiktoken
@@ -62,7 +65,7 @@ class BPETokenizer(Tokenizer):
             from nanochat_bpe.fast import make_encoder
 
             self._encode_piece = make_encoder(pattern, tokens, self._by_tiktoken)
-        if self.decode(self.encode(_PROBE)) != _PROBE:
+        if not self.keeps_text():
             raise ConfigError(
                 "tokenizer.pattern: some characters match no part of it and would be lost; "
                 r"end it with alternatives such as |\s+|. that take whatever is left"
@@ -71,76 +74,34 @@ class BPETokenizer(Tokenizer):
     def __reduce__(self) -> tuple[Any, ...]:
         return BPETokenizer, (self._pattern, self._tokens, self._encoder)
 
-    @property
-    def vocab_size(self) -> int:
-        return len(self._tokens) + len(self._special)
-
-    @property
-    def special_tokens(self) -> Mapping[str, int]:
-        return self._special
-
-    def _encode(self, text: str) -> Tokens:
-        pieces = _cut_long_runs(text)
+    def encode_array(self, text: str) -> Tokens:
+        pieces = cut_long_runs(text)
         if len(pieces) > 1:
             return np.concatenate([self._encode_piece(piece) for piece in pieces])
         return self._encode_piece(text)
 
     def _by_tiktoken(self, text: str) -> Tokens:
         try:
-            ids = self._encoding.encode_to_numpy(text, disallowed_special=())
+            ids = self._encodings.get().encode_to_numpy(text, disallowed_special=())
         except UnicodeEncodeError:
-            ids = self._encoding.encode_to_numpy(_mend(text), disallowed_special=())
+            ids = self._encodings.get().encode_to_numpy(well_formed(text), disallowed_special=())
         return ids.view(np.int32)
-
-    def encode(self, text: str) -> list[int]:
-        ids: list[int] = self._encode(text).tolist()
-        return ids
-
-    def encode_documents(self, texts: Sequence[str]) -> list[Tokens]:
-        bos = np.array([self.bos_id], dtype=np.int32)
-        return [np.concatenate((bos, self._encode(text))) for text in texts]
-
-    def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        return self._encoding.decode_bytes(ids)
-
-    def token_bytes(self) -> Tokens:
-        return np.array([*map(len, self._tokens), *[0] * len(self._special)], dtype=np.int32)
 
     @property
     def fingerprint(self) -> str:
         content = [self._pattern.encode(), *(name.encode() for name in self._special), *self._tokens]
-        digest = hashlib.sha256(FORMAT.encode())
+        digest = hashlib.sha256(self.format.encode())
         for part in content:
             digest.update(len(part).to_bytes(4, "little") + part)
         return digest.hexdigest()
 
-    def save(self, directory: Path) -> None:
-        """Write ``merges.tiktoken`` (tiktoken's own format: base64 of the bytes, a space, the id) and
-        ``tokenizer.json`` (the rest)."""
+    def files(self) -> Mapping[str, bytes]:
+        """The merges in tiktoken's own format: base64 of the bytes, a space, the id."""
         lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(self._tokens)]
-        (directory / MERGES).write_text("".join(lines), encoding="ascii", newline="\n")
-        settings = {
-            "format": FORMAT,
-            "vocab_size": self.vocab_size,
-            "pattern": self._pattern,
-            "special_tokens": self._special,
-            "merges": MERGES,
-            "fingerprint": self.fingerprint,
-        }
-        (directory / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8", newline="\n")
+        return {MERGES: "".join(lines).encode()}
 
-
-def _mend(text: str) -> str:
-    """Surrogate pairs joined, lone ones replaced by U+FFFD."""
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-
-
-def _cut_long_runs(text: str) -> list[str]:
-    """``text``, cut inside white space that is too long for the regex engine."""
-    if len(text) <= _RUN:
-        return [text]
-    cuts = [0, *(match.end() for match in _LONG_RUN.finditer(text)), len(text)]
-    return [text[start:stop] for start, stop in pairwise(cuts) if start < stop]
+    def settings(self) -> Mapping[str, Any]:
+        return {"pattern": self._pattern, "merges": MERGES}
 
 
 def _training_text(documents: Iterable[str], config: BPEConfig) -> Iterator[str]:
@@ -148,11 +109,7 @@ def _training_text(documents: Iterable[str], config: BPEConfig) -> Iterator[str]
     for document in documents:
         text = document[: min(config.doc_cap, left)]
         left -= len(text)
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            text = _mend(text)  # rustbpe refuses surrogates
-        yield from _cut_long_runs(text)
+        yield from cut_long_runs(well_formed(text))  # rustbpe refuses surrogates
         if left <= 0:
             return
 
@@ -191,21 +148,13 @@ def load(directory: Path, encoder: Encoder = "tiktoken") -> BPETokenizer:
     Raises:
         CheckpointError: when a file is missing or damaged.
     """
-    try:
-        settings = json.loads((directory / SETTINGS).read_text(encoding="utf-8"))
-        if settings["format"] != FORMAT:
-            raise ValueError(f"its format is {settings['format']!r}, this version reads {FORMAT!r}")
+
+    def make(settings: Mapping[str, Any]) -> BPETokenizer:
         lines = (directory / MERGES).read_text(encoding="ascii").splitlines()
         tokens = [base64.b64decode(line.split()[0], validate=True) for line in lines]
-        tokenizer = BPETokenizer(settings["pattern"], tokens, encoder)
-        if tokenizer.fingerprint != settings["fingerprint"]:
-            raise ValueError("the files don't belong together: their fingerprint is another")
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise CheckpointError(
-            f"the tokenizer in {directory} can't be read ({error}); restore {SETTINGS} and {MERGES} there, "
-            f"or start a new run"
-        ) from error
-    return tokenizer
+        return BPETokenizer(settings["pattern"], tokens, encoder)
+
+    return load_table_tokenizer(BPETokenizer, directory, make)
 
 
 def build(config: BPEConfig, context: TokenizerContext) -> BPETokenizer:

@@ -95,14 +95,15 @@ class GPTConfig:
             ValueError: when the key and value heads don't divide the query heads.
         """
         width = self.depth * self.aspect_ratio
-        heads = ceil(width / self.head_dim) if self.n_head == "auto" else self.n_head
+        natural = ceil(width / self.head_dim)
+        heads = natural if self.n_head == "auto" else self.n_head
         kv_heads = heads if self.n_kv_head == "auto" else self.n_kv_head
         if heads % kv_heads:
             divisors = ", ".join(str(d) for d in range(1, heads + 1) if heads % d == 0)
             raise ValueError(f"n_kv_head must divide the {heads} query heads (one of {divisors}), not {kv_heads}")
         if self.width_rounding == "head_dim":
-            if self.n_head != "auto":
-                raise ValueError('n_head must be "auto" with width_rounding = "head_dim", which sets the heads too')
+            if heads != natural:
+                raise ValueError(f'n_head must be "auto" or {natural} with width_rounding = "head_dim", not {heads}')
             if self.head_dim % 2:
                 raise ValueError(f"head_dim must be even (rotary positions turn pairs), not {self.head_dim}")
             width = heads * self.head_dim

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nanochat_core import Cache, ConfigError, Model, ModelContext, Resolved
+from nanochat_core import Cache, ConfigError, Model, ModelContext, Resolved, cast
 from nanochat_gpt.attention import Masking, attend, choose_backend, flash3_problem, make_masking
 from nanochat_gpt.cache import KVCache, LayerCache
 from nanochat_gpt.config import GATE_CHANNELS, SMEAR_CHANNELS, GPTConfig, Shape, auto_window
@@ -53,7 +53,8 @@ class Attention(nn.Module):
         self, x_BTD: Tensor, e_BTD: Tensor | None, common: Pass, masking: Masking, cache: LayerCache | None
     ) -> Tensor:
         B, T, _ = x_BTD.shape
-        weight = torch.cat([self.query.weight, self.key.weight, self.value.weight])  # one product instead of three
+        parts = (self.query, self.key, self.value)
+        weight = torch.cat([cast(part.weight, common.dtype) for part in parts])  # one product instead of three
         qkv_BTSC = linear(x_BTD, weight, common.dtype, common.fp8).view(B, T, -1, self.head_dim)
         q_HBTC, k_KBTC, v_KBTC = split_heads(
             qkv_BTSC, self.heads, self.kv_heads, *common.rotary, common.eps, self.qk_scale
@@ -225,7 +226,8 @@ class GPT(Model):
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         with no_autocast(hidden_ND.device):
-            cap, z_NV = self.config.softcap, linear(hidden_ND, self.head.weight[: self.vocab_size], self.dtype)
+            weight_VD = cast(self.head.weight, self.dtype)[: self.vocab_size]
+            cap, z_NV = self.config.softcap, linear(hidden_ND, weight_VD, self.dtype)
             z_NV = z_NV.to(torch.promote_types(z_NV.dtype, torch.float32))
             if not cap:
                 return z_NV

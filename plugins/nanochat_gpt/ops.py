@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nanochat_core import cast
 from nanochat_gpt.fp8 import fp8_linear
 
 
 def linear(x: Tensor, weight: Tensor, dtype: torch.dtype, fp8: bool = False) -> Tensor:
     """x W^T in ``dtype``; with ``fp8`` its products are float8."""
-    return fp8_linear(x, weight, dtype) if fp8 else F.linear(x.to(dtype), weight.to(dtype))
+    return fp8_linear(x, weight, dtype) if fp8 else F.linear(x.to(dtype), cast(weight, dtype))
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -74,7 +75,7 @@ class _RMSNorm(torch.autograd.Function):
 def mlp(x: Tensor, up: Tensor, down: Tensor, dtype: torch.dtype, fp8: bool = False) -> Tensor:
     """relu(x U^T)^2 D^T."""
     if _by_hand() and not fp8:
-        y: Tensor = _MLP.apply(x.to(dtype), up.to(dtype), down.to(dtype))
+        y: Tensor = _MLP.apply(x.to(dtype), cast(up, dtype), cast(down, dtype))
         return y
     return linear(F.relu(linear(x, up, dtype, fp8)).square(), down, dtype, fp8)
 

@@ -1,162 +1,259 @@
-"""The optimizer ``muon_adamw``: who gets which method and learning rate."""
+"""The optimizer ``muon_adamw``: who gets which method, and what this rank holds of it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import attrs
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.adamw import adamw
 
-from nanochat_core import GradientReducer, Multipliers, Optimizer, OptimizerContext, PluginError
+from nanochat_core import Multipliers, Optimizer, OptimizerContext, PluginError, Resolved
+from nanochat_muon import settings
 from nanochat_muon.config import MuonAdamWConfig
-from nanochat_muon.muon import muon_update
+from nanochat_muon.muon import muon_update, variance_shape
+from nanochat_muon.settings import AdamW
+from nanochat_muon.sharding import Exchange, Message, Share, gather_rows, lay_out
+
+CHUNK = 2**26  # elements that are updated together: bounds the memory for it, and lets sending start
 
 
-@attrs.frozen
-class AdamW:
-    """How parameters of one role are updated."""
+@attrs.define(eq=False)
+class Matrices:
+    """Matrices of one shape [R, C] and dtype. Of each message this rank owns one, or none of the last.
 
-    lr: float
-    weight_decay: float
-    betas: tuple[float, float]
-    eps: float
+    Args:
+        shares: those that this rank owns, G of them.
+        messages: theirs, and the last where it holds none for this rank; none with one rank.
+        buffer_GRC: momentum.
+        variance: NorMuon's second moment, [G, R, 1] or [G, 1, C].
+    """
+
+    shares: Sequence[Share]
+    messages: Sequence[Message]
+    buffer_GRC: Tensor
+    variance: Tensor | None
+
+    def chunks(self) -> Iterator[slice]:
+        """What is updated together, of shares and messages alike; the same on every rank."""
+        rows, columns = self.buffer_GRC.shape[1:]
+        size = max(1, CHUNK // max(1, rows * columns))
+        for start in range(0, max(len(self.shares), len(self.messages)), size):
+            yield slice(start, start + size)
 
 
-def adamw_by_role(config: MuonAdamWConfig, hidden_size: int) -> dict[str, AdamW]:
-    """AdamW's settings for each role that Muon doesn't take."""
-    width_factor = (hidden_size / 768) ** -0.5
-    betas, eps, decay = (config.adam_beta1, config.adam_beta2), config.adam_eps, config.weight_decay
-    return {
-        "embedding": AdamW(config.embedding_lr * width_factor, decay, betas, eps),
-        "head": AdamW(config.unembedding_lr * width_factor, decay, betas, eps),
-        "scalar": AdamW(config.scalar_lr, 0.0, betas, eps),
-    }
+@attrs.define(eq=False)
+class Moments:
+    """AdamW's state of what this rank owns of a parameter.
+
+    Args:
+        step: updates done, float32 ().
+        first, second: shaped like the share.
+    """
+
+    share: Share
+    method: AdamW
+    step: Tensor
+    first: Tensor
+    second: Tensor
+
+    def named(self) -> dict[str, Tensor]:
+        return {"step": self.step, "exp_avg": self.first, "exp_avg_sq": self.second}
 
 
 class MuonAdamW(Optimizer):
-    """Every rank holds all state. Moments and momentum are float32, whatever the parameter's dtype."""
+    """State is sharded over the ranks, and float32, whatever the parameter's dtype."""
 
     def __init__(self, config: MuonAdamWConfig, context: OptimizerContext) -> None:
-        self.config = config
-        self.parameters = dict(context.parameters)
-        self.reducer = GradientReducer(context.parameters, context.world)
-        methods = adamw_by_role(config, context.hidden_size)
-        self.adamw: dict[str, AdamW] = {}
-        self.groups: dict[tuple[int, ...], list[str]] = {}  # matrices of one shape are updated together
-        for name, parameter in self.parameters.items():
-            role = context.roles[name]
-            if role == "matrix" and parameter.ndim == 2:
-                self.groups.setdefault(tuple(parameter.shape), []).append(name)
-            elif role in methods:
-                self.adamw[name] = methods[role]
-            else:
+        self._resolved = settings.resolve(config, context)
+        self.config = settings.fill_in(config, self._resolved)
+        self.parameters, self.world = dict(context.parameters), context.world
+        methods = settings.adamw_by_role(self.config, context.hidden_size)
+        roles = {name: settings.known_role(context.roles[name], methods) for name in self.parameters}
+        for name, role in roles.items():
+            shape = tuple(self.parameters[name].shape)
+            if role not in methods and not (role == "matrix" and len(shape) == 2):
+                known = ", ".join(r for r in methods if "." not in r)
                 raise PluginError(
-                    f"optimizer muon_adamw can't train {name!r} of shape {tuple(parameter.shape)} and role {role!r}: "
-                    f"a model's parameter_roles must say matrix (2-D only), {', '.join(methods)}"
+                    f"optimizer muon_adamw can't train {name!r} of shape {shape} and role {context.roles[name]!r}: "
+                    f"a model's parameter_roles must say matrix (2-D only), {known}"
                 )
-        self.buffers: dict[tuple[int, ...], Tensor] = {}
-        self.moments: dict[str, tuple[Tensor, Tensor, Tensor]] = {}  # step, first, second
+        follows_data = config.matrix_weight_decay_scale == "auto"
+        self._described = settings.describe(self.config, roles.values(), methods, follows_data)
+
+        matrices = [name for name, role in roles.items() if role == "matrix"]
+        messages = lay_out(self.parameters, matrices, self.world)
+        self.exchange = Exchange(list(self.parameters.values()), messages, self.world)
+        if self.world.size > 1:
+            shares = [share for message in messages for share in message.shares]
+        else:
+            shares = [Share(name, parameter) for name, parameter in self.parameters.items()]
+        self.matrices = self._matrices(matrices, shares, messages)
+        self.moments = [_moments(s, methods[roles[s.name]]) for s in shares if roles[s.name] != "matrix"]
+
+    def _matrices(self, names: Collection[str], shares: Sequence[Share], messages: Sequence[Message]) -> list[Matrices]:
+        """By shape, the largest group first, so that little is left to do when the last is sent."""
+        groups: dict[tuple[torch.Size, torch.dtype], set[str]] = {}
+        for name in names:
+            parameter = self.parameters[name]
+            groups.setdefault((parameter.shape, parameter.dtype), set()).add(name)
+        made = []
+        for ((rows, columns), dtype), group in sorted(groups.items(), key=lambda g: -len(g[1]) * g[0][0].numel()):
+            own = [s for s in shares if s.name in group]
+            like = torch.zeros((), dtype=_wide(dtype), device=self.parameters[next(iter(group))].device)
+            variance = None
+            if self.config.variance_reduction:
+                variance = like.new_zeros(len(own), *variance_shape(rows, columns))
+            theirs = [m for m in messages if m.names[0] in group]
+            made.append(Matrices(own, theirs, like.new_zeros(len(own), rows, columns), variance))
+        return made
 
     def begin_reduce(self) -> None:
-        self.reducer.begin()
+        self.exchange.begin()
 
     def reduce(self) -> Tensor:
-        return self.reducer.finish()
+        return self.exchange.finish()
 
     @torch.no_grad()
     def update(self, scale: float, multipliers: Multipliers) -> None:
-        momentum = self.momentum(multipliers.step)
-        for shape, names in self.groups.items():
-            parameters = [self.parameters[n] for n in names]
-            muon_update(
-                parameters,
-                [_grad(p) for p in parameters],
-                self._buffer(shape),
-                scale=scale,
-                lr=self.config.matrix_lr * multipliers.lr,
-                momentum=momentum,
-                weight_decay=self.config.matrix_weight_decay,
-                steps=self.config.ns_steps,
-                dtype=newton_schulz_dtype(self.config.ns_dtype, parameters[0]),
-            )
-        for name, method in self.adamw.items():
-            self._adamw(name, method, scale, multipliers.lr)
+        given: list[Message] = []
+
+        def give(messages: Sequence[Message]) -> None:
+            for message in messages:
+                message.give()  # while the next are updated
+            given.extend(messages)
+
+        for moments in self.moments:
+            _adamw(moments, scale, multipliers.lr)
+            if moments.share.message is not None:
+                give([moments.share.message])
+        for group in self.matrices:
+            for chunk in group.chunks():
+                self._muon(group, chunk, scale, multipliers)
+                give(group.messages[chunk])
+        for message in given:
+            message.take()
         self.discard()
 
-    def _adamw(self, name: str, method: AdamW, scale: float, lr_multiplier: float) -> None:
-        parameter = self.parameters[name]
-        step, first, second = self._moments(name)
-        master = parameter.detach().to(first.dtype)  # the parameter itself where it is float32
-        adamw(
-            [master],
-            [_grad(parameter).to(first.dtype).mul_(scale)],
-            [first],
-            [second],
-            [],
-            [step],
-            fused=parameter.device.type in ("cpu", "cuda", "mps"),
-            amsgrad=False,
-            beta1=method.betas[0],
-            beta2=method.betas[1],
-            lr=method.lr * lr_multiplier,
-            weight_decay=method.weight_decay,
-            eps=method.eps,
-            maximize=False,
+    def _muon(self, group: Matrices, chunk: slice, scale: float, multipliers: Multipliers) -> None:
+        c, shares = self.config, group.shares[chunk]
+        if not shares:
+            return
+        decay = settings.matrix_decay(c) * settings.decay_factor(
+            c.matrix_weight_decay_schedule, multipliers.step, multipliers.num_iterations
         )
-        if master.dtype != parameter.dtype:
-            parameter.copy_(master)
-
-    def momentum(self, step: int) -> float:
-        """Muon's momentum at an optimizer step."""
-        done = min(1.0, step / self.config.momentum_warmup_steps) if self.config.momentum_warmup_steps else 1.0
-        return (1 - done) * self.config.momentum_start + done * self.config.momentum
-
-    def _buffer(self, shape: tuple[int, ...]) -> Tensor:
-        if shape not in self.buffers:
-            names = self.groups[shape]
-            like = self.parameters[names[0]]
-            self.buffers[shape] = torch.zeros(len(names), *shape, dtype=_state_dtype(like), device=like.device)
-        return self.buffers[shape]
-
-    def _moments(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
-        if name not in self.moments:
-            like, dtype = self.parameters[name], _state_dtype(self.parameters[name])
-            zeros = (torch.zeros_like(like, dtype=dtype), torch.zeros_like(like, dtype=dtype))
-            self.moments[name] = (torch.zeros((), dtype=torch.float32, device=like.device), *zeros)
-        return self.moments[name]
+        muon_update(
+            [share.target for share in shares],
+            [share.gradient() for share in shares],
+            group.buffer_GRC[chunk],
+            None if group.variance is None else group.variance[chunk],
+            scale=scale,
+            lr=settings.matrix_lr(c) * multipliers.lr,
+            momentum=settings.momentum(c, multipliers.step, multipliers.warmdown),
+            weight_decay=decay,
+            steps=c.ns_steps,
+            dtype=orthogonalization_dtype(c.ns_dtype, shares[0].target),
+            polar_express=c.polar_express,
+            row_equilibration=c.row_equilibration,
+            renormalize=c.renormalize,
+            variance_beta2=c.variance_beta2,
+            cautious=c.cautious_weight_decay,
+        )
 
     def discard(self) -> None:
-        self.reducer.discard()
+        self.exchange.discard()
 
     def state_dict(self) -> dict[str, Tensor]:
-        state = {}
-        for shape, buffer_GRC in self.buffers.items():
-            state.update({f"{name}/momentum": b for name, b in zip(self.groups[shape], buffer_GRC, strict=True)})
-        for name, moments in self.moments.items():
-            for what, tensor in zip(("step", "exp_avg", "exp_avg_sq"), moments, strict=True):
-                state[f"{name}/{what}"] = tensor
-        return state
+        """Per matrix ``momentum`` and, with variance reduction, ``variance`` ([R, 1] or [1, C]); per other parameter
+        ``step``, ``exp_avg`` and ``exp_avg_sq``. What was gathered from other ranks lies on the CPU."""
+        matrices = self._matrix_state() if self.world.size == 1 else self._gathered_matrix_state()
+        return {**dict(matrices), **dict(self._moment_state())}
+
+    def _matrix_state(self) -> Iterator[tuple[str, Tensor]]:
+        for group in self.matrices:
+            for index, share in enumerate(group.shares):
+                yield f"{share.name}/momentum", group.buffer_GRC[index]
+                if group.variance is not None:
+                    yield f"{share.name}/variance", group.variance[index]
+
+    def _gathered_matrix_state(self) -> Iterator[tuple[str, Tensor]]:
+        for group in self.matrices:
+            for index, message in enumerate(group.messages):
+                for what, own in (("momentum", group.buffer_GRC), ("variance", group.variance)):
+                    if own is not None:
+                        mine = own[index] if index < len(own) else own.new_zeros(own.shape[1:])
+                        rows = gather_rows(mine, self.world)
+                        yield from ((f"{n}/{what}", row) for n, row in zip(message.names, rows, strict=False))
+
+    def _moment_state(self) -> Iterator[tuple[str, Tensor]]:
+        for moments in self.moments:
+            for what, own in moments.named().items():
+                yield f"{moments.share.name}/{what}", own if what == "step" else moments.share.collect(own)
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self.buffers, self.moments = {}, {}
-        for shape, names in self.groups.items():
-            for index, name in enumerate(names):
-                if f"{name}/momentum" in state:
-                    self._buffer(shape)[index].copy_(state[f"{name}/momentum"])
-        for name in self.adamw:
-            if f"{name}/step" in state:
-                for what, tensor in zip(("step", "exp_avg", "exp_avg_sq"), self._moments(name), strict=True):
-                    tensor.copy_(state[f"{name}/{what}"])
+        """Takes what this rank owns. What the state lacks starts at zero."""
+
+        def load(own: Tensor, share: Share, what: str) -> None:
+            saved = state.get(f"{share.name}/{what}")
+            if saved is None:
+                own.zero_()
+            else:
+                own.copy_(share.of(saved) if what.startswith("exp") else saved)
+
+        for group in self.matrices:
+            for index, share in enumerate(group.shares):
+                load(group.buffer_GRC[index], share, "momentum")
+                if group.variance is not None:
+                    load(group.variance[index], share, "variance")
+        for moments in self.moments:
+            for what, own in moments.named().items():
+                load(own, moments.share, what)
 
     def state_bytes(self) -> int:
-        sizes = {name: p.numel() * _state_dtype(p).itemsize for name, p in self.parameters.items()}
-        return sum(size * (2 if name in self.adamw else 1) for name, size in sizes.items())
+        kept = [t for group in self.matrices for t in (group.buffer_GRC, group.variance) if t is not None]
+        kept += [t for moments in self.moments for t in (moments.first, moments.second)]
+        return sum(t.nbytes for t in kept)
+
+    def resolved_options(self) -> Mapping[str, Resolved]:
+        return self._resolved
+
+    def describe(self) -> Mapping[str, str | int]:
+        return self._described
 
 
-def newton_schulz_dtype(wanted: str, parameter: Tensor) -> torch.dtype:
+def _moments(share: Share, method: AdamW) -> Moments:
+    dtype = _wide(share.target.dtype)
+    step = torch.zeros((), dtype=torch.float32, device=share.target.device)
+    first, second = (torch.zeros_like(share.target, dtype=dtype) for _ in range(2))
+    return Moments(share, method, step, first, second)
+
+
+def _adamw(moments: Moments, scale: float, lr_multiplier: float) -> None:
+    method, target = moments.method, moments.share.target.detach()
+    master = target.to(moments.first.dtype)  # the parameter itself where it is float32
+    adamw(
+        [master],
+        [moments.share.gradient().to(master.dtype).mul_(scale)],
+        [moments.first],
+        [moments.second],
+        [],
+        [moments.step],
+        fused=target.device.type in ("cpu", "cuda", "mps"),
+        amsgrad=False,
+        beta1=method.betas[0],
+        beta2=method.betas[1],
+        lr=method.lr * lr_multiplier,
+        weight_decay=method.weight_decay,
+        eps=method.eps,
+        maximize=False,
+    )
+    if master is not target:
+        target.copy_(master)
+
+
+def orthogonalization_dtype(wanted: str, parameter: Tensor) -> torch.dtype:
     """bfloat16 where it is fast; float64 parameters stay in float64."""
     if parameter.dtype == torch.float64:
         return torch.float64
@@ -174,13 +271,8 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     return False
 
 
-def _state_dtype(parameter: Tensor) -> torch.dtype:
-    return torch.promote_types(parameter.dtype, torch.float32)
-
-
-def _grad(parameter: nn.Parameter) -> Tensor:
-    assert parameter.grad is not None, "reduce gives every parameter a gradient"
-    return parameter.grad
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def build(config: MuonAdamWConfig, context: OptimizerContext) -> MuonAdamW:
@@ -188,5 +280,6 @@ def build(config: MuonAdamWConfig, context: OptimizerContext) -> MuonAdamW:
 
     Raises:
         PluginError: when a parameter has a role that is not known.
+        ConfigError: when the decay is to follow the data and the model has no reference.
     """
     return MuonAdamW(config, context)

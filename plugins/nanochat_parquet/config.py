@@ -24,11 +24,13 @@ class ParquetConfig:
         help="directory of *.parquet files, file, pattern such as data/*.parquet, or URL (http, https, s3, gs, "
         "or any other that fsspec knows); or a list of these",
         validator=_not_empty,
+        on_resume="free",  # the fingerprint notices other data
     )
     text_column: str = option("text", COLUMN_HELP)
     val_path: str | tuple[str, ...] | None = option(
-        None, "the same for the validation shards; those of path are all for training then", validator=_not_empty
-    )
+        None, "the same for the validation shards; those of path are all for training then",
+        validator=_not_empty, on_resume="free",
+    )  # fmt: skip
     val_fraction: float | None = option(
         None,
         "hold out every k-th document instead of the last shard, k = 1 / val_fraction",

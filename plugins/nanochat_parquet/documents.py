@@ -7,18 +7,17 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 from threading import Lock
-from typing import Any, Literal
+from typing import Any
 
 import attrs
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanochat_core import DataError, Documents
+from nanochat_core import DataError, Documents, Problems
 from nanochat_parquet.files import File, read_tail
 
 # Lanes of a training run drift apart, so that several row groups are in use at once. What is kept in memory for them:
 CACHE_BYTES = 256 * 2**20
-MOST_SKIPPED = 10_000  # places; beyond that the data are broken as a whole, or an option is wrong
 
 
 @attrs.frozen
@@ -42,29 +41,6 @@ class Shard:
 
     file: File
     footer: Footer
-
-
-class Problems:
-    """What could not be read, and what that leads to. Any thread may use it."""
-
-    def __init__(self, on_error: Literal["fail", "skip"] = "fail") -> None:
-        self.on_error = on_error
-        self._lines: dict[str, None] = {}  # a set that keeps its order
-        self._lock = Lock()
-
-    def meet(self, what: str, remedy: str, error: Exception | None = None) -> None:
-        """Note it, or raise a DataError."""
-        what = " ".join(what.split())  # messages of libraries have line breaks
-        if self.on_error == "fail":
-            raise DataError(f"data.on_error: {what}; {remedy}, or set data.on_error to skip") from error
-        with self._lock:
-            self._lines[f"skipped: {what}"] = None
-            if len(self._lines) > MOST_SKIPPED:
-                raise DataError(f"data.on_error: more than {MOST_SKIPPED:,} places can't be read, the last: {what}")
-
-    def lines(self) -> list[str]:
-        with self._lock:
-            return list(self._lines)
 
 
 class ParquetDocuments(Documents):

@@ -182,11 +182,13 @@ def _find_local(place: str, key: str) -> list[File]:
 
 
 def _find_remote(place: str, key: str) -> list[File]:
-    """Files of an object store. A pattern's fixed directory is listed, and the names are matched."""
+    """Files of an object store. A pattern's fixed directory is listed, and the names are matched. What follows a
+    question mark are options of the store, as in ``?endpoint_override=minio:9000&scheme=http``."""
+    place, mark, options = place.partition("?")
     magic = glob.has_magic(place)
-    base = place[: min(place.find(c) for c in "*?[" if c in place)].rpartition("/")[0] if magic else place
+    base = place[: min(place.find(c) for c in "*[" if c in place)].rpartition("/")[0] if magic else place
     try:
-        filesystem, path = _filesystem(base)
+        filesystem, path = _filesystem(base + mark + options)
         info = filesystem.get_file_info(path)
         if info.type == pafs.FileType.File:
             infos = [info]

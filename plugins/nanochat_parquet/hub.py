@@ -5,11 +5,11 @@ Everything goes through ``huggingface_hub``: its cache, credentials, mirrors (``
 
 from __future__ import annotations
 
-import errno
 import fnmatch
 import hashlib
 import json
 import os
+import platform
 import shutil
 import tempfile
 import time
@@ -17,37 +17,22 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO
 
 import attrs
 import pyarrow as pa
 from filelock import FileLock
 from huggingface_hub import HfApi, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub import constants as hub_constants
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
-from tqdm import tqdm
 
 from nanochat_core import DataError
 from nanochat_parquet.documents import Footer, parse_footer
 from nanochat_parquet.files import footer_bytes
+from nanochat_parquet.patience import patiently
 
-Result = TypeVar("Result")
-
-ATTEMPTS = 6
 ABANDONED = 3600.0  # seconds without a byte after which a part of a file belongs to nobody
-EDQUOT = getattr(errno, "EDQUOT", errno.ENOSPC)  # not every system has it
 PATHS_A_REQUEST = 500
-LATER = "run it again when the network is back: what has arrived is kept"
 
 
 @attrs.frozen
@@ -98,9 +83,10 @@ class Hub:
     def _listing(self) -> tuple[str | None, list[str], DataError | None]:
         """Commit, names of all files, and why the hub did not answer. Without the hub: what it said the last time."""
         try:
-            info = self._retry(
+            info = patiently(
                 f"data set {self.repo}",
                 lambda: self._api.dataset_info(self.repo, revision=self.revision, timeout=30),
+                self._backoff,
                 attempts=3,
             )
         except DataError as error:
@@ -138,7 +124,7 @@ class Hub:
         found: dict[str, HubFile] = {}
         for start in range(0, len(names), PATHS_A_REQUEST):
             part = list(names[start : start + PATHS_A_REQUEST])
-            infos = self._retry(f"data set {self.repo}", partial(self._paths_info, part))
+            infos = patiently(f"data set {self.repo}", partial(self._paths_info, part), self._backoff)
             for info in infos:
                 lfs = getattr(info, "lfs", None)
                 found[info.path] = HubFile(info.path, lfs.sha256 if lfs else info.blob_id, info.size)
@@ -209,13 +195,17 @@ class Hub:
         write_atomically(known, tail)
         return footer
 
+    def _url(self, file: HubFile) -> str:
+        return hf_hub_url(self.repo, file.name, repo_type="dataset", revision=self._listing[0], endpoint=self._endpoint)
+
     def _range(self, file: HubFile, start: int) -> bytes:
         """Bytes from ``start`` to the end, from the hub."""
-        url = hf_hub_url(self.repo, file.name, repo_type="dataset", revision=self._listing[0], endpoint=self._endpoint)
 
         def get() -> bytes:
             headers = {**build_hf_headers(), "Range": f"bytes={start}-{file.size - 1}", "Accept-Encoding": "identity"}
-            response = get_session().get(url, headers=headers, timeout=hub_constants.HF_HUB_DOWNLOAD_TIMEOUT)
+            response = get_session().get(
+                self._url(file), headers=headers, timeout=hub_constants.HF_HUB_DOWNLOAD_TIMEOUT
+            )
             hf_raise_for_status(response)
             data: bytes = response.content
             data = data[start:] if response.status_code == 200 else data
@@ -223,27 +213,38 @@ class Hub:
                 raise OSError(f"{len(data)} bytes instead of {file.size - start}")
             return data
 
-        return self._retry(f"the footer of {file.name}", get)
+        return patiently(f"the footer of {file.name}", get, self._backoff)
 
     # -- whole files
 
+    @cached_property
+    def _blobs(self) -> Path:
+        """Where huggingface_hub keeps the content of this data set's files, by etag."""
+        cache = Path(self._hub_cache or hub_constants.HF_HUB_CACHE)
+        return cache / f"datasets--{self.repo.replace('/', '--')}" / "blobs"
+
+    def _partial(self, file: HubFile) -> Path:
+        """What has arrived of a file. Machines that share a disk have one each: not all disks lock between machines."""
+        return self._blobs / f"{file.etag}.{platform.node()}.incomplete"
+
     def need(self, files: Sequence[HubFile]) -> None:
-        """Check that there is room for files, after removing what killed downloads of this data set have left.
+        """Check that there is room for files, after removing what killed downloads of other files have left.
 
         Raises:
             DataError: with what is free and what is needed.
         """
-        cache = Path(self._hub_cache or hub_constants.HF_HUB_CACHE)
-        for left in (cache / f"datasets--{self.repo.replace('/', '--')}" / "blobs").glob("*.*.incomplete"):
+        parts = {self._partial(file) for file in files}
+        for left in self._blobs.glob("*.*.incomplete"):
             with suppress(OSError):
-                if time.time() - left.stat().st_mtime > ABANDONED:
+                if left not in parts and time.time() - left.stat().st_mtime > ABANDONED:
                     left.unlink()
-        existing = next(path for path in (cache, *cache.absolute().parents) if path.exists())
+        existing = next(path for path in self._blobs.absolute().parents if path.exists())
         free, needed = shutil.disk_usage(existing).free, sum(file.size for file in files)
+        needed -= sum(part.stat().st_size for part in parts if part.exists())
         if needed > free:
             raise DataError(
-                f"data: {len(files)} files of {self.repo} need {needed / 1e9:.1f} GB, {cache} has {free / 1e9:.1f} GB "
-                f"free; lower data.shards, make room, or set HF_HOME to another disk"
+                f"data: {len(files)} files of {self.repo} need {needed / 1e9:.1f} GB, {existing} has {free / 1e9:.1f} "
+                f"GB free; lower data.shards, make room, or set HF_HOME to another disk"
             )
 
     def fetch(self, file: HubFile, column: str, progress: Callable[[int], None] = lambda _: None) -> Path:
@@ -257,46 +258,69 @@ class Hub:
         """
         lock = self._directory / "locks" / f"{file.etag}.lock"
         lock.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(lock):
-            path = self.local(file)
-            if path is not None:
-                progress(file.size)
-                return path
-            received = 0
-            again = self._cached(file.name) is not None  # whole by name, but not what the hub has
+        told = 0
 
-            class Bar(tqdm):  # type: ignore[misc]
-                """How huggingface_hub says what has arrived."""
+        def tell(received: int) -> None:
+            nonlocal told
+            progress(received - told)
+            told = received
 
-                def __init__(self, *_: Any, **__: Any) -> None:
-                    super().__init__(disable=True)
+        blob, part = self._blobs / file.etag, self._partial(file)
 
-                def update(self, n: float | None = 1) -> None:
-                    nonlocal received
-                    received += int(n or 0)
-                    progress(int(n or 0))
-
-            def get() -> Path:
-                nonlocal received, again
-                progress(-received)
-                received = 0
-                got = hf_hub_download(
+        def get() -> Path:
+            found = blob if blob.is_file() else part
+            if found is part:
+                self._receive(file, part, tell)
+            try:
+                self._check(found, file, column)
+            except OSError:
+                found.unlink()
+                raise
+            if found is part:
+                part.replace(blob)
+            (self._blobs.parent / "snapshots" / str(self._listing[0]) / file.name).unlink(missing_ok=True)
+            return Path(  # the content is here: it only links the name to it
+                hf_hub_download(
                     self.repo,
                     file.name,
                     repo_type="dataset",
                     revision=self._listing[0],
                     endpoint=self._endpoint,
                     cache_dir=self._hub_cache,
-                    force_download=again,
-                    tqdm_class=Bar,
                 )
-                again = True
-                self._check(Path(got), file, column)
-                return Path(got)
+            )
 
-            path = self._retry(f"{file.name} of {self.repo}", get)
-            progress(file.size - received)  # what was here already
-            return path
+        with FileLock(lock):
+            path = self.local(file) or patiently(f"{file.name} of {self.repo}", get, self._backoff)
+        tell(file.size)
+        return path
+
+    def _receive(self, file: HubFile, part: Path, tell: Callable[[int], None]) -> None:
+        """Append to ``part`` what is missing of a file. Connections may break, as long as each brings something."""
+        part.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("ab") as stream:
+            while stream.tell() < file.size:
+                before = stream.tell()
+                try:
+                    self._receive_some(file, stream, tell)
+                except Exception:
+                    if stream.tell() <= before:
+                        raise
+
+    def _receive_some(self, file: HubFile, stream: BinaryIO, tell: Callable[[int], None]) -> None:
+        """One request for all that is missing."""
+        headers = {**build_hf_headers(), "Range": f"bytes={stream.tell()}-", "Accept-Encoding": "identity"}
+        timeout = hub_constants.HF_HUB_DOWNLOAD_TIMEOUT
+        with get_session().stream("GET", self._url(file), headers=headers, timeout=timeout) as response:
+            hf_raise_for_status(response)
+            if response.status_code != 206:  # a server that knows no ranges sends all of it
+                stream.seek(0)
+                stream.truncate()
+            tell(stream.tell())
+            for block in response.iter_bytes():
+                stream.write(block)
+                tell(stream.tell())
+            stream.flush()
 
     def _check(self, path: Path, file: HubFile, column: str) -> None:
         """Refuse a file that isn't what the hub says it has.
@@ -313,55 +337,6 @@ class Hub:
             if digest != file.etag:
                 raise OSError(f"its sha256 is {digest} instead of {file.etag}")
         self.footer(file, column)
-
-    # -- patience
-
-    def _retry(self, what: str, work: Callable[[], Result], attempts: int = ATTEMPTS) -> Result:
-        for attempt in range(attempts):
-            try:
-                return work()
-            except DataError:
-                raise
-            except Exception as error:
-                hopeless = _hopeless(error)
-                if hopeless is not None:
-                    raise DataError(f"data: {what} can't be had from the hub: {hopeless}") from error
-                reason = error
-            if attempt < attempts - 1:
-                time.sleep(self._backoff * 2**attempt)
-        text = f"{type(reason).__name__}: {str(reason).strip() or 'no details'}"
-        raise DataError(
-            f"data: {what} can't be had from the hub, after {attempts} attempts ({text}); {LATER}"
-        ) from reason
-
-
-def _hopeless(error: Exception) -> str | None:
-    """What to do about an error that waiting won't mend; None for those that pass."""
-    if isinstance(error, OfflineModeIsEnabled) or isinstance(error.__cause__, OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set; unset it"
-    if isinstance(error, GatedRepoError):
-        return "its owner grants access one by one: ask for it on the hub's page, then set HF_TOKEN"
-    if isinstance(error, RepositoryNotFoundError):
-        return "there is no such data set, or it is private: check data.repo, or set HF_TOKEN"
-    if isinstance(error, RevisionNotFoundError):
-        return "there is no such revision: check data.revision"
-    if isinstance(error, LocalEntryNotFoundError):  # huggingface_hub's word for "the hub can't be reached"
-        return None
-    if isinstance(error, EntryNotFoundError):
-        return "there is no such file in the data set: lower data.shards"
-    if isinstance(error, HFValidationError):
-        return f"{error}; write data.repo as owner/name"
-    if isinstance(error, HfHubHTTPError) and error.response is not None:
-        code = error.response.status_code
-        return None if code in (408, 429) or code >= 500 else f"the hub answers {code}; check data.repo and HF_TOKEN"
-    if isinstance(error, OSError) and error.errno in (
-        errno.ENOSPC,
-        errno.EACCES,
-        errno.EROFS,
-        getattr(errno, "EDQUOT", -1),
-    ):
-        return f"{error}; make room, or set HF_HOME to another directory"
-    return None
 
 
 def _etag(path: Path) -> str:

@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 
-from nanochat_core import DataContext, DataError, DataSource, Documents, Split
+from nanochat_core import DataContext, DataError, DataSource, Documents, Problems, Split
 from nanochat_parquet.config import ClimbmixConfig, FinewebEduConfig, HubConfig, HubParquetConfig
-from nanochat_parquet.documents import ParquetDocuments, Problems, Shard
+from nanochat_parquet.documents import ParquetDocuments, Shard
 from nanochat_parquet.downloads import ArrivingFile, Downloads, download_all, say
 from nanochat_parquet.hub import Hub, HubFile
 

@@ -9,9 +9,9 @@ from functools import cached_property
 
 import pyarrow as pa
 
-from nanochat_core import DataContext, DataError, DataSource, Documents, Split, hold_out
+from nanochat_core import DataContext, DataError, DataSource, Documents, Problems, Split, hold_out
 from nanochat_parquet.config import ParquetConfig
-from nanochat_parquet.documents import ParquetDocuments, Problems, Shard, read_shard
+from nanochat_parquet.documents import ParquetDocuments, Shard, read_shard
 from nanochat_parquet.files import File, HttpFile, find, hash_file, hash_samples
 
 # Splits up to this many bytes on disk are hashed whole (a second or two), others by samples.

@@ -5,19 +5,8 @@ from typing import Any, Literal
 
 import attrs
 
-from nanochat_core import at_least, between, option
+from nanochat_core import SPECIAL_TOKENS, at_least, between, option
 
-SPECIAL_TOKENS = (
-    "<|bos|>",
-    "<|user_start|>",
-    "<|user_end|>",
-    "<|assistant_start|>",
-    "<|assistant_end|>",
-    "<|python_start|>",
-    "<|python_end|>",
-    "<|output_start|>",
-    "<|output_end|>",
-)
 LEAST = 1 + 256 + len(SPECIAL_TOKENS)  # <unk>, the bytes, special tokens
 
 

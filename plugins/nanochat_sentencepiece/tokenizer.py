@@ -8,25 +8,33 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import sentencepiece
 
-from nanochat_core import CheckpointError, ConfigError, DataError, Tokenizer, TokenizerContext, Tokens
-from nanochat_sentencepiece.config import LEAST, SPECIAL_TOKENS, SentencePieceConfig
+from nanochat_core import (
+    SPECIAL_TOKENS,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    TableTokenizer,
+    TokenizerContext,
+    Tokens,
+    load_table_tokenizer,
+    special_tokens_from,
+    well_formed,
+)
+from nanochat_sentencepiece.config import LEAST, SentencePieceConfig
 
-FORMAT = "nanochat-sentencepiece-1"
-SETTINGS, MODEL = "tokenizer.json", "sentencepiece.model"
+MODEL = "sentencepiece.model"
 SPACE = "\u2581"
-_PROBE = "It's 12345 wörter, 漢字 -- \t (x_1 != y)\r\n\n  end \ufb01\u2460 \x00 🙂  "
 
 
-class SentencePieceTokenizer(Tokenizer):
+class SentencePieceTokenizer(TableTokenizer):
     """The pieces of a model, then special tokens.
 
     Args:
@@ -36,6 +44,8 @@ class SentencePieceTokenizer(Tokenizer):
         ConfigError: when the model changes text, or has no bytes for what its pieces don't cover.
     """
 
+    format = "nanochat-sentencepiece-1"
+
     def __init__(self, model: bytes) -> None:
         self._model = model
         try:
@@ -43,14 +53,12 @@ class SentencePieceTokenizer(Tokenizer):
         except RuntimeError as error:
             raise ConfigError(f"tokenizer.model_file: no model of sentencepiece: {error}") from error
         count = self._pieces.vocab_size()
-        self._bytes = [self._bytes_of(i) for i in range(count)]
-        self._special = {name: count + i for i, name in enumerate(SPECIAL_TOKENS)}
-        self._names = [name.encode() for name in SPECIAL_TOKENS]
+        super().__init__([self._bytes_of(i) for i in range(count)], special_tokens_from(count))
         by_byte = {self._bytes[i]: i for i in range(count) if self._pieces.IsByte(i)}
         if len(by_byte) < 256:
             raise ConfigError("tokenizer.model_file: the model has no bytes; train it with byte_fallback = true")
         self._space_in_bytes = [by_byte[bytes([b])] for b in SPACE.encode()]
-        if self.decode(self.encode(_PROBE)) != _PROBE:
+        if not self.keeps_text():
             raise ConfigError(
                 "tokenizer.model_file: the model changes text; train it with normalization_rule_name = identity, "
                 "add_dummy_prefix = false and remove_extra_whitespaces = false"
@@ -67,52 +75,23 @@ class SentencePieceTokenizer(Tokenizer):
     def __reduce__(self) -> tuple[Any, ...]:
         return SentencePieceTokenizer, (self._model,)
 
-    @property
-    def vocab_size(self) -> int:
-        return len(self._bytes) + len(self._special)
-
-    @property
-    def special_tokens(self) -> Mapping[str, int]:
-        return self._special
-
-    def encode(self, text: str) -> list[int]:
+    def encode_array(self, text: str) -> Tokens:
         ids: list[int] = []
-        for index, part in enumerate(_mend(text).split(SPACE)):
+        for index, part in enumerate(well_formed(text).split(SPACE)):
             ids += self._space_in_bytes if index else ()
             ids += self._pieces.encode(part)
-        return ids
-
-    def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        known = [*self._bytes, *self._names]
-        return b"".join([known[i] for i in ids])
-
-    def token_bytes(self) -> Tokens:
-        return np.array([*map(len, self._bytes), *[0] * len(self._special)], dtype=np.int32)
+        return np.array(ids, dtype=np.int32)
 
     @property
     def fingerprint(self) -> str:
-        return hashlib.sha256("\n".join((FORMAT, *SPECIAL_TOKENS, "")).encode() + self._model).hexdigest()
+        return hashlib.sha256("\n".join((self.format, *SPECIAL_TOKENS, "")).encode() + self._model).hexdigest()
 
-    def save(self, directory: Path) -> None:
-        """Write ``sentencepiece.model`` (sentencepiece's own format) and ``tokenizer.json`` (about it)."""
-        (directory / MODEL).write_bytes(self._model)
-        settings = {
-            "format": FORMAT,
-            "vocab_size": self.vocab_size,
-            "special_tokens": self._special,
-            "model": MODEL,
-            "fingerprint": self.fingerprint,
-        }
-        (directory / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8", newline="\n")
+    def files(self) -> Mapping[str, bytes]:
+        """The model in sentencepiece's own format."""
+        return {MODEL: self._model}
 
-
-def _mend(text: str) -> str:
-    """Surrogate pairs joined, lone ones replaced by U+FFFD."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    return text
+    def settings(self) -> Mapping[str, Any]:
+        return {"model": MODEL}
 
 
 def _training_text(documents: Iterable[str], config: SentencePieceConfig) -> Iterator[str]:
@@ -121,7 +100,7 @@ def _training_text(documents: Iterable[str], config: SentencePieceConfig) -> Ite
     for document in documents:
         text = document[: min(config.doc_cap, left)]
         left -= len(text)
-        yield from (part for part in re.split(r"(?<=\n)(?=[^\n])", _mend(text).replace(SPACE, "")) if part)
+        yield from (part for part in re.split(r"(?<=\n)(?=[^\n])", well_formed(text).replace(SPACE, "")) if part)
         if left <= 0:
             return
 
@@ -181,19 +160,11 @@ def load(directory: Path) -> SentencePieceTokenizer:
     Raises:
         CheckpointError: when a file is missing or damaged.
     """
-    try:
-        settings = json.loads((directory / SETTINGS).read_text(encoding="utf-8"))
-        if settings["format"] != FORMAT:
-            raise ValueError(f"its format is {settings['format']!r}, this version reads {FORMAT!r}")
-        tokenizer = SentencePieceTokenizer((directory / MODEL).read_bytes())
-        if tokenizer.fingerprint != settings["fingerprint"]:
-            raise ValueError("the files don't belong together: their fingerprint is another")
-    except (OSError, ValueError, LookupError, TypeError, ConfigError) as error:
-        raise CheckpointError(
-            f"the tokenizer in {directory} can't be read ({error}); restore {SETTINGS} and {MODEL} there, "
-            f"or start a new run"
-        ) from error
-    return tokenizer
+
+    def make(_: Mapping[str, Any]) -> SentencePieceTokenizer:
+        return SentencePieceTokenizer((directory / MODEL).read_bytes())
+
+    return load_table_tokenizer(SentencePieceTokenizer, directory, make)
 
 
 def build(config: SentencePieceConfig, context: TokenizerContext) -> SentencePieceTokenizer:

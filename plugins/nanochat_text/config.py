@@ -25,10 +25,12 @@ class FilesConfig:
     path: str | tuple[str, ...] = option(
         help="directory, file, or pattern such as notes/**/*.md; or a list of these; .gz and .zst are decompressed",
         validator=_not_empty,
+        on_resume="free",  # the fingerprint notices other data
     )
     val_path: str | tuple[str, ...] | None = option(
-        None, "the same for validation; all documents of path are for training then", validator=_not_empty
-    )
+        None, "the same for validation; all documents of path are for training then",
+        validator=_not_empty, on_resume="free",
+    )  # fmt: skip
     val_fraction: float = option(
         0.05, "without val_path, every k-th document is for validation, k = 1 / val_fraction",
         validator=between(1e-6, 0.5),

@@ -9,38 +9,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from threading import Lock
-from typing import Literal
 
-from nanochat_core import DataContext, DataError, DataSource, Documents, Split, hold_out
+from nanochat_core import DataContext, DataError, DataSource, Documents, Problems, Split, hold_out
 from nanochat_text.config import FilesConfig, JsonlConfig, TextConfig
 from nanochat_text.files import COMPRESSED, find, fingerprint, is_damage, open_compressed, plain
 from nanochat_text.index import Spans, load_index
 
-MOST_SKIPPED = 10_000  # places; beyond that the data are broken as a whole, or an option is wrong
-
-
-class Problems:
-    """What could not be read, and what that leads to. Any thread may use it."""
-
-    def __init__(self, on_error: Literal["fail", "skip"]) -> None:
-        self.on_error = on_error
-        self._lines: dict[str, None] = {}  # a set that keeps its order
-        self._lock = Lock()
-
-    def meet(self, what: str, error: Exception | None = None) -> None:
-        """Note it, or raise a DataError."""
-        what = " ".join(what.split())  # messages of libraries have line breaks
-        if self.on_error == "fail":
-            raise DataError(f"data.on_error: {what}; mend it, or set data.on_error to skip") from error
-        with self._lock:
-            self._lines[f"skipped: {what}"] = None
-            if len(self._lines) > MOST_SKIPPED:
-                raise DataError(f"data.on_error: more than {MOST_SKIPPED:,} places can't be read, the last: {what}")
-
-    def lines(self) -> list[str]:
-        with self._lock:
-            return list(self._lines)
+MEND = "mend it"
 
 
 class SpanDocuments(Documents):
@@ -83,7 +58,7 @@ class SpanDocuments(Documents):
         try:
             return self._parse(data)
         except ValueError as error:
-            self._problems.meet(f"the document at byte {start:,} of {name} can't be read ({error})", error)
+            self._problems.meet(f"the document at byte {start:,} of {name} can't be read ({error})", MEND, error)
             return ""
 
 
@@ -112,7 +87,7 @@ class FileDocuments(Documents):
             except OSError as error:
                 raise DataError(f"data.path: {path} can't be read ({error}); put it back") from error
             except ValueError as error:
-                self._problems.meet(f"{path} can't be read ({error})", error)
+                self._problems.meet(f"{path} can't be read ({error})", MEND, error)
             yield ""
 
     def _bytes(self, path: Path) -> bytes:
@@ -203,7 +178,7 @@ class FilesSource(DataSource):
         for path in paths:
             content = plain(path, self._directory, keep_damaged=config.on_error == "skip")
             if content.problem:
-                self._problems.meet(content.problem)
+                self._problems.meet(content.problem, MEND)
             spans = load_index(
                 content.path, self._directory, config.separator if isinstance(config, TextConfig) else None
             )

@@ -7,18 +7,6 @@ import attrs
 
 from nanochat_core import option
 
-SPECIAL_TOKENS = (
-    "<|bos|>",
-    "<|user_start|>",
-    "<|user_end|>",
-    "<|assistant_start|>",
-    "<|assistant_end|>",
-    "<|python_start|>",
-    "<|python_end|>",
-    "<|output_start|>",
-    "<|output_end|>",
-)
-
 
 def _is_file(_: Any, attribute: Any, value: Path | None) -> None:
     if value is not None and not value.is_file():

@@ -8,11 +8,8 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-import json
-import re
 import threading
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +17,24 @@ import numpy as np
 import tiktoken
 import tiktoken.load
 
-from nanochat_core import CheckpointError, ConfigError, DataError, Tokenizer, TokenizerContext, Tokens
-from nanochat_tiktoken.config import SPECIAL_TOKENS, TiktokenConfig
+from nanochat_core import (
+    ConfigError,
+    DataError,
+    PerThread,
+    TableTokenizer,
+    TokenizerContext,
+    Tokens,
+    cut_long_runs,
+    load_table_tokenizer,
+    special_tokens_from,
+    well_formed,
+)
+from nanochat_tiktoken.config import TiktokenConfig
 
-FORMAT = "nanochat-tiktoken-1"
-SETTINGS, MERGES = "tokenizer.json", "merges.tiktoken"
-
-# tiktoken's regex engine overflows its stack somewhere above 700,000 spaces in a row: longer runs are cut first.
-_RUN = 100_000
-_LONG_RUN = re.compile(rf"\s{{{_RUN}}}")
-_PROBE = "It's 12345 wörter, 漢字 -- \t (x_1 != y)\r\n\n  end \x00 🙂  "
+MERGES = "merges.tiktoken"
 
 
-class TiktokenTokenizer(Tokenizer):
+class TiktokenTokenizer(TableTokenizer):
     """An encoding of tiktoken. Its ids stay what they are; special tokens of ours follow unless it has them.
 
     Args:
@@ -44,63 +46,43 @@ class TiktokenTokenizer(Tokenizer):
         ConfigError: when the pattern is no regular expression, or leaves out text.
     """
 
+    format = "nanochat-tiktoken-1"
+
     def __init__(self, pattern: str, ranks: Mapping[bytes, int], special: Mapping[str, int]) -> None:
-        self._pattern, self._ranks, self._own_special = pattern, dict(ranks), dict(special)
-        self._special = dict(special)
-        if "<|bos|>" not in special:
-            first = max([*ranks.values(), *special.values()]) + 1
-            self._special |= {name: first + i for i, name in enumerate(SPECIAL_TOKENS)}
-        self._bytes = [b""] * (max([*ranks.values(), *self._special.values()]) + 1)  # some ids may mean nothing
+        tokens = [b""] * (max(ranks.values()) + 1)  # some ids may mean nothing
         for token, rank in ranks.items():
-            self._bytes[rank] = token
-        self._names = {rank: name.encode() for name, rank in self._special.items()}
-        try:
-            self._encoding = tiktoken.Encoding(
-                "nanochat", pat_str=pattern, mergeable_ranks=self._ranks, special_tokens={}
+            tokens[rank] = token
+        super().__init__(tokens, special_tokens_from(max([*ranks.values(), *special.values()]) + 1, special))
+        self._pattern, self._ranks, self._own_special = pattern, dict(ranks), dict(special)
+        own_ranks, all_special = self._ranks, self._special
+        self._encodings = PerThread(
+            lambda: tiktoken.Encoding(
+                "nanochat", pat_str=pattern, mergeable_ranks=own_ranks, special_tokens=all_special
             )
+        )
+        try:
+            self._encodings.get()
         except ValueError as error:
             raise ConfigError(f"tokenizer.pattern: no regular expression that tiktoken knows: {error}") from error
-        if self.decode(self.encode(_PROBE)) != _PROBE:
+        if not self.keeps_text():
             raise ConfigError("tokenizer.pattern: some characters match no part of it and would be lost")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return TiktokenTokenizer, (self._pattern, self._ranks, self._own_special)
 
-    @property
-    def vocab_size(self) -> int:
-        return len(self._bytes)
-
-    @property
-    def special_tokens(self) -> Mapping[str, int]:
-        return self._special
-
-    def _encode(self, text: str) -> Tokens:
-        pieces = _cut_long_runs(text)
+    def encode_array(self, text: str) -> Tokens:
+        pieces = cut_long_runs(text)
         if len(pieces) > 1:
-            return np.concatenate([self._encode(piece) for piece in pieces])
+            return np.concatenate([self.encode_array(piece) for piece in pieces])
         try:
-            ids = self._encoding.encode_to_numpy(text, disallowed_special=())
+            ids = self._encodings.get().encode_to_numpy(text, disallowed_special=())
         except UnicodeEncodeError:
-            ids = self._encoding.encode_to_numpy(_mend(text), disallowed_special=())
+            ids = self._encodings.get().encode_to_numpy(well_formed(text), disallowed_special=())
         return ids.view(np.int32)
-
-    def encode(self, text: str) -> list[int]:
-        ids: list[int] = self._encode(text).tolist()
-        return ids
-
-    def encode_documents(self, texts: Sequence[str]) -> list[Tokens]:
-        bos = np.array([self.bos_id], dtype=np.int32)
-        return [np.concatenate((bos, self._encode(text))) for text in texts]
-
-    def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        return b"".join([self._names.get(i, self._bytes[i]) for i in ids])
-
-    def token_bytes(self) -> Tokens:
-        return np.array([len(token) for token in self._bytes], dtype=np.int32)
 
     @property
     def fingerprint(self) -> str:
-        parts = [FORMAT.encode(), self._pattern.encode()]
+        parts = [self.format.encode(), self._pattern.encode()]
         parts += [f"{name} {rank}".encode() for name, rank in sorted(self._special.items())]
         parts += self._bytes
         digest = hashlib.sha256()
@@ -108,36 +90,14 @@ class TiktokenTokenizer(Tokenizer):
             digest.update(len(part).to_bytes(4, "little") + part)
         return digest.hexdigest()
 
-    def save(self, directory: Path) -> None:
-        """Write ``merges.tiktoken`` (tiktoken's own format: base64 of the bytes, a space, the id) and
-        ``tokenizer.json`` (the rest)."""
-        lines = [
-            f"{base64.b64encode(token).decode()} {rank}\n"
-            for token, rank in sorted(self._ranks.items(), key=lambda pair: pair[1])
-        ]
-        (directory / MERGES).write_text("".join(lines), encoding="ascii", newline="\n")
-        settings = {
-            "format": FORMAT,
-            "vocab_size": self.vocab_size,
-            "pattern": self._pattern,
-            "special_tokens": self._special,
-            "merges": MERGES,
-            "fingerprint": self.fingerprint,
-        }
-        (directory / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8", newline="\n")
+    def files(self) -> Mapping[str, bytes]:
+        """The merges in tiktoken's own format: base64 of the bytes, a space, the id."""
+        ranked = sorted(self._ranks.items(), key=lambda pair: pair[1])
+        lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranked]
+        return {MERGES: "".join(lines).encode()}
 
-
-def _mend(text: str) -> str:
-    """Surrogate pairs joined, lone ones replaced by U+FFFD."""
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-
-
-def _cut_long_runs(text: str) -> list[str]:
-    """``text``, cut inside white space that is too long for the regex engine."""
-    if len(text) <= _RUN:
-        return [text]
-    cuts = [0, *(match.end() for match in _LONG_RUN.finditer(text)), len(text)]
-    return [text[start:stop] for start, stop in pairwise(cuts) if start < stop]
+    def settings(self) -> Mapping[str, Any]:
+        return {"pattern": self._pattern, "merges": MERGES}
 
 
 class _NotInCache(Exception):
@@ -205,19 +165,11 @@ def load(directory: Path) -> TiktokenTokenizer:
     Raises:
         CheckpointError: when a file is missing or damaged.
     """
-    try:
-        settings = json.loads((directory / SETTINGS).read_text(encoding="utf-8"))
-        if settings["format"] != FORMAT:
-            raise ValueError(f"its format is {settings['format']!r}, this version reads {FORMAT!r}")
-        tokenizer = TiktokenTokenizer(settings["pattern"], read_merges(directory / MERGES), settings["special_tokens"])
-        if tokenizer.fingerprint != settings["fingerprint"]:
-            raise ValueError("the files don't belong together: their fingerprint is another")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, ConfigError) as error:
-        raise CheckpointError(
-            f"the tokenizer in {directory} can't be read ({error}); restore {SETTINGS} and {MERGES} there, "
-            f"or start a new run"
-        ) from error
-    return tokenizer
+
+    def make(settings: Mapping[str, Any]) -> TiktokenTokenizer:
+        return TiktokenTokenizer(settings["pattern"], read_merges(directory / MERGES), settings["special_tokens"])
+
+    return load_table_tokenizer(TiktokenTokenizer, directory, make)
 
 
 def build(config: TiktokenConfig, context: TokenizerContext) -> TiktokenTokenizer:

@@ -95,15 +95,14 @@ def test_show_follows_extends(tiny: Path) -> None:
     assert not [key for key in rows if key.startswith("evaluators.samples")]
 
 
-def test_d20_can_be_shown_and_planned_before_its_data_source_is_there(tmp_path: Path) -> None:
-    if "fineweb_edu" in call("plugins", "data_source").out:
-        pytest.skip("the data source is installed")
-    missing = 'data.plugin: no data source plugin "fineweb_edu" is installed'
+def test_an_experiment_can_be_shown_and_planned_before_its_data_source_is_there(tiny: Path, tmp_path: Path) -> None:
+    tiny.write_text(re.sub(r'"parquet"\npath = .*', '"laion_books"', tiny.read_text()))
+    missing = 'data.plugin: no data source plugin "laion_books" is installed'
     for command in ("show", "plan"):
-        result = call(command, D20)
+        result = call(command, tiny)
         assert result.code == 0
-        assert "classic.toml:13: " + missing in result.err
-    result = call("run", D20, "--runs-dir", tmp_path / "runs")
+        assert f"{tiny}:9: {missing}" in result.err
+    result = call("run", tiny, "--runs-dir", tmp_path / "runs")
     assert result.code == 2
     assert missing in result.err
     assert not (tmp_path / "runs").exists()
@@ -143,7 +142,8 @@ def test_what_never_ran_on_its_hardware_is_said(site: Site, tiny: Path) -> None:
 # --------------------------------------------------------------------------------------------------------------- plan
 
 
-def test_plan_of_d20() -> None:
+def test_plan_of_d20(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     result = call("plan", D20, "--nproc", "8", "--tok-per-sec", "1e6", "--set", "train.compile=true")
     assert result.code == 0, result.err
     lines = dict(re.findall(r"^  (\S.*?)(?::| {2,}) *(.*)$", result.out, re.MULTILINE))
@@ -159,6 +159,12 @@ def test_plan_of_d20() -> None:
     assert lines["total FLOPs"] == f"{flops * steps * 524_288:.4e}"
     assert lines["memory"].startswith("about ")
     assert lines["time"] == "2.7 h of training at 1,000,000 tokens/s (as given)"
+
+
+def test_plan_names_the_validation_set(tiny: Path, trained: Trained) -> None:
+    fingerprint = json.loads((trained.path / "provenance.json").read_text())["fingerprints"]["val"]
+    assert f"  validation data: 8 documents, fingerprint {fingerprint[:12]}" in call("plan", tiny).out
+    assert "  validation data: unknown (data.path: " in call("plan", tiny, "--set", "data.path=nowhere").out
 
 
 def test_plan_measures_on_request(tiny: Path) -> None:
@@ -271,16 +277,17 @@ def test_broken_plugins_cost_a_line_and_not_the_run(
 # --------------------------------------------------------------------------------------------------------------- runs
 
 
-def test_runs_lists_name_id_status_step_bpb_age_size(trained: Trained) -> None:
+def test_runs_lists_name_id_status_step_bpb_validation_data_age_size(trained: Trained) -> None:
     result = call("runs", "--runs-dir", trained.runs)
     assert result.code == 0
     header, row = result.out.splitlines()
-    assert header.split() == ["NAME", "ID", "STATUS", "STEP", "BEST", "BPB", "AGE", "SIZE"]
+    assert header.split() == ["NAME", "ID", "STATUS", "STEP", "BEST", "BPB", "VAL", "DATA", "AGE", "SIZE"]
     cells = re.split(r"  +", row)
     best = min(r["val/bpb"] for r in map(json.loads, (trained.path / "metrics.jsonl").open()) if "val/bpb" in r)
     assert cells[:5] == ["tiny", trained.path.name, "finished", "12/12", f"{best:.4f}"]
-    assert re.fullmatch(r"\d+ (s|min)", cells[5])
-    assert re.fullmatch(r"\d+\.\d MB", cells[6])
+    assert cells[5] == json.loads((trained.path / "provenance.json").read_text())["fingerprints"]["val"][:8]
+    assert re.fullmatch(r"\d+ (s|min)", cells[6])
+    assert re.fullmatch(r"\d+\.\d MB", cells[7])
 
 
 def test_runs_of_every_fate(trained: Trained, tmp_path: Path) -> None:

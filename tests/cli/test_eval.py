@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from core_bundle import write_bundle
-from support import Trained, call, spawn
+from support import Trained, call, spawn, write_shards
 
 from nanochat_core.cli import main
 
@@ -83,6 +83,31 @@ def test_a_comparison_names_other_settings(runs, bundle):
     found = call("eval", "--compare", run_of(runs) / "evaluations" / "core_000004", "tiny", "--runs-dir", runs).out
     assert "careful: max_per_task is 500 in A and 5 in B" in found
     assert "examples are in one of them only" in found
+
+
+def test_results_on_other_data_are_not_compared(runs, bundle, tmp_path):
+    (tmp_path / "other").mkdir()
+    other = write_shards(tmp_path / "other", val=9)
+    evaluations = run_of(runs) / "evaluations"
+    both = ["--evaluator", "bpb", "--evaluator", "core", "--set", f"evaluators.core.bundle={bundle}"]
+    assert call("eval", run_of(runs) / "checkpoints" / "step_000004", *both, "--runs-dir", runs).code == 0
+    assert call("eval", "tiny", *both, "--set", f"data.path={other}", "--runs-dir", runs).code == 0
+    facts = [json.loads((evaluations / f"bpb_{step}" / "evaluation.json").read_text()) for step in ("000004", "000012")]
+    assert [list(found["data"]) for found in facts] == [["val"], ["val"]]
+    provenance = json.loads((run_of(runs) / "provenance.json").read_text())
+    assert facts[0]["data"]["val"] == provenance["fingerprints"]["val"] != facts[1]["data"]["val"]
+
+    shutil.move(evaluations / "bpb_000004", tmp_path)
+    pair = ["--compare", tmp_path / "bpb_000004", "tiny", "--runs-dir", runs]
+    refused = call("eval", *pair)
+    assert refused.code == 2
+    assert "bpb: A and B were measured on other val data" in refused.err
+    assert "val/bpb" not in refused.out
+    allowed = call("eval", *pair, "--allow-other-data")
+    assert allowed.code == 0, allowed.err
+    assert "careful: they were measured on other val data" in allowed.out
+    core = call("eval", "--compare", evaluations / "core_000004", evaluations / "core_000012", "--runs-dir", runs)
+    assert core.code == 0, core.err  # it reads none of them
 
 
 def test_two_processes_find_the_same(runs, bundle):

@@ -22,6 +22,7 @@ from nanochat_core.checkpoint import (
     verify,
 )
 from nanochat_core.state import TrainState
+from nanochat_core.upgrades import ModelRecord
 
 
 def content(step: int) -> CheckpointContent:
@@ -35,6 +36,7 @@ def content(step: int) -> CheckpointContent:
             step=step, tokens=5 * step, lanes=2, cursors={0: (0, 3, 7), 1: (1, 0, 2)}, loss_ema=0.1 + step / 3,
             minimum={"val/bpb": 1 / 3}, ledger_bytes=99,
         ),
+        built_from=ModelRecord("gpt", 3, {"depth": 2, "window": None, "pattern": ["S", "L"], "rate": 0.1}),
     )  # fmt: skip
 
 
@@ -45,6 +47,7 @@ def test_there_and_back(tmp_path: Path) -> None:
     assert verify(path) == ""
     again = load_checkpoint(path)
     assert again.state == saved.state
+    assert again.built_from == saved.built_from
     for part in ("model", "optimizer", "rng"):
         before, after = getattr(saved, part), getattr(again, part)
         assert before.keys() == after.keys()

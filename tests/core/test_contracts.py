@@ -80,9 +80,32 @@ def test_our_models(name: str) -> None:
     check_model(*entry("model", name, **MODELS[name]))
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_our_optimizers(name: str) -> None:
-    check_optimizer(*entry("optimizer", name))
+SPEEDRUN = {
+    "polar_express": True,
+    "row_equilibration": True,
+    "renormalize": True,
+    "variance_reduction": True,
+    "cautious_weight_decay": True,
+    "matrix_weight_decay": 0.28,
+    "matrix_weight_decay_schedule": "cosine",
+    "momentum": 0.97,
+    "momentum_warmup_steps": 400,
+    "momentum_end": 0.9,
+    "embedding_lr": 0.3,
+    "unembedding_lr": 0.008,
+    "embedding_beta2": 0.995,
+    "unembedding_beta2": 0.96,
+    "x0_beta1": 0.96,
+    "embedding_weight_decay": 0.001,
+    "value_embedding_weight_decay": 0.01,
+    "unembedding_weight_decay": 0.01,
+    "residual_weight_decay": 0.05,
+}
+
+
+@pytest.mark.parametrize(("name", "options"), [("adamw", {}), ("muon_adamw", {}), ("muon_adamw", SPEEDRUN)])
+def test_our_optimizers(name: str, options: dict[str, Any]) -> None:
+    check_optimizer(*entry("optimizer", name, **options))
 
 
 def files_of(name: str, directory: Path, shards: Path) -> dict[str, Any]:
@@ -106,16 +129,16 @@ def test_our_data_sources(name: str, tmp_path: Path, shards: Path) -> None:
 
 @pytest.mark.parametrize("name", HUB)
 def test_our_data_sources_of_the_hub(name: str, tmp_path: Path, shards: Path) -> None:
-    build, config = entry("data_source", name, shards=1, **({"repo": "someone/texts"} if name == "hub_parquet" else {}))
+    _, config = entry("data_source", name, shards=1, **({"repo": "someone/texts"} if name == "hub_parquet" else {}))
 
-    def from_here(config: Any, context: DataContext) -> DataSource:
-        """What the factory builds, from a hub on loopback that has two shards."""
-        source = build(config, context)
-        source.hub = Hub("someone/texts", "main", context.cache_dir, endpoint=hub.url, hub_cache=context.cache_dir)
-        return HubSource(source.hub, config, None if name == "hub_parquet" else numbered(2))
+    def build(config: Any, context: DataContext) -> DataSource:
+        """As the factory does, from a hub on loopback that has two shards."""
+        cache = context.cache_dir
+        hub = Hub("someone/texts", config.revision, cache, endpoint=server.url, hub_cache=cache)
+        return HubSource(hub, config, None if name == "hub_parquet" else numbered(2))
 
-    with serve(shards, "someone/texts") as hub:
-        check_data_source(from_here, config)
+    with serve(shards, "someone/texts") as server:
+        check_data_source(build, config)
 
 
 @pytest.mark.parametrize("name", EVALUATORS)

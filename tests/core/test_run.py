@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 from support import Site, Trained, call, ledger, losses, metrics, only_run, write_shards
 
+from nanochat_core.checkpoint import load_state
 from nanochat_core.load import load
 from nanochat_core.plugins import load_plugins
 
@@ -117,6 +119,7 @@ def test_provenance_explains_every_value(trained: Trained) -> None:
     assert facts["packages"]["torch"] == torch.__version__
     assert facts["plugins"]["nanochat"]
     assert facts["plan"]["num_iterations"] == 12
+    assert 0 < facts["plan"]["relative_data"] < 1  # of depth 1, over depth 12
     assert facts["python"]
     assert facts["machine"]
 
@@ -338,16 +341,81 @@ def test_changes_that_do_not_are_free(copy: Trained, trained: Trained) -> None:
     assert losses(copy.path) == pytest.approx(losses(trained.path), rel=1e-3)  # sums in another order
 
 
-def test_other_data_are_noticed(tiny: Path, shards: Path, tmp_path: Path) -> None:
-    shutil.copytree(shards, tmp_path / "data")
-    tiny.write_text(tiny.read_text().replace(shards.as_posix(), (tmp_path / "data").as_posix()))
-    runs = tmp_path / "runs"
-    assert call("run", tiny, "--runs-dir", runs, "--set", "train.num_iterations=2").code == 0
-    write_shards(tmp_path / "data", train=63)
-    result = call("run", tiny, "--runs-dir", runs, "--resume")
+@pytest.fixture
+def elsewhere(copy: Trained, shards: Path, tmp_path: Path) -> Path:
+    """A copy of the data. The run has gone as far as step 8."""
+    forget(copy.path, after=8)
+    return shutil.copytree(shards, tmp_path / "data")
+
+
+def test_data_may_move(copy: Trained, trained: Trained, elsewhere: Path) -> None:
+    assert resume(copy, "--set", f"data.path={elsewhere}").code == 0
+    assert losses(copy.path) == losses(trained.path)
+
+
+def test_other_data_are_refused_unless_they_are_allowed(copy: Trained, trained: Trained, elsewhere: Path) -> None:
+    before = load_state(copy.path / "checkpoints" / "step_000008")
+    provenance = (copy.path / "provenance.json").read_text()
+    assert before.fingerprints == json.loads(provenance)["fingerprints"]
+    write_shards(elsewhere, train=40)  # which also has another validation set
+    there = ("--set", f"data.path={elsewhere}")
+    refused = resume(copy, *there)
+    assert refused.code == 2
+    assert "the train data are not those it was trained with" in refused.err
+    assert "--allow-other-data" in refused.err
+    assert (copy.path / "provenance.json").read_text() == provenance
+
+    allowed = resume(copy, *there, "--allow-other-data")
+    assert allowed.code == 0, allowed.err
+    said = "allowed: from step 8 on the train data are not those it was trained with"
+    assert said in allowed.out
+    assert said in (copy.path / "log.txt").read_text()
+    after = load_state(copy.path / "checkpoints" / "step_000012")
+    facts = json.loads((copy.path / "provenance.json").read_text())
+    was = {split: before.fingerprints[split] for split in ("train", "val")}
+    assert facts["other_data"] == {"from_step": 8, "before": was}
+    assert facts["fingerprints"] == after.fingerprints
+    assert not set(was.values()) & set(after.fingerprints.values())
+    found, expected = losses(copy.path), losses(trained.path)
+    assert {step for step in expected if found[step] != expected[step]} == {8, 9, 10, 11}
+    epochs = {r["step"]: r["train/epoch"] for r in ledger(copy.path) if "train/epoch" in r}
+    assert epochs[8] < epochs[7]  # from the start of the new data
+
+    # The checkpoint says what it was trained on, whatever a later attempt has noted in the run's directory.
+    forget(copy.path, after=8)
+    assert "the train data are not those" in resume(copy, *there).err
+
+
+def test_another_validation_set_alone_leaves_training_as_it_is(
+    copy: Trained, trained: Trained, elsewhere: Path
+) -> None:
+    shutil.copy(elsewhere / "shard_00001.parquet", elsewhere / "shard_00002.parquet")
+    (elsewhere / "shard_00001.parquet").unlink()
+    allowed = resume(copy, "--set", f"data.path={elsewhere}", "--allow-other-data")
+    assert allowed.code == 0, allowed.err
+    assert "from step 8 on the val data are not those" in allowed.out
+    assert losses(copy.path) == losses(trained.path)
+
+
+def test_another_tokenizer_is_never_allowed(copy: Trained) -> None:
+    forget(copy.path, after=8)
+    checkpoint = copy.path / "checkpoints" / "step_000008"
+    state = json.loads((checkpoint / "state.json").read_text())
+    text = json.dumps({**state, "fingerprints": {**state["fingerprints"], "tokenizer": "another"}})
+    (checkpoint / "state.json").write_text(text)
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    manifest["files"]["state.json"] = {"bytes": len(text.encode()), "sha256": digest}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    result = resume(copy, "--allow-other-data")
     assert result.code == 2
-    assert "the train data are not those it was trained with" in result.err
-    assert list(losses(only_run(runs))) == [0, 1]
+    assert "the weights mean other tokens" in result.err
+
+
+def test_allowing_other_data_is_for_resumed_runs(tiny: Path, tmp_path: Path) -> None:
+    result = call("run", tiny, "--runs-dir", tmp_path / "runs", "--allow-other-data")
+    assert result.code == 2
+    assert "--allow-other-data: goes with --resume" in result.err
 
 
 def test_somebody_else_is_training_it(copy: Trained) -> None:

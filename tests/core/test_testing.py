@@ -47,6 +47,7 @@ class Forgets(ByteTokenizer):
     shift = 0
 
     def __init__(self, shift: int = 3) -> None:
+        super().__init__()
         self.shift = shift
 
     def encode(self, text: str) -> list[int]:
@@ -85,6 +86,7 @@ class LosesBos(ByteTokenizer):
 
 class NotPicklable(ByteTokenizer):
     def __init__(self) -> None:
+        super().__init__()
         self.function = lambda: None
 
 

@@ -104,6 +104,11 @@ def test_it_trains(alone: Alone) -> None:
     assert accuracy[30] > accuracy[0]
 
 
+def test_a_model_without_roles_is_told_which_it_has(alone: Alone) -> None:
+    line = "model gru declares no parameter roles; by shape it has: embedding, head, matrix, scalar\n"
+    assert (alone.run / "log.txt").read_text().count(line) == 1
+
+
 def test_their_logger_mirrors_the_ledger(alone: Alone) -> None:
     first, *records, last = own_log(alone.run)
     assert first == {"run": "others", "id": alone.run.name, "start_step": 0}

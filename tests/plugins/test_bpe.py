@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiktoken.load import load_tiktoken_bpe
 
-from nanochat_bpe.config import PATTERN, SPECIAL_TOKENS, BPEConfig
+from nanochat_bpe.config import PATTERN, BPEConfig
 from nanochat_bpe.tokenizer import BPETokenizer, build
-from nanochat_core import CheckpointError, ConfigError, DataError, TokenizerContext
+from nanochat_core import SPECIAL_TOKENS, CheckpointError, ConfigError, DataError, TokenizerContext
 from nanochat_core.testing import check_tokenizer
 
 ROOT = Path(__file__).parents[2]

@@ -261,7 +261,7 @@ def test_the_contract_holds_with_all_options() -> None:
         ({"window_pattern": ""}, "window_pattern must be made of S and L"),
         ({"depth": 1, "aspect_ratio": 16, "smear": True}, "smear must be false: its gate reads 24 channels, the width"),
         ({"depth": 1, "aspect_ratio": 8, "value_embeddings": True}, "value_embeddings must be false"),
-        ({"width_rounding": "head_dim", "n_head": 4}, 'n_head must be "auto" with width_rounding'),
+        ({"width_rounding": "head_dim", "n_head": 4}, 'n_head must be "auto" or 10 with width_rounding'),
         ({"width_rounding": "head_dim", "head_dim": 63}, "head_dim must be even"),
         ({"depth": 1, "aspect_ratio": 40, "head_dim": 40, "fp8": True}, "fp8 must be false: its products need a width"),
     ],

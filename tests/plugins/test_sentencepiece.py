@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from nanochat_core import CheckpointError, ConfigError, DataError, TokenizerContext
+from nanochat_core import SPECIAL_TOKENS, CheckpointError, ConfigError, DataError, TokenizerContext
 from nanochat_core.testing import check_tokenizer, sample_documents
-from nanochat_sentencepiece.config import SPECIAL_TOKENS, SentencePieceConfig
+from nanochat_sentencepiece.config import SentencePieceConfig
 from nanochat_sentencepiece.tokenizer import SentencePieceTokenizer, build
 
 sentencepiece = pytest.importorskip("sentencepiece")

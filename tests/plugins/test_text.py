@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat_core import DataContext, DataError
+from nanochat_core import DataContext, DataError, documents
 from nanochat_text import index
 from nanochat_text.config import JsonlConfig, TextConfig
 from nanochat_text.source import FilesSource, build_jsonl, build_text
@@ -125,9 +125,7 @@ def test_broken_lines(tmp_path: Path, kind: str) -> None:
 
 
 def test_too_many_broken_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nanochat_text import source
-
-    monkeypatch.setattr(source, "MOST_SKIPPED", 5)
+    monkeypatch.setattr(documents, "MOST_SKIPPED", 5)
     (tmp_path / "a.jsonl").write_bytes(lines(TEXTS[:10]))
     with pytest.raises(DataError, match=r"more than 5 places can't be read, .*no field 'words'"):
         everything(jsonl(tmp_path, text_field="words", on_error="skip", val_fraction=0.5))

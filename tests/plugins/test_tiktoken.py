@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import tiktoken.registry
 
-from nanochat_core import CheckpointError, ConfigError, DataError, TokenizerContext
+from nanochat_core import SPECIAL_TOKENS, CheckpointError, ConfigError, DataError, TokenizerContext
 from nanochat_core.testing import check_tokenizer
-from nanochat_tiktoken.config import SPECIAL_TOKENS, TiktokenConfig
+from nanochat_tiktoken.config import TiktokenConfig
 from nanochat_tiktoken.tokenizer import TiktokenTokenizer, build, read_merges
 
 PATTERN = r"\p{L}+|\s+|\p{N}| ?[^\s\p{L}\p{N}]+"

@@ -1,0 +1,81 @@
+"""The training step of an experiment, for benchmarks to time: the real plan, model and optimizer, on tokens made up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nanochat_core import ConfigError, ModelContext, Multipliers, World
+from nanochat_core.build import build_optimizer
+from nanochat_core.load import load
+from nanochat_core.plan import build_model, make_plan
+from nanochat_core.plugins import load_plugins
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+
+
+class Training:
+    """An experiment, planned and built for one device.
+
+    Args:
+        file: the experiment.
+        overrides: as ``--set`` takes them.
+        device: where to train.
+
+    Raises:
+        ConfigError: as ``nanochat run`` would.
+    """
+
+    def __init__(self, file: Path, overrides: Sequence[str], device: torch.device) -> None:
+        planned = make_plan(load(file, overrides, load_plugins()).require_all(), 1, device)
+        if planned.problems:
+            raise ConfigError(planned.problems)
+        self.plan, self.experiment, self.device = planned.plan, planned.experiment, device
+        train = self.experiment.train
+        self.dtype: torch.dtype = getattr(torch, self.plan.dtype)
+        torch.manual_seed(train.seed)
+        context = ModelContext(self.plan.vocab_size, self.plan.max_seq_len, device, self.dtype)
+        model = build_model(self.experiment.model, context, torch.device("cpu"), train.activation_checkpointing)
+        self.model = model.to(device).train()
+        self.optimizer = build_optimizer(self.experiment.optimizer, self.model, self.plan, World(0, 1, device))
+        if self.plan.compile:
+            self.model.compile_training()
+        self.steps = 0
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        """Ids and targets of one step."""
+        return made_up_tokens(self.plan.rows_per_step, self.plan.max_seq_len, self.plan.vocab_size, self.device)
+
+    def step(self, ids: Tensor, targets: Tensor) -> float:
+        """One optimizer step in micro-batches, as the trainer does it. Returns the mean loss, nats a token."""
+        rows = self.plan.device_batch_size
+        micro_batches = list(zip(ids.split(rows), targets.split(rows), strict=True))
+        loss_sum = torch.zeros((), device=self.device)
+        for index, (x, y) in enumerate(micro_batches):
+            if index == len(micro_batches) - 1:
+                self.optimizer.begin_reduce()
+            loss_sum += self.forward_backward(x, y)
+        loss, norm = torch.stack([loss_sum, self.optimizer.reduce()]).div(targets.numel()).tolist()
+        clip = self.experiment.train.grad_clip
+        scale = min(1.0, clip / (norm + 1e-6)) if clip else 1.0
+        self.optimizer.update(scale / targets.numel(), Multipliers(self.steps, self.plan.num_iterations, lr=1.0))
+        self.steps += 1
+        return loss
+
+    def forward_backward(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """A micro-batch; its loss, summed."""
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32):
+            loss: Tensor = self.model(ids, targets)
+        loss.backward()
+        return loss.detach()
+
+
+def made_up_tokens(rows: int, T: int, vocab_size: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """Ids and targets, int64 [rows, T], with frequencies like those of words (1 / rank)."""
+    generator = torch.Generator().manual_seed(0)
+    weights = 1 / torch.arange(1, vocab_size + 1)
+    ids = torch.multinomial(weights, rows * (T + 1), replacement=True, generator=generator).view(rows, -1).to(device)
+    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
