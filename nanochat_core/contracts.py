@@ -1,39 +1,21 @@
-"""Contract checks of all kinds but tokenizers; plugin authors import them from ``nanochat_core.testing``."""
+"""The contract check of models, and what the checks of other kinds share; authors import ``nanochat_core.testing``."""
 
 from __future__ import annotations
 
 import math
-import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-import attrs
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from nanochat_core.distributed import World
 from nanochat_core.interfaces import (
     IGNORED,
-    Batch,
     Cache,
-    DataContext,
-    DataSource,
-    Evaluation,
-    Evaluator,
-    EvaluatorContext,
-    Logger,
-    LoggerContext,
     Model,
     ModelContext,
-    Multipliers,
-    Optimizer,
-    OptimizerContext,
-    Split,
-    Tokenizer,
-    Tokens,
     base_role,
 )
 
@@ -41,7 +23,7 @@ ROLES = ("matrix", "embedding", "head", "scalar")
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 
 
-class _Check:
+class Check:
     """Collects everything that doesn't hold."""
 
     def __init__(self, what: str) -> None:
@@ -61,9 +43,6 @@ class _Check:
 
     def finish(self) -> None:
         assert not self.wrong, f"the {self.what} breaks its contract:\n" + "\n".join(self.wrong)
-
-
-# -------------------------------------------------------------------------------------------------------- models
 
 
 def check_model(
@@ -109,7 +88,7 @@ def check_model(
     return model
 
 
-class _ModelCheck(_Check):
+class _ModelCheck(Check):
     def __init__(self, model: Model, build: Callable[[], Model], vocab: int, length: int, tolerance: float) -> None:
         super().__init__("model")
         self.model, self.build, self.vocab, self.length, self.tolerance = model, build, vocab, length, tolerance
@@ -268,403 +247,3 @@ class _ModelCheck(_Check):
             other = computed_again[name]
             same = gradient is other or (gradient is not None and other is not None and self._close(gradient, other))
             self.expect(same, f"with checkpoint_activations parameter {name} gets another gradient")
-
-
-# ---------------------------------------------------------------------------------------------------- optimizers
-
-
-class _Tiny(Model):
-    """Predicts a token from the one before: a parameter of every role, and nothing else."""
-
-    def __init__(self, vocab_size: int = 32, width: int = 16) -> None:
-        super().__init__()
-        self.vocab_size, self.hidden_size = vocab_size, width
-        self.embedding = nn.Embedding(vocab_size, width)
-        self.block = nn.Linear(width, width)
-        self.gain = nn.Parameter(torch.ones(width))
-        self.head = nn.Linear(width, vocab_size, bias=False)
-
-    def hidden(self, ids_BT: Tensor, cache: Cache | None = None) -> Tensor:
-        x_BTD = self.embedding(ids_BT)
-        return (x_BTD + torch.tanh(self.block(x_BTD))) * self.gain
-
-    def logits(self, hidden_ND: Tensor) -> Tensor:
-        return self.head(hidden_ND).float()
-
-
-def check_optimizer(
-    factory: Callable[[Any, OptimizerContext], Optimizer], config: Any, *, steps: int = 30
-) -> Optimizer:
-    """Check that an optimizer keeps its contract, on the CPU with one rank.
-
-    ``reduce`` gives the norm of the gradients; ``scale`` and the learning-rate factor are honoured; ``discard`` touches
-    nothing; the loss falls; a state that is saved and loaded goes on exactly.
-
-    Args:
-        factory, config: as in the registration.
-        steps: in which the loss of a tiny model must fall.
-
-    Returns:
-        The optimizer, after some steps.
-
-    Raises:
-        AssertionError: with a line for everything that doesn't hold.
-    """
-    check = _OptimizerCheck(factory, config, steps)
-    optimizer = check.build(check.model())
-    assert isinstance(optimizer, Optimizer), f"the factory must return a nanochat_core.Optimizer, not {optimizer!r}"
-    for part in (check.norm, check.scale, check.learning_rate, check.discard, check.state, check.resume, check.learns):
-        check.run(part)
-    check.finish()
-    return optimizer
-
-
-class _OptimizerCheck(_Check):
-    def __init__(self, factory: Callable[[Any, OptimizerContext], Optimizer], config: Any, steps: int) -> None:
-        super().__init__("optimizer")
-        self.factory, self.config, self.steps = factory, config, steps
-        generator = torch.Generator().manual_seed(1)
-        self.ids_BT = torch.randint(32, (4, 16), generator=generator)
-        self.targets_BT = (self.ids_BT * 5 + 3) % 32
-
-    def model(self) -> _Tiny:
-        torch.manual_seed(2)
-        return _Tiny()
-
-    def build(self, model: _Tiny) -> Optimizer:
-        parameters = dict(model.named_parameters())
-        context = OptimizerContext(parameters, model.parameter_roles(), model.hidden_size, ALONE, 64, self.steps)
-        return self.factory(self.config, context)
-
-    def step(self, model: _Tiny, optimizer: Optimizer, step: int, lr: float = 1.0, factor: float = 1.0) -> float:
-        """One step on the mean loss, which is returned; gradients are ``factor`` times too large and scaled back."""
-        optimizer.begin_reduce()
-        loss = model(self.ids_BT, self.targets_BT)
-        (loss * factor).backward()
-        optimizer.reduce()
-        optimizer.update(1 / (64 * factor), Multipliers(step, self.steps, lr))
-        return loss.item() / 64
-
-    def _parameters(self, model: _Tiny) -> dict[str, Tensor]:
-        return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-
-    def _same(self, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
-        return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-    def norm(self) -> None:
-        model = self.model()
-        optimizer = self.build(model)
-        optimizer.begin_reduce()
-        model(self.ids_BT, self.targets_BT).backward()
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        expected = torch.stack([gradient.norm() for gradient in gradients]).norm().item()
-        norm = optimizer.reduce()
-        right = norm.shape == () and norm.dtype == torch.float32
-        self.expect(right, f"reduce must give a float32 scalar, not {norm.dtype} {tuple(norm.shape)}")
-        self.expect(math.isclose(norm.item(), expected, rel_tol=1e-4), f"reduce gives {norm.item()}, not {expected}")
-        optimizer.update(1 / 64, Multipliers(0, self.steps, 1.0))
-        optimizer.begin_reduce()
-        model(self.ids_BT, self.targets_BT).backward()
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        expected = torch.stack([gradient.norm() for gradient in gradients]).norm().item()
-        self.expect(
-            math.isclose(optimizer.reduce().item(), expected, rel_tol=1e-4), "update leaves old gradients behind"
-        )
-
-    def scale(self) -> None:
-        results = []
-        for factor in (1.0, 64.0):
-            model = self.model()
-            optimizer = self.build(model)
-            for step in range(3):
-                self.step(model, optimizer, step, factor=factor)
-            results.append(self._parameters(model))
-        close = all(torch.allclose(results[0][n], results[1][n], rtol=1e-4, atol=1e-6) for n in results[0])
-        self.expect(
-            close, "gradients times 64 and a scale of 1/64 give another update: scale is not applied to gradients"
-        )
-
-    def learning_rate(self) -> None:
-        model = self.model()
-        optimizer = self.build(model)
-        before = self._parameters(model)
-        self.step(model, optimizer, 0, lr=0.0)
-        self.expect(self._same(before, self._parameters(model)), "a learning-rate factor of 0 changes parameters")
-        self.step(model, optimizer, 1)
-        after = self._parameters(model)
-        still = [name for name in before if torch.equal(before[name], after[name])]
-        self.expect(not still, f"update leaves {', '.join(still)} as they are")
-
-    def discard(self) -> None:
-        model = self.model()
-        optimizer = self.build(model)
-        self.step(model, optimizer, 0)
-        parameters, state = self._parameters(model), {k: v.clone() for k, v in optimizer.state_dict().items()}
-        optimizer.begin_reduce()
-        (model(self.ids_BT, self.targets_BT) * math.nan).backward()
-        optimizer.reduce()
-        optimizer.discard()
-        self.expect(self._same(parameters, self._parameters(model)), "discard changes parameters")
-        self.expect(self._same(state, optimizer.state_dict()), "discard changes the state")
-        self.step(model, optimizer, 1)
-        finite = all(torch.isfinite(p).all() for p in model.parameters())
-        self.expect(finite, "after discard the gradients are still there")
-
-    def state(self) -> None:
-        model = self.model()
-        optimizer = self.build(model)
-        before = optimizer.state_bytes()
-        self.step(model, optimizer, 0)
-        names = set(self._parameters(model))
-        for key, tensor in optimizer.state_dict().items():
-            self.expect(isinstance(tensor, Tensor), f"state_dict()[{key!r}] is no tensor")
-            name, slash, what = key.rpartition("/")
-            known = bool(slash and what) and (name in names or not name)
-            self.expect(known, f"state_dict key {key!r} is not <parameter name>/<what>")
-        self.expect(optimizer.state_bytes() == before, "state_bytes says something else after the first update")
-
-    def resume(self) -> None:
-        whole = self.model()
-        optimizer = self.build(whole)
-        for step in range(3):
-            self.step(whole, optimizer, step)
-        state = {name: tensor.clone() for name, tensor in optimizer.state_dict().items()}
-        part = self.model()
-        part.load_state_dict(whole.state_dict())
-        resumed = self.build(part)
-        resumed.load_state_dict(state)
-        self.expect(self._same(resumed.state_dict(), state), "load_state_dict does not restore what state_dict gave")
-        for step in range(3, 6):
-            self.step(whole, optimizer, step)
-            self.step(part, resumed, step)
-        same = self._same(self._parameters(whole), self._parameters(part))
-        self.expect(same, "a resumed optimizer goes on differently: its state is not complete")
-
-    def learns(self) -> None:
-        model = self.model()
-        optimizer = self.build(model)
-        losses = [self.step(model, optimizer, step) for step in range(self.steps)]
-        self.expect(
-            losses[-1] < losses[0] - 0.05, f"in {self.steps} steps the loss goes from {losses[0]} to {losses[-1]}"
-        )
-
-
-# -------------------------------------------------------------------------------------------------- data sources
-
-
-def check_data_source(factory: Callable[[Any, DataContext], DataSource], config: Any) -> DataSource:
-    """Check that a data source keeps its contract.
-
-    Both splits have documents; they can be read by index and slice, in any order; built again, with an empty cache, it
-    has the same documents and fingerprints, without which no run could be resumed.
-
-    Returns:
-        The data source.
-
-    Raises:
-        AssertionError: with a line for everything that doesn't hold.
-    """
-    check = _Check("data source")
-    with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
-        source = factory(config, DataContext(Path(first)))
-        assert isinstance(source, DataSource), f"the factory must return a nanochat_core.DataSource, not {source!r}"
-        again = factory(config, DataContext(Path(second)))
-        splits: tuple[Split, ...] = ("train", "val")
-        for split in splits:
-            check.run(lambda s=split: _check_split(check, source, again, s))  # type: ignore[misc]
-    described = source.describe()
-    for key, value in described.items():
-        check.expect(isinstance(value, str | int), f"describe()[{key!r}] must be a str or an int, not {value!r}")
-    check.expect(all(isinstance(line, str) for line in source.problems()), "problems() must be lines of text")
-    check.finish()
-    return source
-
-
-def _check_split(check: _Check, source: DataSource, again: DataSource, split: Split) -> None:
-    documents = source.documents(split)
-    count = len(documents)
-    check.expect(count > 0, f"{split} has no documents")
-    if not count:
-        return
-    some = sorted({0, count // 3, count // 2, count - 1})
-    texts = {i: documents[i] for i in some}
-    for i, text in texts.items():
-        check.expect(isinstance(text, str), f"document {i} of {split} is no str")
-    backwards = {i: documents[i] for i in reversed(some)}
-    check.expect(backwards == texts, f"documents of {split} are others when read in another order")
-    check.expect(
-        list(documents[0:count:7]) == [documents[i] for i in range(0, count, 7)], f"slices of {split} are wrong"
-    )
-    check.expect(list(documents[count:]) == [], f"a slice past the end of {split} is not empty")
-    try:
-        documents[count]
-        check.expect(False, f"{split} has a document past its end; raise IndexError")
-    except IndexError:
-        pass
-    others = again.documents(split)
-    same = len(others) == count and all(others[i] == text for i, text in texts.items())
-    check.expect(same, f"built again it has other documents in {split}")
-    check.expect(source.fingerprint(split) == again.fingerprint(split), f"built again {split} has another fingerprint")
-    int(source.fingerprint(split), 16)
-
-
-# ---------------------------------------------------------------------------------------------------- evaluators
-
-
-class _Bytes(Tokenizer):
-    """Bytes as tokens, so that checks need no plugin."""
-
-    vocab_size = 257
-    special_tokens: Mapping[str, int] = {"<|bos|>": 256}  # type: ignore[assignment]
-    fingerprint = "0"
-
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode(errors="replace"))
-
-    def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        return b"".join(b"<|bos|>" if i == 256 else bytes([i]) for i in ids)
-
-    def token_bytes(self) -> Tokens:
-        return np.array([1] * 256 + [0], dtype=np.int32)
-
-    def save(self, directory: Path) -> None:
-        pass
-
-
-def check_evaluator(factory: Callable[[Any, EvaluatorContext], Evaluator], config: Any) -> Evaluation:
-    """Check that an evaluator keeps its contract, with a tiny model of bytes.
-
-    It finds something, of types that the ledger can hold; it finds the same again; it leaves the model as it was.
-
-    Returns:
-        What it found.
-
-    Raises:
-        AssertionError: with a line for everything that doesn't hold.
-    """
-    check = _Check("evaluator")
-    torch.manual_seed(3)
-    model = _Tiny(vocab_size=257).eval()
-    length = 32
-
-    def rows(split: Split, tokens: int) -> Iterator[Batch]:
-        generator = torch.Generator().manual_seed(len(split))
-        for start in range(0, min(tokens, 512), 4 * length):
-            tokens_BT = torch.randint(97, 123, (4, length + 1), generator=generator)
-            targets_BT = tokens_BT[:, 1:].clone()
-            targets_BT.view(-1)[max(0, min(tokens, 512) - start) :] = IGNORED
-            yield Batch(tokens_BT[:, :-1].contiguous(), targets_BT)
-
-    context = EvaluatorContext(_Bytes(), ALONE, length, 4, rows)
-    evaluator = factory(config, context)
-    assert isinstance(evaluator, Evaluator), f"the factory must return a nanochat_core.Evaluator, not {evaluator!r}"
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    found = []
-    for step in (0, 10):
-        torch.manual_seed(4)
-        with torch.no_grad():
-            found.append(evaluator.evaluate(model, step))
-    first, second = found
-    for evaluation in found:
-        assert isinstance(evaluation, Evaluation), (
-            f"evaluate must return a nanochat_core.Evaluation, not {evaluation!r}"
-        )
-        check.expect(bool(evaluation.metrics or evaluation.texts), "it finds neither metrics nor texts")
-        for name, value in evaluation.metrics.items():
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            check.expect(number, f"metric {name!r} must be a Python int or float, not {type(value).__name__}")
-        for name, text in evaluation.texts.items():
-            check.expect(isinstance(text, str), f"text {name!r} must be a str, not {type(text).__name__}")
-        taken = {"step", "time", "evaluator"} & {*evaluation.metrics, *evaluation.texts}
-        check.expect(not taken, f"{', '.join(sorted(taken))} are names of the ledger: give the metric another name")
-    check.expect(set(first.metrics) == set(second.metrics), "it gives other metrics the second time")
-    if not check.wrong:
-        same = all(
-            value == second.metrics[name] or (value != value and second.metrics[name] != second.metrics[name])
-            for name, value in first.metrics.items()
-        )
-        check.expect(same, "the same model gives other metrics the second time: seed what is random")
-    after = model.state_dict()
-    check.expect(all(torch.equal(before[name], after[name]) for name in before), "it changes the model's parameters")
-    check.expect(all(p.grad is None for p in model.parameters()), "it leaves gradients behind")
-    check.finish()
-    return first
-
-
-# ------------------------------------------------------------------------------------------------------- loggers
-
-Series = Mapping[str, Mapping[int, float]]
-
-
-def check_logger(
-    factory: Callable[[Any, LoggerContext], Logger],
-    config: Any,
-    read: Callable[[Path], Series] | None = None,
-) -> None:
-    """Check that a logger keeps its contract: over a run that is interrupted after step 7 and resumed from step 4.
-
-    Args:
-        factory, config: as in the registration.
-        read: reads back what the logger wrote for the run in this directory: metric name to step to value. With it,
-            the check sees that no step is lost or doubled, and that values are exact (to float32).
-
-    Raises:
-        AssertionError: with a line for everything that doesn't hold.
-    """
-    check = _Check("logger")
-    with tempfile.TemporaryDirectory() as name:
-        directory = Path(name) / "runs" / "checked" / "run-1"
-        directory.mkdir(parents=True)
-        check.run(lambda: _log_a_run(check, factory, config, directory, read))
-    check.finish()
-
-
-def _log_a_run(
-    check: _Check,
-    factory: Callable[[Any, LoggerContext], Logger],
-    config: Any,
-    directory: Path,
-    read: Callable[[Path], Series] | None,
-) -> None:
-    import json
-
-    def record(step: int, **values: float | str) -> dict[str, Any]:
-        return {"step": step, "time": 1.7e9 + step, **values}
-
-    def training(step: int) -> dict[str, Any]:
-        return record(step, **{"train/loss": 5.0 / (step + 1), "train/epoch": 0})
-
-    evaluation = record(4, evaluator="bpb", **{"val/bpb": 1.25})
-    sample = record(8, evaluator="samples", **{"samples/0": "Hot *is*\n  <b>cold</b> \u00e9\u4e2d", "val/odd": "nan"})
-    first = [*map(training, range(4)), evaluation, *map(training, range(4, 8)), sample]
-    rewound = [*map(training, range(4)), evaluation, *map(training, range(4, 8)), sample, training(8)]
-    context = LoggerContext(
-        directory, "checked", "run-1", "nanochat", "group", ("a", "b"), {"model": {"plugin": "gpt"}}, 9, 0,
-        report=lambda line: None,
-    )  # fmt: skip
-    ledger = directory / "metrics.jsonl"
-    ledger.write_text("".join(json.dumps(r) + "\n" for r in first))
-    logger = factory(config, context)
-    assert isinstance(logger, Logger), f"the factory must return a nanochat_core.Logger, not {logger!r}"
-    for line in first:
-        logger.log(line)
-    logger.finish("failed")
-    ledger.write_text("".join(json.dumps(r) + "\n" for r in rewound))
-    resumed = factory(config, attrs.evolve(context, start_step=4))
-    for line in rewound:
-        if line not in first or (resumed.rewinds and line["step"] >= 4):  # as the core does it
-            resumed.log(line)
-    resumed.finish("finished")
-    if read is None:
-        return
-    found = read(directory)
-    expected: dict[str, dict[int, float]] = {}
-    for line in rewound:
-        for key, value in line.items():
-            if key not in ("step", "time", "evaluator") and not isinstance(value, str):
-                expected.setdefault(key, {})[line["step"]] = value
-    for key, series in expected.items():
-        have = dict(found.get(key, {}))
-        check.expect(have.keys() == series.keys(), f"{key} has steps {sorted(have)}, not {sorted(series)}")
-        close = all(math.isclose(have[step], series[step], rel_tol=1e-6) for step in series if step in have)
-        check.expect(close, f"{key} has other values than it was told")

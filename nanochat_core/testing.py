@@ -23,12 +23,12 @@ from typing import Any
 
 import numpy as np
 
-from nanochat_core.contracts import check_data_source as check_data_source
-from nanochat_core.contracts import check_evaluator as check_evaluator
-from nanochat_core.contracts import check_logger as check_logger
 from nanochat_core.contracts import check_model as check_model
-from nanochat_core.contracts import check_optimizer as check_optimizer
+from nanochat_core.data_contract import check_data_source as check_data_source
+from nanochat_core.evaluator_contract import check_evaluator as check_evaluator
 from nanochat_core.interfaces import Tokenizer, TokenizerContext
+from nanochat_core.logger_contract import check_logger as check_logger
+from nanochat_core.optimizer_contract import check_optimizer as check_optimizer
 
 # Text that tokenizers trip over: white space of all kinds, bytes that look like others, invisible characters.
 AWKWARD_TEXTS = (
