@@ -1,7 +1,8 @@
 """Examples a second of the evaluator ``core`` on a depth-4 model, against a plain implementation in the same run.
 
 The plain one works as others do: an example at a time, its choices in one padded forward pass, logits at every
-position, weights cast to the compute dtype in every pass. Both see the same examples, tokenizer and weights (random: speed does not depend on them); choices must agree.
+position, weights cast to the compute dtype in every pass. Both see the same examples, tokenizer and weights (random:
+speed does not depend on them); choices must agree.
 
     python benchmarks/eval_speed.py --bundle DIR [--examples 40] [--seq 512] [--vocab 32768] [--clock cpu] ...
 """

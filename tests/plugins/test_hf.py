@@ -83,7 +83,7 @@ def test_scores_are_those_of_its_own_forward_pass(tmp_path, make):
         prompt = rng.integers(0, 259, n)
         asked.append(token_spans([np.concatenate([prompt, rng.integers(0, 259, k)]) for k in (1, 3, 5)]))
     work: dict[str, int] = {}
-    found = score_spans(model, asked, work=work)
+    found = score_spans(model, asked, share=0, work=work)
     assert work["tokens"] < sum(len(span.ids) for spans in asked for span in spans)  # its cache goes back
     for spans, scores in zip(asked, found, strict=True):
         for span, score in zip(spans, scores, strict=True):
@@ -200,7 +200,9 @@ def test_a_real_model_scores_as_in_the_harness(tmp_path):
     limit = int(os.environ.get("NANOCHAT_SMOLLM2_LIMIT", "20"))
     (gguf,) = Path(os.environ["NANOCHAT_SMOLLM2"]).glob("*.gguf")
     tokenizer = build("tokenizer", gguf.parent, TokenizerContext(documents=tuple), gguf_file=gguf.name)
-    model = build("model", gguf.parent, ModelContext(tokenizer.vocab_size, 512, CPU, torch.float32), gguf_file=gguf.name)
+    model = build(
+        "model", gguf.parent, ModelContext(tokenizer.vocab_size, 512, CPU, torch.float32), gguf_file=gguf.name
+    )
     ours = HarnessModel(model, EvaluatorContext(tokenizer, World(0, 1, CPU), 512, 1, lambda split, tokens: iter(())))
     theirs = huggingface.HFLM(pretrained=model.theirs, tokenizer=tokenizer._theirs, device="cpu", batch_size=4)
     bos = tokenizer._theirs.bos_token  # they add none by themselves
