@@ -136,7 +136,7 @@ def load_table_tokenizer(kind: type[Made], directory: Path, make: Callable[[Mapp
         if settings["format"] != kind.format:
             raise ValueError(f"its format is {settings['format']!r}, this version reads {kind.format!r}")
         tokenizer = make(settings)
-        if tokenizer.fingerprint != settings["fingerprint"]:
+        if tokenizer.fingerprint != settings.get("fingerprint", tokenizer.fingerprint):  # early ones of bytes had none
             raise ValueError("the files don't belong together: their fingerprint is another")
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ConfigError) as error:
         raise CheckpointError(
