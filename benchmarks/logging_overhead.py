@@ -2,22 +2,23 @@
 
     python benchmarks/logging_overhead.py
 
-Trains a model of a few thousand parameters (a few milliseconds a step) with each set of loggers in turn, in rounds.
-It keeps apart what logging costs the training process and what it costs by competing for cores:
+Trains a model of a few thousand parameters (a few milliseconds a step) with each set of loggers. Once they have
+started, windows of some seconds take turns: in one the loggers follow, in the next their processes are stopped and the
+ledger's lines go to a file that nobody follows. Windows of one run, next to each other, can be compared on a busy
+machine too, the more windows the better; the arm ``none`` says what the comparison itself is worth. The training
+process's own cost and that of competing for cores are kept apart:
 
 - ``record``: CPU microseconds a step that the training loop spends in ``Logs.record``: writing the ledger, looking at
   the loggers' processes. Loggers cost the training process nothing else.
 - ``loop``: CPU milliseconds a step of the loop's thread. It rises when loggers share a cache or a core with it.
-- ``steps/s`` and ``against none``: by the clock, the median over rounds of the ratio to the runs without loggers just
-  before and after. It has the competition for cores in it, with loggers and with whatever else the machine does; the
-  last column, ``none`` against ``none``, says how much of it is noise.
-
-Steps during which loggers start, which takes seconds of CPU once a run, are left out; ``--starting`` counts them.
+- ``steps/s`` and ``cost``: by the clock, medians; the cost is that of a window against the two beside it. It has the
+  competition for cores in it. ``noise`` is how far two windows without loggers, one after the other, are apart.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -44,7 +45,7 @@ plugin = "adamw"
 max_seq_len = 64
 device_batch_size = 8
 total_batch_size = 512
-num_iterations = {steps}
+num_iterations = 10000000
 dtype = "float32"
 compile = false
 """
@@ -77,24 +78,43 @@ ARMS = {
     "wandb": table("wandb", mode="offline"),
     "aim": table("aim"),
     "all": table("csv") + table("tensorboard") + table("wandb", mode="offline") + table("aim"),
-    "hanging": table("hangs", timeout=5),
+    "hanging": table("hangs"),
 }
-# Runs an experiment, and writes down at every ledger line: the clock, the thread's CPU time, and that within record.
 PROBE = """
-import atexit, json, sys, time
+import json, os, signal, sys, time
+from pathlib import Path
 from nanochat_core.cli import main
+from nanochat_core.follower import family
+from nanochat_core.ledger import Ledger
 from nanochat_core.logs import Logs
-points, record = [], Logs.record
+
+out, starting, seconds, count, *arguments = sys.argv[1:]
+record, unfollowed, windows, begun = Logs.record, Ledger(Path(out + ".jsonl")), [], time.perf_counter()
+
+def follow(processes, yes):
+    for process in processes:
+        for pid in family(process.pid):
+            os.kill(pid, signal.SIGCONT if yes else signal.SIGSTOP)
+
 def measured(self, step, values):
     before = time.thread_time()
-    record(self, step, values)
-    after = time.thread_time()
-    if "train/loss" in values:
-        points.append((time.perf_counter(), after, after - before))
+    if windows and windows[-1]["followed"]:
+        record(self, step, values)
+    elif windows:
+        unfollowed.write(step, values)
+    after, now = time.thread_time(), time.perf_counter()
+    if windows:
+        windows[-1]["steps"].append((now, after, after - before))
+    if now > begun + float(starting) + len(windows) * float(seconds):
+        followed = len(windows) % 2 == 0
+        follow(self._processes, followed or len(windows) == int(count))
+        if len(windows) == int(count):
+            os.kill(os.getpid(), signal.SIGTERM)
+        windows.append({"followed": followed, "steps": [(time.perf_counter(), time.thread_time(), 0.0)]})
+
 Logs.record = measured
-code = main(["run", *sys.argv[2:]])
-open(sys.argv[1], "w").write(json.dumps(points))
-sys.exit(code)
+main(["run", *arguments])
+Path(out).write_text(json.dumps(windows[:int(count)]))
 """
 
 
@@ -110,66 +130,63 @@ def install_hanging_logger(site: Path) -> None:
 
 
 @attrs.frozen
-class Cost:
-    """Of a step: milliseconds by the clock, CPU milliseconds of the loop's thread, CPU microseconds of record."""
+class Window:
+    """Seconds of a step by the clock, of the loop's thread's CPU time, and of that within ``record``."""
 
+    followed: bool
     wall: float
     loop: float
     record: float
 
+    @classmethod
+    def read(cls, followed: bool, steps: list[tuple[float, float, float]]) -> Window:
+        (first, cpu, _), (last, cpu_at_end, _) = steps[0], steps[-1]
+        count = len(steps) - 1
+        recorded = statistics.median(recorded for _, _, recorded in steps[1:])
+        return cls(followed, (last - first) / count, (cpu_at_end - cpu) / count, recorded)
 
-def measure(directory: Path, arm: str, steps: int, skip: int, index: str) -> Cost:
-    file, points_file = directory / f"{arm}.toml", directory / f"points-{index}.json"
-    file.write_text(EXPERIMENT.format(steps=steps) + ARMS[arm])
-    arguments = [str(points_file), str(file), "--runs-dir", str(directory / f"runs-{index}")]
+
+def measure(directory: Path, arm: str, starting: float, seconds: float, count: int) -> list[Window]:
+    file, out = directory / f"{arm}.toml", directory / f"{arm}.json"
+    file.write_text(EXPERIMENT + ARMS[arm])
+    numbers = [str(starting), str(seconds), str(count)]
+    command = [sys.executable, "-c", PROBE, str(out), *numbers, str(file), "--runs-dir", str(directory / "runs")]
     site = os.pathsep.join(filter(None, (str(directory / "site"), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": site, "NANOCHAT_DEVICE": "cpu", "WANDB_SILENT": "true"}
-    command = [sys.executable, "-c", PROBE, *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
+    if not out.exists():
         raise SystemExit(done.stdout + done.stderr)
-    points = json.loads(points_file.read_text())[skip:]
-    (first, cpu, _), (last, cpu_at_end, _) = points[0], points[-1]
-    count = len(points) - 1
-    return Cost(
-        1000 * (last - first) / count,
-        1000 * (cpu_at_end - cpu) / count,
-        1e6 * statistics.median(record for _, _, record in points),
-    )
+    return [Window.read(**window) for window in json.loads(out.read_text())]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--starting", action="store_true", help="count the steps while loggers start")
-    parser.add_argument("--arms", default=",".join(ARMS), help="which of " + ", ".join(ARMS))
+    parser.add_argument("--arms", default=",".join(ARMS), help="which sets of loggers")
+    parser.add_argument("--starting", type=float, default=20.0, help="seconds that loggers have to start")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of a window")
+    parser.add_argument("--windows", type=int, default=21, help="of each run")
     options = parser.parse_args()
-    arms = [arm for arm in options.arms.split(",") if arm != "none"]
-    skip = 20 if options.starting else options.steps // 2
-    found: dict[str, list[Cost]] = {arm: [] for arm in ("none", *arms)}
-    ratios: dict[str, list[float]] = {arm: [] for arm in ("none", *arms)}
+    names = ("steps/s", "none", "cost", "noise", "ms loop", "none", "us record")
+    print(f"{'loggers':12}" + "".join(f"{name:>10}" for name in names))
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         (directory / "site").mkdir()
         install_hanging_logger(directory / "site")
-        before = measure(directory, "none", options.steps, skip, "first")
-        for index in range(options.rounds):
-            for arm in arms:
-                cost = measure(directory, arm, options.steps, skip, f"{index}-{arm}")
-                after = measure(directory, "none", options.steps, skip, f"{index}-{arm}-none")
-                found[arm].append(cost)
-                found["none"].append(after)
-                ratios[arm].append(cost.wall / ((before.wall + after.wall) / 2))
-                ratios["none"].append(after.wall / before.wall)
-                before = after
-    print(f"{'loggers':12}  {'steps/s':>8}  {'against none':>12}  {'ms loop':>8}  {'us record':>9}")
-    for arm, costs in found.items():
-        wall, loop, record = (statistics.median(getattr(c, what) for c in costs) for what in ("wall", "loop", "record"))
-        slower = 100 * (statistics.median(ratios[arm]) - 1)
-        print(f"{arm:12}  {1000 / wall:8.1f}  {slower:+11.2f}%  {loop:8.3f}  {record:9.1f}")
-    noise = statistics.median(abs(ratio - 1) for ratio in ratios["none"])
-    print(f"\na run without loggers differs from the one before it by {100 * noise:.1f}% (median)")
+        for arm in options.arms.split(","):
+            windows = measure(directory, arm, options.starting, options.seconds, options.windows)
+            line(arm, windows[0::2], windows[1::2])
+
+
+def line(arm: str, following: list[Window], none: list[Window]) -> None:
+    """One line of the table, from windows that took turns, the first with loggers."""
+    median = statistics.median
+    costs = [2 * w.wall / (a.wall + b.wall) - 1 for w, a, b in zip(following[1:], none, none[1:], strict=False)]
+    noise = median(abs(b.wall / a.wall - 1) for a, b in itertools.pairwise(none))
+    wall, wall_none = median(w.wall for w in following), median(w.wall for w in none)
+    loop, loop_none = median(w.loop for w in following), median(w.loop for w in none)
+    rates = f"{1 / wall:10.1f}{1 / wall_none:10.1f}{100 * median(costs):+9.1f}%{100 * noise:9.1f}%"
+    cpu = f"{1000 * loop:10.3f}{1000 * loop_none:10.3f}{1e6 * median(w.record for w in following):10.1f}"
+    print(f"{arm:12}{rates}{cpu}", flush=True)
 
 
 if __name__ == "__main__":

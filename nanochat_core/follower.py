@@ -326,7 +326,7 @@ def _give_way() -> None:
     leads one of its own, and so may its children, hence the niceness of each session too.
     """
     os.nice(9)
-    for pid in _family(os.getpid()):
+    for pid in family(os.getpid()):
         for thread in Path(f"/proc/{pid}/task").glob("*"):
             with contextlib.suppress(OSError):  # it has ended
                 os.setpriority(os.PRIO_PROCESS, int(thread.name), 19)
@@ -334,13 +334,13 @@ def _give_way() -> None:
             _write_patiently(Path(f"/proc/{pid}/autogroup"), "19")
 
 
-def _family(pid: int) -> Iterator[int]:
+def family(pid: int) -> Iterator[int]:
     """A process and its descendants."""
     yield pid
     for children in Path(f"/proc/{pid}/task").glob("*/children"):
         with contextlib.suppress(OSError):
             for child in children.read_text().split():
-                yield from _family(int(child))
+                yield from family(int(child))
 
 
 def _write_patiently(path: Path, text: str) -> None:
