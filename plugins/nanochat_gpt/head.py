@@ -29,7 +29,7 @@ def scaled_head(weight_VD: Tensor, cap: float, dtype: torch.dtype) -> Tensor:
 def chunk_sizes(vocab_size: int, device: torch.device) -> tuple[int, int]:
     """Positions a product, and positions whose float32 logits exist at once."""
     if device.type == "cpu":
-        return max(64, 2**23 // vocab_size), max(16, 2**21 // vocab_size)
+        return max(64, 2**23 // vocab_size), max(16, 2**19 // vocab_size)  # the second stay in the cache of a core
     return max(1024, 2**28 // vocab_size), max(1024, 2**28 // vocab_size)
 
 
