@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import wandb
+
 from nanochat_core import Logger, LoggerContext, metrics_and_texts
 from nanochat_wandb.config import WandbConfig
 
