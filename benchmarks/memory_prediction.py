@@ -3,10 +3,11 @@
     python benchmarks/memory_prediction.py            # 12 configurations of the default seed, on CUDA, else the CPU
     python benchmarks/memory_prediction.py --count 30 --seed 7
 
-Each configuration is drawn from depth, heads, T, rows, accumulation, vocabulary, dtype, recipe, optimizer and activation
-checkpointing, and trained for two steps in a process of its own (in the second the optimizer has its state). On CUDA the
-peak is what the allocator handed out. On a CPU it is what was resident beyond the size before the model was built, with a
-malloc that gives back what is freed, when the same was trained once before: oneDNN keeps code for every shape.
+Each configuration is drawn from depth, heads, T, rows, accumulation, vocabulary, dtype, recipe, optimizer and
+activation checkpointing, and trained for two steps in a process of its own (in the second the optimizer has its state).
+On CUDA the peak is what the allocator handed out. On a CPU it is what was resident beyond the size before the model was
+built, with a malloc that gives back what is freed, when the same was trained once before: oneDNN keeps code for every
+shape.
 """
 
 from __future__ import annotations

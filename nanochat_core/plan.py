@@ -47,6 +47,9 @@ class Plan:
         relative_data: the same over that of the family's reference model (D / D12); None for a model without.
         flops_per_token: forward and backward.
         memory: bytes a device by purpose, estimated; ``room``: bytes that they may take together.
+        checkpoint_bytes: of a checkpoint, model and the optimizer state of all ranks; ``checkpoints``: how many a run
+            saves.
+        choices: what "auto" chose the rows of a micro-batch from, with the memory of each; empty when they were given.
         description: what the model says of itself.
         dtype: of matrix products, such as ``bfloat16``.
     """
@@ -69,8 +72,12 @@ class Plan:
     scaling_parameters: int
     relative_data: float | None
     flops_per_token: float
+    activation_checkpointing: bool
     memory: Mapping[str, int]
     room: int
+    choices: Mapping[int, Mapping[str, int]]
+    checkpoint_bytes: int
+    checkpoints: int
     description: Mapping[str, str | int]
 
     @property
@@ -250,8 +257,10 @@ class _Planner:
 
         self.memory = memory
         self.sizes = batch_size.sizes(per_rank, train.max_seq_len, self.spec)
+        choices: dict[int, Mapping[str, int]] = {}
         if train.device_batch_size == "auto":
-            self._resolve("train", {"device_batch_size": self._auto_device_batch(per_rank)})
+            choices = {rows: memory(rows) for rows in self.sizes}
+            self._resolve("train", {"device_batch_size": self._auto_device_batch(per_rank, choices)})
         rows = self.experiment.train.device_batch_size
         assert isinstance(rows, int)
         if train.compile == "auto":
@@ -278,8 +287,12 @@ class _Planner:
             scaling_parameters=scaling,
             relative_data=relative,
             flops_per_token=flops,
-            memory=memory(rows),
+            activation_checkpointing=train.activation_checkpointing,
+            memory=choices[rows] if choices else memory(rows),
+            choices=choices,
             room=batch_size.room(self.spec, self.world_size),
+            checkpoint_bytes=sum(t.nbytes for t in model.state_dict().values()) + alone.state_bytes(),
+            checkpoints=1 + (iterations - 1) // (self.experiment.checkpoint.save_every or iterations),
             description={**model.describe(), **optimizer.describe()},
         )
         keys = {f"model.{option}": why for option, why in model.unsupported().items()}
@@ -324,9 +337,9 @@ class _Planner:
         batch = 2 ** round(math.log2(REFERENCE_BATCH * relative_data**0.383))
         return Resolved(batch, f"2^19 (D / D12)^0.383, D / D12 = {relative_data:.3g}, to the nearest power of two")
 
-    def _auto_device_batch(self, per_rank: int) -> Resolved:
+    def _auto_device_batch(self, per_rank: int, choices: Mapping[int, Mapping[str, int]]) -> Resolved:
         limit = batch_size.room(self.spec, self.world_size)
-        needs = {rows: sum(self.memory(rows).values()) for rows in self.sizes}
+        needs = {rows: sum(memory.values()) for rows, memory in choices.items()}
         rows = batch_size.largest_that_fits(self.sizes, self.sizes[-1], lambda b: needs[b] <= limit) or self.sizes[0]
         size, most = f"{needs[rows] / GIB:.2f} GiB", f"{limit / GIB:.2f} GiB"
         if needs[rows] > limit:
