@@ -14,6 +14,7 @@ from nanochat_core.texts import SPECIAL_TOKENS, cut_long_runs, well_formed
 
 if TYPE_CHECKING:
     from nanochat_core.casting import cast
+    from nanochat_core.devices import cuda_capability, device_type, has_fast_bfloat16
     from nanochat_core.distributed import World
     from nanochat_core.interfaces import (
         IGNORED,
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
 
 _LAZY = {
     "cast": "casting",
+    **dict.fromkeys(["cuda_capability", "device_type", "has_fast_bfloat16"], "devices"),
     "World": "distributed",
     "Logger": "logger",
     "LoggerContext": "logger",
@@ -148,10 +150,13 @@ __all__ = [
     "choice_spans",
     "cropped_span",
     "cross_entropy",
+    "cuda_capability",
     "cut_long_runs",
     "default_roles",
+    "device_type",
     "generate",
     "greedy_match",
+    "has_fast_bfloat16",
     "hold_out",
     "hookimpl",
     "is_close_call",

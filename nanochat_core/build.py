@@ -162,6 +162,7 @@ def build_evaluators(
         directory: where evaluations are kept.
     """
     T, B = experiment.train.max_seq_len, experiment.train.device_batch_size
+    assert B != "auto", "the plan has resolved it"
     rows = rows_of(source, tokenizer, T, B, world)
 
     def build(choice: Choice) -> BuiltEvaluator:

@@ -4,57 +4,21 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import platform
 import time
+from pathlib import Path
 
 import torch
 
-# Peak dense bf16 FLOPs a second by part of the device name, from the vendors' data sheets. First match counts.
-_PEAKS = (
-    ("B300", 2250e12),
-    ("GB200", 2500e12),
-    ("B200", 2250e12),
-    ("H200", 989e12),
-    ("H100 NVL", 835e12),
-    ("H100 PCIe", 756e12),
-    ("H100", 989e12),
-    ("H800", 989e12),
-    ("A100", 312e12),
-    ("A800", 312e12),
-    ("A40", 149.7e12),
-    ("A30", 165e12),
-    ("A10G", 70e12),
-    ("A10", 125e12),
-    ("L40S", 362e12),
-    ("L40", 181e12),
-    ("L4", 121e12),
-    ("5090", 209.5e12),
-    ("4090", 165.2e12),
-    ("3090", 71e12),
-)
-
-
-def cpu_has_bf16() -> bool:
-    """Whether the CPU multiplies bf16 faster than float32 (AMX or avx512_bf16)."""
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return False
-    try:
-        return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
-    except AttributeError:  # private in torch 2.9 to 2.13; without it float32 is always right
-        return False
+from nanochat_core.devices import DeviceSpec, has_fast_bfloat16, known_gpu
 
 
 def compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
     """The dtype of matrix products for ``[train] dtype``: "auto" takes bfloat16 where the hardware gains from it."""
     if wanted != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[wanted]
-    if device.type == "cuda":
-        gains = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu":
-        gains = cpu_has_bf16()
-    else:
-        gains = False
-    return torch.bfloat16 if gains else torch.float32
+    return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
 
 
 def device_name(device: torch.device) -> str:
@@ -65,14 +29,35 @@ def device_name(device: torch.device) -> str:
     return device.type.upper()
 
 
+def device_spec(device: torch.device) -> DeviceSpec:
+    """What is to be known of a device that is here."""
+    name = device_name(device)
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        known = known_gpu(name)
+        capability = (properties.major, properties.minor)
+        return DeviceSpec("cuda", name, properties.total_memory, capability, known.peak if known else None)
+    return DeviceSpec(device.type, name, machine_memory())
+
+
+def machine_memory() -> int:
+    """Bytes of memory of the machine, or what a container may use of it."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            total = min(total, int(Path(limit).read_text(encoding="utf-8")))
+        except (OSError, ValueError):  # not such a machine, or "max"
+            continue
+    return total
+
+
 @functools.cache
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """(peak FLOPs a second, where the number is from): a table for known GPUs, else the best of a few matmuls."""
     if device.type == "cuda" and dtype is torch.bfloat16:
-        name = torch.cuda.get_device_name(device)
-        for part, peak in _PEAKS:
-            if part in name:
-                return peak, f"data sheet of {part}, dense bf16"
+        known = known_gpu(torch.cuda.get_device_name(device))
+        if known is not None and known.peak is not None:
+            return known.peak, f"data sheet of {known.name}, dense bf16"
     size = 1024 if device.type == "cpu" else 4096
     a = torch.randn(size, size, device=device).to(dtype)
     b = torch.randn(size, size, device=device).to(dtype)

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from nanochat_core.devices import device_type
+
 if TYPE_CHECKING:
     from nanochat_core.interfaces import Model
 
@@ -61,7 +63,7 @@ def cross_entropy(
 
 def chunk_rows(vocab_size: int, device: torch.device) -> int:
     """Positions whose logits are made at once."""
-    elements = CHUNK_ELEMENTS_CPU if device.type == "cpu" else CHUNK_ELEMENTS
+    elements = CHUNK_ELEMENTS_CPU if device_type(device) == "cpu" else CHUNK_ELEMENTS
     return max(64, elements // vocab_size)
 
 
@@ -99,7 +101,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         losses: list[Tensor] = []
         hidden_grads: list[Tensor] = []
         head_grads: list[Tensor] = []
-        for h, t in zip(*_split(rows, hidden_ND, targets_N), strict=True):
+        chunks = list(zip(*_split(rows, hidden_ND, targets_N), strict=True))
+        if hidden_ND.is_meta and len(chunks) > 2:  # only counted: from the second on every chunk takes the same memory
+            hidden_grads, chunks = [torch.empty_like(hidden_ND[2 * rows :])] * wants_hidden, chunks[:2]
+        for h, t in chunks:
             h = h.detach().requires_grad_(wants_hidden)
             with torch.enable_grad():
                 loss = F.cross_entropy(logits(h), t, ignore_index=IGNORED, reduction="sum")

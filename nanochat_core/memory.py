@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,32 +11,31 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nanochat_core.interfaces import Model, Optimizer
+from nanochat_core.interfaces import Model, Multipliers, Optimizer
 
 
 class _Alive(TorchDispatchMode):
-    """Counts the bytes of tensors that operations make, for as long as somebody holds them.
+    """Counts the bytes of tensors that operations make, for as long as somebody holds them. What was there before does
+    not count."""
 
-    Args:
-        known: tensors that are there already and don't count.
-    """
-
-    def __init__(self, known: Iterable[Tensor]) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.bytes, self.most = 0, 0
-        self._known = {tensor.untyped_storage()._cdata for tensor in known}
+        self._known: set[int] = set()
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._count(tensor.untyped_storage())
+        kwargs = kwargs or {}
+        for storage in _storages((args, kwargs)):
+            self._note(storage, 0)
+        result = func(*args, **kwargs)
+        for storage in _storages(result):
+            self._note(storage, storage.nbytes())
         return result
 
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
+    def _note(self, storage: torch.UntypedStorage, size: int) -> None:
+        key = storage._cdata
         if key in self._known:  # a view
             return
         self._known.add(key)
@@ -49,29 +48,45 @@ class _Alive(TorchDispatchMode):
         self.bytes -= size
 
 
-def estimate_memory(model: Model, optimizer: Optimizer, rows: int, length: int) -> dict[str, int]:
-    """Bytes a device needs in training, by purpose.
+def _storages(tree: Any) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
-    Activations are the most that is alive at once, parameters and their gradients left out, in a forward and backward
-    pass of [rows, length] tokens on the meta device: what is kept for the backward pass, and what is computed again.
+
+def estimate_memory(
+    model: Model, optimizer: Optimizer, rows: int, length: int, *, accumulates: bool, state_bytes: int
+) -> dict[str, int]:
+    """Bytes a device needs in training, by purpose; together they are the peak of an optimizer step.
+
+    The step is done on the meta device: forward and backward passes of [rows, length] tokens, then the update.
+    "activations" is what it makes and holds at its peak beyond the gradients: what is kept for the backward pass, what
+    is computed again, casts, and temporaries of whatever is going on then, the update included. Not counted: what
+    compiled code does otherwise, the temporaries of an optimizer of torch (fused ones have none), and messages of
+    several ranks.
 
     Args:
         model: on the meta device.
+        optimizer: of the model, for one rank.
+        accumulates: whether a step has several micro-batches, so that gradients are there during the next pass.
+        state_bytes: of the optimizer's state that the device holds.
     """
-    parameters = list(model.parameters())
-    size = sum(p.numel() * p.element_size() for p in parameters)
-    memory = {"parameters": size, "gradients": size, "optimizer state": optimizer.state_bytes()}
-    gradients = [torch.zeros_like(p) for p in parameters]
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad = gradient if parameter.requires_grad else None
-    ids_BT = torch.zeros(rows, length, dtype=torch.int64, device="meta")
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    buffers = sum(b.numel() * b.element_size() for b in model.buffers())
+    gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    memory = {"parameters": size + buffers, "gradients": gradients, "optimizer state": state_bytes}
+    model.train()
+    model.zero_grad(set_to_none=True)
     try:
-        with _Alive([*parameters, *gradients, *model.buffers(), ids_BT]) as alive:
-            loss = model(ids_BT, ids_BT)
-            memory["activations"] = alive.most
-            loss.backward()
-            memory["activations"] = alive.most
+        with _Alive() as alive:
+            for _ in range(1 + accumulates):
+                ids_BT, targets_BT = (torch.zeros(rows, length, dtype=torch.int64, device="meta") for _ in range(2))
+                loss = model(ids_BT, targets_BT)
+                memory["activations"] = max(0, alive.most - gradients)
+                loss.backward()
+                memory["activations"] = max(0, alive.most - gradients)
+            optimizer.reduce()
+            optimizer.update(1.0, Multipliers(0, 1, lr=1.0))
+            memory["activations"] = max(0, alive.most - gradients)
     except (NotImplementedError, RuntimeError):
-        pass  # an operation without a meta kernel: no estimate, or one without what the backward pass adds
+        pass  # an operation without a meta kernel: what was found until then
     model.zero_grad(set_to_none=True)
     return memory

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import attrs
 import torch
 from torch import nn
 
+from nanochat_core import batch_size
+from nanochat_core.devices import GIB, DeviceSpec, cpu_has_bf16, planning_for
 from nanochat_core.distributed import World
 from nanochat_core.errors import ConfigError, NanochatError, PluginError, Problem
-from nanochat_core.hardware import compute_dtype, cpu_has_bf16, device_name, peak_flops
+from nanochat_core.hardware import compute_dtype, device_spec, peak_flops
 from nanochat_core.interfaces import (
     Model,
     ModelContext,
@@ -44,7 +46,10 @@ class Plan:
         scaling_parameters: how many of them the data : parameter ratio counts.
         relative_data: the same over that of the family's reference model (D / D12); None for a model without.
         flops_per_token: forward and backward.
-        memory: bytes a device by purpose, estimated.
+        memory: bytes a device by purpose, estimated; ``room``: bytes that they may take together.
+        checkpoint_bytes: of a checkpoint, model and the optimizer state of all ranks; ``checkpoints``: how many a run
+            saves.
+        choices: what "auto" chose the rows of a micro-batch from, with the memory of each; empty when they were given.
         description: what the model says of itself.
         dtype: of matrix products, such as ``bfloat16``.
     """
@@ -67,7 +72,12 @@ class Plan:
     scaling_parameters: int
     relative_data: float | None
     flops_per_token: float
+    activation_checkpointing: bool
     memory: Mapping[str, int]
+    room: int
+    choices: Mapping[int, Mapping[str, int]]
+    checkpoint_bytes: int
+    checkpoints: int
     description: Mapping[str, str | int]
 
     @property
@@ -166,25 +176,45 @@ def optimizer_context(
     )
 
 
-def make_plan(loaded: LoadedExperiment, world_size: int, device: torch.device) -> Planned:
+def make_plan(loaded: LoadedExperiment, world_size: int, device: torch.device | DeviceSpec) -> Planned:
     """Plan a run on ``world_size`` devices like ``device``. Builds the model without memory, on the meta device.
+
+    Args:
+        device: one that is here, or what is known of one that need not be.
 
     Raises:
         ConfigError: when batch sizes don't divide, the horizon is shorter than a step, or an "auto" has no formula.
     """
+    return plan_batches(loaded, world_size, device, ())[0]
+
+
+def plan_batches(
+    loaded: LoadedExperiment, world_size: int, device: torch.device | DeviceSpec, batches: Sequence[int] | None = None
+) -> tuple[Planned, dict[int, Mapping[str, int]]]:
+    """The same, and what other values of ``device_batch_size`` would need: ``Plan.memory`` by rows of a micro-batch.
+
+    Args:
+        batches: which; None for all that "auto" chooses from.
+    """
     try:
-        return _Planner(loaded, world_size, device).plan()
+        planner = _Planner(loaded, world_size, device)
+        with planning_for(planner.spec):
+            planned = planner.plan()
+            rows = planner.sizes if batches is None else batches
+            return planned, {b: planner.memory(b) for b in rows}
     except NanochatError as error:
         add_places(error, loaded.origins)
         raise
 
 
 class _Planner:
-    def __init__(self, loaded: LoadedExperiment, world_size: int, device: torch.device) -> None:
+    def __init__(self, loaded: LoadedExperiment, world_size: int, device: torch.device | DeviceSpec) -> None:
         self.experiment = loaded.experiment
         self.origins = dict(loaded.origins)
         self.unverified = unverified_options(loaded.experiment)
-        self.world_size, self.device = world_size, device
+        self.world_size = world_size
+        self.spec = device if isinstance(device, DeviceSpec) else device_spec(device)
+        self.device = torch.device(self.spec.type) if isinstance(device, DeviceSpec) else device
 
     def plan(self) -> Planned:
         train = self.experiment.train
@@ -202,17 +232,37 @@ class _Planner:
         relative = None if reference is None else scaling / self._scaling(reference)
         if self.experiment.train.total_batch_size == "auto":
             self._resolve("train", {"total_batch_size": self._auto_batch(relative)})
-        accumulation = self._accumulation()
         total_batch_size = self.experiment.train.total_batch_size
         assert isinstance(total_batch_size, int)
+        per_rank = self._rows_per_rank(total_batch_size)
+        if train.device_batch_size != "auto":
+            self._check_accumulation(total_batch_size, per_rank, train.device_batch_size)
         flops = float(model.flops_per_token(train.max_seq_len))
         iterations, horizon = self._horizon(scaling, flops, total_batch_size)
 
-        world = World(rank=0, size=self.world_size, device=meta)
-        optimizer: Optimizer = self.experiment.optimizer.build(
-            optimizer_context(model, world, total_batch_size, iterations, relative)
-        )
+        def optimizer_for(ranks: int) -> Optimizer:
+            world = World(rank=0, size=ranks, device=meta)
+            context = optimizer_context(model, world, total_batch_size, iterations, relative)
+            built: Optimizer = self.experiment.optimizer.build(context)
+            return built
+
+        optimizer = optimizer_for(self.world_size)
         self._resolve("optimizer", optimizer.resolved_options())
+        alone = optimizer if self.world_size == 1 else optimizer_for(1)  # on the meta device nobody answers messages
+
+        def memory(rows: int) -> Mapping[str, int]:
+            return estimate_memory(
+                model, alone, rows, train.max_seq_len, accumulates=rows < per_rank, state_bytes=optimizer.state_bytes()
+            )
+
+        self.memory = memory
+        self.sizes = batch_size.sizes(per_rank, train.max_seq_len, self.spec)
+        choices: dict[int, Mapping[str, int]] = {}
+        if train.device_batch_size == "auto":
+            choices = {rows: memory(rows) for rows in self.sizes}
+            self._resolve("train", {"device_batch_size": self._auto_device_batch(per_rank, choices)})
+        rows = self.experiment.train.device_batch_size
+        assert isinstance(rows, int)
         if train.compile == "auto":
             self._resolve(
                 "train", {"compile": _compile_pays(self.device, dtype, flops * total_batch_size * iterations)}
@@ -220,15 +270,15 @@ class _Planner:
         warmup, warmdown = phases(self.experiment.schedule, iterations)
         plan = Plan(
             world_size=self.world_size,
-            device=device_name(self.device),
+            device=self.spec.name,
             dtype=str(dtype)[6:],
             compile=bool(self.experiment.train.compile),
             vocab_size=vocab_size,
             max_seq_len=train.max_seq_len,
-            device_batch_size=train.device_batch_size,
+            device_batch_size=rows,
             total_batch_size=total_batch_size,
             rows_per_step=total_batch_size // train.max_seq_len,
-            accumulation_steps=accumulation,
+            accumulation_steps=per_rank // rows,
             num_iterations=iterations,
             horizon=horizon,
             warmup_steps=warmup,
@@ -237,7 +287,12 @@ class _Planner:
             scaling_parameters=scaling,
             relative_data=relative,
             flops_per_token=flops,
-            memory=estimate_memory(model, optimizer, train.device_batch_size, train.max_seq_len),
+            activation_checkpointing=train.activation_checkpointing,
+            memory=choices[rows] if choices else memory(rows),
+            choices=choices,
+            room=batch_size.room(self.spec, self.world_size),
+            checkpoint_bytes=sum(t.nbytes for t in model.state_dict().values()) + alone.state_bytes(),
+            checkpoints=1 + (iterations - 1) // (self.experiment.checkpoint.save_every or iterations),
             description={**model.describe(), **optimizer.describe()},
         )
         keys = {f"model.{option}": why for option, why in model.unsupported().items()}
@@ -282,32 +337,48 @@ class _Planner:
         batch = 2 ** round(math.log2(REFERENCE_BATCH * relative_data**0.383))
         return Resolved(batch, f"2^19 (D / D12)^0.383, D / D12 = {relative_data:.3g}, to the nearest power of two")
 
-    def _accumulation(self) -> int:
-        """Micro-batches a rank and step; refuses what does not divide, naming what would."""
-        train, size = self.experiment.train, self.world_size
-        total, rows, length = train.total_batch_size, train.device_batch_size, train.max_seq_len
-        assert isinstance(total, int)
-        ranks = f" x {size} ranks" if size > 1 else ""
+    def _auto_device_batch(self, per_rank: int, choices: Mapping[int, Mapping[str, int]]) -> Resolved:
+        limit = batch_size.room(self.spec, self.world_size)
+        needs = {rows: sum(memory.values()) for rows, memory in choices.items()}
+        rows = batch_size.largest_that_fits(self.sizes, self.sizes[-1], lambda b: needs[b] <= limit) or self.sizes[0]
+        size, most = f"{needs[rows] / GIB:.2f} GiB", f"{limit / GIB:.2f} GiB"
+        if needs[rows] > limit:
+            return Resolved(rows, f"the smallest, though its {size}, estimated, are more than the {most} there are")
+        text = f"the largest of {', '.join(map(str, self.sizes))} (they divide the {per_rank} rows of a rank and step) "
+        return Resolved(rows, f"{text}that fits: {size} of {most}, estimated")
+
+    def _rows_per_rank(self, total: int) -> int:
+        """Rows a rank and step; refuses what does not divide, naming what would."""
+        length, size = self.experiment.train.max_seq_len, self.world_size
         if total % (length * size):
             step = length * size
             near = sorted({max(total // step, 1) * step, (total // step + 1) * step})
             raise self._problem(
                 "train.total_batch_size",
-                f"{total} is not a multiple of max_seq_len {length}{ranks}; near it are {' and '.join(map(str, near))}",
+                f"{total} is not a multiple of max_seq_len {length}{self._ranks}; near it are "
+                f"{' and '.join(map(str, near))}",
             )
-        per_rank = total // (length * size)
-        if per_rank % rows:
-            works = [b for b in range(1, per_rank + 1) if per_rank % b == 0]
-            below, over = [b for b in works if b < rows][-3:], [b for b in works if b > rows][:1]
-            unit = rows * length * size
-            near = sorted({max(total // unit, 1) * unit, (total // unit + 1) * unit})
-            raise self._problem(
-                "train.device_batch_size",
-                f"total_batch_size {total} / (device_batch_size {rows} x max_seq_len {length}{ranks}) is not a whole "
-                f"number of accumulation steps; device_batch_size {', '.join(map(str, below + over))} would work, "
-                f"or total_batch_size {' or '.join(map(str, near))}",
-            )
-        return per_rank // rows
+        return total // (length * size)
+
+    def _check_accumulation(self, total: int, per_rank: int, rows: int) -> None:
+        """Refuses rows of a micro-batch that don't divide those of a rank, naming what would."""
+        if per_rank % rows == 0:
+            return
+        length = self.experiment.train.max_seq_len
+        works = batch_size.divisors(per_rank)
+        below, over = [b for b in works if b < rows][-3:], [b for b in works if b > rows][:1]
+        unit = rows * length * self.world_size
+        near = sorted({max(total // unit, 1) * unit, (total // unit + 1) * unit})
+        raise self._problem(
+            "train.device_batch_size",
+            f"total_batch_size {total} / (device_batch_size {rows} x max_seq_len {length}{self._ranks}) is not a whole "
+            f"number of accumulation steps; device_batch_size {', '.join(map(str, below + over))} would work, "
+            f"or total_batch_size {' or '.join(map(str, near))}",
+        )
+
+    @property
+    def _ranks(self) -> str:
+        return f" x {self.world_size} ranks" if self.world_size > 1 else ""
 
     def _horizon(self, scaling: int, flops_per_token: float, batch: int) -> tuple[int, str]:
         train = self.experiment.train
@@ -376,7 +447,10 @@ def format_plan(planned: Planned) -> str:
     rows.append(("total FLOPs", f"{plan.total_flops:.4e}"))
     parts = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in plan.memory.items())
     known = "activations" in plan.memory
-    estimate = f"about {sum(plan.memory.values()) / 2**20:,.0f} MiB a device ({parts})"
+    total = sum(plan.memory.values())
+    estimate = f"about {total / 2**20:,.0f} MiB a device ({parts})"
+    if total > plan.room:
+        estimate += f", more than the {plan.room / 2**20:,.0f} MiB it may take"
     rows.append(("memory", estimate if known else f"{estimate}; activations unknown for this model"))
     rows += [("unverified", f"{key}: {note}") for key, note in planned.unverified.items()]
     width = max(len(name) for name, _ in rows)

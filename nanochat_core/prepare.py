@@ -12,6 +12,7 @@ import attrs
 from nanochat_core.checkpoint import latest_checkpoint, load_state, read_model, saved_options
 from nanochat_core.distributed import World
 from nanochat_core.errors import CheckpointError, ConfigError, Problem
+from nanochat_core.hardware import device_spec
 from nanochat_core.load import DEFAULT, add_places, changed_options, load
 from nanochat_core.needs import load_experiment
 from nanochat_core.plan import Planned, format_plan, make_plan
@@ -64,9 +65,13 @@ def prepare(
     if found is not None:
         _check_version(found[1], plugins)
         old = load_experiment(*found, plugins)
-    if old is not None and loaded.experiment.train.compile == "auto":  # a run stays as it began, to the last bit
-        overrides = [*overrides, f"train.compile={str(old.train.compile).lower()}"]
-        loaded = load(file, overrides, plugins).require_all()
+    if found is not None and old is not None:  # a run stays as it began, to the last bit
+        train, kept = loaded.experiment.train, list[str]()
+        if train.compile == "auto":
+            kept.append(f"train.compile={str(old.train.compile).lower()}")
+        if train.device_batch_size == "auto" and _same_machine(found[0], world):
+            kept.append(f"train.device_batch_size={old.train.device_batch_size}")
+        loaded = load(file, [*overrides, *kept], plugins).require_all()
     planned = make_plan(loaded, world.size, world.device)
     if planned.problems:
         raise ConfigError(planned.problems)
@@ -91,6 +96,12 @@ def prepare(
     print(f"resuming {run_dir.path} from {checkpoint.name}")
     _explain_horizon(old, planned, run_dir, step)
     return Setup(planned, run_dir, checkpoint, None, plugins.versions(), observers, allow_other_data)
+
+
+def _same_machine(run: RunDirectory, world: World) -> bool:
+    """Whether a run was last trained on as many devices of the same kind."""
+    plan = json.loads(run.provenance.read_text(encoding="utf-8"))["plan"]
+    return bool(plan["world_size"] == world.size and plan["device"] == device_spec(world.device).name)
 
 
 def newest_checkpoint(run: RunDirectory) -> Path:

@@ -185,7 +185,8 @@ class TorchOptimizer(Optimizer):
         torch._foreach_mul_([p.grad for p in self._updated.values() if p.grad is not None], scale)
         for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = base * multipliers.lr
-        self.optimizer.step()
+        if not any(p.is_meta for p in self._updated.values()):  # where memory is planned there is nothing to compute
+            self.optimizer.step()
         for parameter, master in self._copies():
             parameter.copy_(master)
             master.grad = None
@@ -229,7 +230,8 @@ class TorchOptimizer(Optimizer):
 
     def state_bytes(self) -> int:
         masters = sum(master.nbytes for _, master in self._copies())
-        return masters + sum(self.state_tensors * p.nbytes for p in self._updated.values())
+        messages = sum(p.nbytes for bucket in self.reducer.buckets for p in bucket.parameters)  # they are kept
+        return masters + messages + sum(self.state_tensors * p.nbytes for p in self._updated.values())
 
 
 def _wide(parameter: nn.Parameter) -> nn.Parameter:

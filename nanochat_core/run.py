@@ -15,7 +15,15 @@ import torch
 from nanochat_core.build import build_evaluators, build_loader, build_optimizer, build_source
 from nanochat_core.checkpoint import CheckpointContent, load_checkpoint, load_model_tensors, saved_tensors
 from nanochat_core.distributed import OtherRankFailed, World, join_world, leave_world
-from nanochat_core.errors import CheckpointError, ConfigError, DataError, NanochatError, Problem
+from nanochat_core.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    NanochatError,
+    OutOfMemory,
+    Problem,
+    is_out_of_memory,
+)
 from nanochat_core.evaluate import Evaluations, EvaluationWorld
 from nanochat_core.hardware import keep_freed_memory, peak_flops, peak_memory_mib
 from nanochat_core.interfaces import LoggerContext, Model, ModelContext, Optimizer, Tokenizer
@@ -25,6 +33,7 @@ from nanochat_core.logs import Logs, Status
 from nanochat_core.observers import observer_choices
 from nanochat_core.plan import build_model, format_plan
 from nanochat_core.prepare import Setup, prepare
+from nanochat_core.probe import settle_batch_size
 from nanochat_core.provenance import provenance
 from nanochat_core.rundir import RunDirectory, write_atomic
 from nanochat_core.state import TrainState, restore_rng
@@ -49,7 +58,10 @@ def run_experiment(
         keep_freed_memory()
     try:
         setup = world.on_main(lambda: prepare(file, overrides, runs_dir, resume, world, allow_other_data))
-        return 0 if setup is None else _Session(setup, world).run()
+        if setup is None:
+            return 0
+        planned = settle_batch_size(setup.planned, world)
+        return _Session(attrs.evolve(setup, planned=planned), world).run()
     except OtherRankFailed as failure:
         return failure.exit_code
     finally:
@@ -83,8 +95,10 @@ class _Session:
             add_places(error, self.planned.origins)
             self.logs.note(f"failed: {error}")
             raise
-        except Exception:
+        except Exception as error:
             self.logs.note(traceback.format_exc())
+            if is_out_of_memory(error):
+                raise OutOfMemory(self.plan, f"the run was at step {self.state.step}", str(error)) from error
             raise
         finally:
             self._end(status)

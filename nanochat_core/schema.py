@@ -65,9 +65,10 @@ class Schedule:
 @attrs.frozen
 class Train:
     max_seq_len: int = option(2048, "context length T, in tokens", validator=at_least(1), on_resume="refuse")
-    device_batch_size: int = option(
-        32, "sequences a device and micro-batch: lower it when memory runs out", validator=at_least(1)
-    )
+    device_batch_size: int | Literal["auto"] = option(
+        32, "sequences a device and micro-batch: lower it when memory runs out; auto: the largest that fits",
+        validator=at_least(1), on_resume="free",
+    )  # fmt: skip
     total_batch_size: int | Literal["auto"] = option(
         524288, "tokens an optimizer step, all devices; auto: 2^19 (D / D12)^0.383 to the nearest power of two",
         validator=at_least(1), on_resume="refuse",

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from nanochat_core.checkpoint import CheckpointContent, model_tensors, save_checkpoint
 from nanochat_core.distributed import World
-from nanochat_core.errors import CheckpointError, DataError, NanochatError
+from nanochat_core.errors import CheckpointError, DataError, NanochatError, OutOfMemory, is_out_of_memory
 from nanochat_core.evaluate import Evaluations
 from nanochat_core.hardware import peak_flops, peak_memory_mib
-from nanochat_core.interfaces import IGNORED, Model, Multipliers, Optimizer
+from nanochat_core.interfaces import IGNORED, Batch, Model, Multipliers, Optimizer
 from nanochat_core.loader import Step, TrainLoader
 from nanochat_core.logs import Logs
 from nanochat_core.needs import distributions_of
@@ -141,9 +141,7 @@ class Trainer:
             batch = batch.to(self.world.device)
             if index == len(step.batches) - 1:
                 self.optimizer.begin_reduce()
-            loss = self._loss(batch.ids_BT, batch.targets_BT)
-            loss.backward()  # type: ignore[no-untyped-call]
-            loss_sum += loss.detach()
+            loss_sum += self._forward_backward(batch)
         norm_of_sums = self.optimizer.reduce()
         counts = torch.tensor(
             [tokens, stop, step.is_last, step.cropped + step.dropped], dtype=self._sum_dtype, device=loss_sum.device
@@ -168,6 +166,27 @@ class Trainer:
         if self._skipped_in_row > train.max_skipped_steps:
             raise self._diverged(loss_mean, norm, multipliers.lr)
         return stops > 0
+
+    def _forward_backward(self, batch: Batch) -> Tensor:
+        """The summed loss of a micro-batch; its gradients are added.
+
+        Raises:
+            OutOfMemory: after saving what was trained so far, unless there are other ranks, which wait for this one.
+        """
+        try:
+            loss = self._loss(batch.ids_BT, batch.targets_BT)
+            loss.backward()  # type: ignore[no-untyped-call]
+            return loss.detach()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            said = str(error)
+        # Here the traceback is gone, and the activations with it; parameters and moments are those of the last step.
+        if self.world.size == 1:
+            self.optimizer.discard()
+            if self._steps_here:
+                self.save()
+        raise OutOfMemory(self.plan, f"training step {self.state.step}", said)
 
     def _loss(self, ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
         dtype = getattr(torch, self.plan.dtype)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from nanochat_core.cli import above_zero, add_experiment, positive
-from nanochat_core.errors import NanochatError
+from nanochat_core.errors import ConfigError, NanochatError, Problem, did_you_mean
 
 if TYPE_CHECKING:
+    from nanochat_core.devices import DeviceSpec
+    from nanochat_core.plan import Planned
     from nanochat_core.schema import Experiment
 
 
@@ -19,6 +21,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nproc", type=positive, default=1, metavar="N", help="plan for N devices")
     parser.add_argument(
         "--tok-per-sec", type=above_zero, metavar="X", help="tokens a second of all devices, to tell the time"
+    )
+    parser.add_argument(
+        "--device", metavar="NAME", help="plan for GPUs that need not be here, such as h100; default: this machine"
+    )
+    parser.add_argument(
+        "--mfu",
+        type=above_zero,
+        default=40.0,
+        metavar="P",
+        help="with --device: percent of the peak FLOPs that training reaches (default: 40, an assumption)",
+    )
+    parser.add_argument("--price", type=above_zero, metavar="X", help="dollars an hour of all N devices together")
+    parser.add_argument(
+        "--vary", type=_variation, metavar="KEY=A,B", help="a part of the table for each value, as in model.depth=12,20"
     )
     parser.add_argument("--probe", action="store_true", help="measure tokens a second on this device for some seconds")
 
@@ -31,39 +47,112 @@ def main(options: argparse.Namespace, _: Sequence[str]) -> int:
     blocking = [p for p in loaded.missing if p.key.split(".")[0] in ("tokenizer", "model", "optimizer")]
     if blocking:
         loaded.require_all()
+    from nanochat_core.devices import DeviceSpec
     from nanochat_core.distributed import pick_device
-    from nanochat_core.plan import format_plan, make_plan, time_training
+    from nanochat_core.plan import format_plan, plan_batches, time_training
 
-    device = pick_device(0)
-    planned = make_plan(loaded, options.nproc, device)
+    here = pick_device(0)
+    device = here if options.device is None else _known(options.device)
+    planned, batches = plan_batches(loaded, options.nproc, device)
+    plan = planned.plan
     print(f"experiment {planned.experiment.run.name}\n{format_plan(planned)}")
     speed, how = options.tok_per_sec, "as given"
     if speed is None and options.probe:
-        speed = options.nproc * time_training(planned, device)
+        speed = options.nproc * time_training(planned, here)
         how = "measured, forward and backward of one micro-batch" + (f", times {options.nproc}" * (options.nproc > 1))
+    if speed is None and isinstance(device, DeviceSpec) and device.peak is not None and plan.dtype == "bfloat16":
+        speed = options.nproc * device.peak * options.mfu / 100 / plan.flops_per_token
+        how = f"{options.mfu:g}% of {options.nproc} x {device.peak / 1e12:,.0f} TFLOP/s, an assumption: see --mfu"
     if speed is not None:
-        seconds = planned.plan.total_tokens / speed
+        seconds = plan.total_tokens / speed
         print(f"  time: {_duration(seconds)} of training at {speed:,.0f} tokens/s ({how})")
+        if options.price is not None:
+            dollars = seconds / 3600 * options.price
+            print(
+                f"  price: {dollars:,.2f} dollars, at {options.price:g} dollars an hour for all {options.nproc} devices"
+            )
     else:
         print("  time: unknown; measure it here with --probe, or give --tok-per-sec X")
+    size, count = plan.checkpoint_bytes / 2**30, plan.checkpoints
+    print(f"  disk: {count} checkpoints of {size:,.2f} GiB, {count * size:,.1f} GiB if all are kept")
     if not [problem for problem in loaded.missing if problem.key.split(".")[0] == "data"]:
-        print(f"  validation data: {_validation_data(loaded.experiment)}", flush=True)
+        for line in _data(loaded.experiment):
+            print(f"  {line}", flush=True)
+    flops_per_second = None if speed is None else speed * plan.flops_per_token
+    variants = {"": (planned, batches)}
+    if options.vary:
+        key, values = options.vary
+        variants = {}
+        for value in values:
+            varied = load(options.file, [*options.overrides, f"{key}={value}"], load_plugins())
+            variants[value] = plan_batches(varied, options.nproc, device)
+    print(_table(variants, "" if not options.vary else options.vary[0], flops_per_second, options.price))
     for problem in planned.problems:
-        print(f"can't run here: {problem}", file=sys.stderr)
+        print(f"can't run {'there' if options.device else 'here'}: {problem}", file=sys.stderr)
     for problem in loaded.missing:
         print(f"missing: {problem}", file=sys.stderr)
     return 0
 
 
-def _validation_data(experiment: Experiment) -> str:
-    """The set that results will be measured on."""
+def _variation(text: str) -> tuple[str, list[str]]:
+    key, equals, values = text.partition("=")
+    if not (key and equals and values):
+        raise argparse.ArgumentTypeError(f"write KEY=A,B as in model.depth=12,20, not {text!r}")
+    return key, values.split(",")
+
+
+def _known(name: str) -> DeviceSpec:
+    from nanochat_core.devices import KNOWN_DEVICES
+
+    if name.lower() not in KNOWN_DEVICES:
+        known = f"{', '.join(KNOWN_DEVICES)} are known{did_you_mean(name.lower(), KNOWN_DEVICES)}"
+        raise ConfigError([Problem("", known, f"--device {name}")])
+    return KNOWN_DEVICES[name.lower()]
+
+
+def _table(
+    variants: Mapping[str, tuple[Planned, Mapping[int, Mapping[str, int]]]],
+    key: str,
+    flops_per_second: float | None,
+    price: float | None,
+) -> str:
+    """Memory by micro-batch, and time and price, of each variant."""
+    rows = [[key or "", "device batch", "accumulation", "GiB a device", "fits", "hours", "dollars"]]
+    for value, (planned, batches) in variants.items():
+        plan = planned.plan
+        seconds = None if flops_per_second is None else plan.total_flops / flops_per_second
+        hours = "?" if seconds is None else f"{seconds / 3600:,.2f}"
+        dollars = "?" if seconds is None or price is None else f"{seconds / 3600 * price:,.2f}"
+        for batch, memory in batches.items():
+            known, total = "activations" in memory, sum(memory.values())
+            fits = ("yes" if total <= plan.room else "no") if known else "?"
+            accumulation = f"{plan.rows_per_step // (plan.world_size * batch):,}"
+            size = f"{total / 2**30:,.2f}" if known else "?"
+            rows.append([value, f"{batch:,}", accumulation, size, fits, hours, dollars])
+    plan = next(iter(variants.values()))[0].plan
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return f"  by device batch; {plan.room / 2**30:,.1f} GiB may be taken of a device:\n" + "\n".join(
+        f"  {line}".rstrip() for line in lines
+    )
+
+
+def _data(experiment: Experiment) -> list[str]:
+    """What of the data is not here yet, as far as the source can say, and the set that results will be measured on."""
     from nanochat_core.build import build_source
 
+    lines = []
     try:
         source = build_source(experiment.data)
-        return f"{len(source.documents('val')):,} documents, fingerprint {source.fingerprint('val')[:12]}"
+        facts = source.describe()
+        missing, files, size = (facts.get(name) for name in ("missing", "files", "bytes"))
+        if isinstance(missing, int) and isinstance(files, int) and isinstance(size, int):
+            lines.append(f"download: {missing} of {files} files, about {size * missing / max(files, 1) / 1e9:,.1f} GB")
+        fingerprint = source.fingerprint("val")[:12]
+        lines.append(f"validation data: {len(source.documents('val')):,} documents, fingerprint {fingerprint}")
     except NanochatError as error:
-        return f"unknown ({error})"
+        lines.append(f"validation data: unknown ({error})")
+    return lines
 
 
 def _duration(seconds: float) -> str:

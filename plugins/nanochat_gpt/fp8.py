@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nanochat_core import cuda_capability
+
 FORWARD, BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
 
 
@@ -19,8 +21,9 @@ def fp8_problem(device: torch.device) -> str:
     """Why a device can't train with float8 products, or an empty string."""
     if device.type != "cuda":
         return f"it needs a Hopper or newer GPU, this is a {device.type.upper()} device"
-    if torch.cuda.get_device_capability(device) < (9, 0):
-        return f"it needs a Hopper or newer GPU, not {torch.cuda.get_device_name(device)}"
+    capability = cuda_capability(device)
+    if capability < (9, 0):
+        return f"it needs a Hopper or newer GPU, not one of compute capability {'.'.join(map(str, capability))}"
     return ""
 
 

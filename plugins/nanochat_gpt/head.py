@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nanochat_core import device_type
+
 # Largest cap for which exp(-2 cap) / V is far from float32's smallest number.
 MAX_CAP = 30.0
 
@@ -28,7 +30,7 @@ def scaled_head(weight_VD: Tensor, cap: float, dtype: torch.dtype) -> Tensor:
 
 def chunk_sizes(vocab_size: int, device: torch.device) -> tuple[int, int]:
     """Positions a product, and positions whose float32 logits exist at once."""
-    if device.type == "cpu":
+    if device_type(device) == "cpu":
         return max(64, 2**23 // vocab_size), max(16, 2**19 // vocab_size)  # the second stay in the cache of a core
     return max(1024, 2**28 // vocab_size), max(1024, 2**28 // vocab_size)
 
@@ -76,9 +78,10 @@ class _SoftcapCrossEntropy(torch.autograd.Function):
         t_buffer, p_buffer = (hidden_ND.new_empty(0 if fused else softmax_rows, V, dtype=wide) for _ in range(2))
         loss = hidden_ND.new_zeros((), dtype=wide)
         dhidden_ND, dweight_VD = torch.empty_like(hidden_ND), torch.zeros_like(weight_VD, dtype=wide)
-        for h_ND, dh_ND, y_N in zip(
-            hidden_ND.split(product_rows), dhidden_ND.split(product_rows), targets_N.split(product_rows), strict=True
-        ):
+        chunks = list(zip(*(x.split(product_rows) for x in (hidden_ND, dhidden_ND, targets_N)), strict=True))
+        if hidden_ND.is_meta:  # only counted: every chunk takes the same memory
+            chunks = chunks[:1]
+        for h_ND, dh_ND, y_N in chunks:
             z_NV = z_buffer[: len(h_ND)]
             torch.mm(h_ND, scaled_VD.t(), out=z_NV)
             if fused:

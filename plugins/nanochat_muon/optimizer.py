@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from nanochat_core import Multipliers, Optimizer, OptimizerContext, PluginError, Resolved
+from nanochat_core import Multipliers, Optimizer, OptimizerContext, PluginError, Resolved, has_fast_bfloat16
 from nanochat_muon import settings
 from nanochat_muon.config import MuonAdamWConfig
 from nanochat_muon.muon import muon_update, variance_shape
@@ -240,7 +240,7 @@ def _adamw(moments: Moments, scale: float, lr_multiplier: float) -> None:
         [moments.second],
         [],
         [moments.step],
-        fused=target.device.type in ("cpu", "cuda", "mps"),
+        fused=target.device.type in ("cpu", "cuda", "mps", "meta"),
         amsgrad=False,
         beta1=method.betas[0],
         beta2=method.betas[1],
@@ -260,15 +260,6 @@ def orthogonalization_dtype(wanted: str, parameter: Tensor) -> torch.dtype:
     if wanted != "auto":
         return torch.bfloat16 if wanted == "bfloat16" else torch.float32
     return torch.bfloat16 if has_fast_bfloat16(parameter.device) else torch.float32
-
-
-def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether matrix products in bfloat16 have hardware of their own."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return False
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -161,6 +161,22 @@ def test_plan_of_d20(monkeypatch: pytest.MonkeyPatch) -> None:
     assert lines["time"] == "2.7 h of training at 1,000,000 tokens/s (as given)"
 
 
+def test_plan_for_gpus_that_are_not_here(tiny: Path) -> None:
+    more = ("--set", "train.dtype=auto", "--vary", "model.depth=1,2", "--mfu", "50")
+    result = call("plan", tiny, "--device", "h100", "--nproc", "2", "--price", "24", *more)
+    assert result.code == 0, result.err
+    assert re.search(r"device +2 x H100, bfloat16", result.out)
+    assert "(50% of 2 x 989 TFLOP/s, an assumption: see --mfu)" in result.out
+    assert "at 24 dollars an hour for all 2 devices" in result.out
+    assert re.search(r"disk: 3 checkpoints of 0\.00 GiB", result.out)
+    table = [line.split() for line in result.out[result.out.index("model.depth") :].splitlines()]
+    assert [row[:3] for row in table[1:]] == [[d, b, a] for d in "12" for b, a in (("1", "4"), ("2", "2"), ("4", "1"))]
+    assert all(row[4] == "yes" for row in table[1:])
+    unknown = call("plan", tiny, "--device", "h10")
+    assert unknown.code == 2
+    assert 'did you mean "h100"?' in unknown.err
+
+
 def test_plan_names_the_validation_set(tiny: Path, trained: Trained) -> None:
     fingerprint = json.loads((trained.path / "provenance.json").read_text())["fingerprints"]["val"]
     assert f"  validation data: 8 documents, fingerprint {fingerprint[:12]}" in call("plan", tiny).out

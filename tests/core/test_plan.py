@@ -223,7 +223,7 @@ def test_memory_is_estimated_from_parts(tiny: Path) -> None:
     memory = plan(tiny).plan.memory
     total = plan(tiny).plan.parameter_counts["total"]
     assert memory["parameters"] >= 4 * total  # float32; the padded head has some more
-    assert memory["gradients"] == memory["parameters"]
+    assert 4 * total <= memory["gradients"] < memory["parameters"]  # which has the buffers too
     assert memory["optimizer state"] > 0
 
 
