@@ -138,20 +138,20 @@ def _table(
 
 
 def _data(experiment: Experiment) -> list[str]:
-    """What of the data is not here yet, as far as the source can say, and the set that results will be measured on."""
+    """The set that results will be measured on, and what is not here yet, as far as the source can say."""
     from nanochat_core.build import build_source
 
     lines = []
     try:
         source = build_source(experiment.data)
+        count = len(source.documents("val"))
+        lines.append(f"validation data: {count:,} documents, fingerprint {source.fingerprint('val')[:12]}")
         facts = source.describe()
         missing, files, size = (facts.get(name) for name in ("missing", "files", "bytes"))
         if isinstance(missing, int) and isinstance(files, int) and isinstance(size, int):
             lines.append(f"download: {missing} of {files} files, about {size * missing / max(files, 1) / 1e9:,.1f} GB")
-        fingerprint = source.fingerprint("val")[:12]
-        lines.append(f"validation data: {len(source.documents('val')):,} documents, fingerprint {fingerprint}")
     except NanochatError as error:
-        lines.append(f"validation data: unknown ({error})")
+        lines.append(f"{'download' if lines else 'validation data'}: unknown ({error})")
     return lines
 
 
