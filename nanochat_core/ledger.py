@@ -11,24 +11,38 @@ from typing import Any
 
 
 class Ledger:
-    """Appends records to a ledger, flushed line by line."""
+    """Appends records to a ledger, each at once. What can't be written, such as on a full disk, is kept and written
+    before what comes next."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("ab")
+        self._file = path.open("ab", buffering=0)
+        self._unwritten = b""
+        self.problem = ""  # why lines could not be written yet
 
     def write(self, step: int, values: Mapping[str, float | str]) -> dict[str, Any]:
         """Append one line and return the record. Values that are not finite become the strings "nan", "inf", "-inf"."""
         clean = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         record = {"step": step, "time": time.time(), **clean}
-        self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-        self._file.flush()
+        self._unwritten += json.dumps(record, ensure_ascii=False).encode() + b"\n"
+        self._write()
         return record
+
+    def _write(self) -> None:
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+            self.problem = ""
+        except OSError as error:
+            self.problem = str(error)
 
     @property
     def bytes(self) -> int:
-        return self._file.tell()
+        """Its length when everything is written."""
+        return self._file.tell() + len(self._unwritten)
 
     def close(self) -> None:
+        """Try once more to write everything, and close the file. ``problem`` says whether lines are lost."""
+        self._write()
         self._file.close()
 
 

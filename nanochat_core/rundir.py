@@ -97,8 +97,12 @@ class RunDirectory:
 def write_atomic(path: Path, text: str) -> None:
     """Write a small file so that a reader sees the old or the new one, never half of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def create_run(runs_dir: Path, name: str) -> RunDirectory:
