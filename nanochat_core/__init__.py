@@ -44,17 +44,14 @@ if TYPE_CHECKING:
     from nanochat_core.sampling import generate
     from nanochat_core.scoring import (
         OutOfTime,
-        Span,
         SpanScore,
-        choice_spans,
-        cropped_span,
         greedy_match,
         is_close_call,
         pick_choice,
         score_choices,
         score_spans,
-        token_spans,
     )
+    from nanochat_core.spans import Span, choice_spans, cropped_span, token_spans
     from nanochat_core.table_tokenizer import PerThread, TableTokenizer, load_table_tokenizer, special_tokens_from
 
 _LAZY = {
@@ -66,21 +63,10 @@ _LAZY = {
     "Registrar": "registry",
     "generate": "sampling",
     **dict.fromkeys(
-        [
-            "OutOfTime",
-            "Span",
-            "SpanScore",
-            "choice_spans",
-            "token_spans",
-            "cropped_span",
-            "greedy_match",
-            "is_close_call",
-            "pick_choice",
-            "score_choices",
-            "score_spans",
-        ],
+        ["OutOfTime", "SpanScore", "greedy_match", "is_close_call", "pick_choice", "score_choices", "score_spans"],
         "scoring",
     ),
+    **dict.fromkeys(["Span", "choice_spans", "cropped_span", "token_spans"], "spans"),
     "cross_entropy": "loss",
     **dict.fromkeys(["PerThread", "TableTokenizer", "load_table_tokenizer", "special_tokens_from"], "table_tokenizer"),
     "GradientReducer": "reduction",

@@ -247,9 +247,9 @@ def _digest(line: bytes) -> str:
 class _Ended(threading.Thread):
     """Waits for the end of the run: a status through the pipe, or its end when the training process has died."""
 
-    def __init__(self, pipe: IO[bytes]) -> None:
+    def __init__(self, pipe: IO[bytes], parent: int) -> None:
         super().__init__(daemon=True)
-        self.pipe, self.event, self.status, self.parent = pipe, threading.Event(), "failed", os.getppid()
+        self.pipe, self.event, self.status, self.parent = pipe, threading.Event(), "failed", parent
         self.start()
 
     def run(self) -> None:
@@ -294,11 +294,13 @@ class _Speaker:
 
 
 def main() -> int:
-    """The job comes through stdin; arguments are the pipes' file descriptors. Output goes to the log of the logger."""
+    """The job comes through stdin; arguments are the pipes' file descriptors and the parent's id. Output goes to the
+    log of the logger."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # meant for the training process, which will say how the run ended
-    ended = _Ended(os.fdopen(int(sys.argv[1]), "rb"))
-    say = _Speaker(os.fdopen(int(sys.argv[2]), "wb", buffering=0))
+    control, messages, parent = map(int, sys.argv[1:])
+    ended = _Ended(os.fdopen(control, "rb"), parent)
+    say = _Speaker(os.fdopen(messages, "wb", buffering=0))
     try:
         job: Job = pickle.load(sys.stdin.buffer)  # from our own parent, through a file without a name
         print(f"-- {time.strftime('%Y-%m-%d %H:%M:%S')} logger {job.choice.name}, process {os.getpid()}", flush=True)

@@ -49,9 +49,10 @@ class LoggerProcess:
         with progress.with_suffix(".log").open("ab") as log, tempfile.TemporaryFile() as stdin:
             pickle.dump(job, stdin)
             stdin.seek(0)
+            numbers = map(str, (their_control, their_messages, os.getpid()))
             try:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-P", "-m", "nanochat_core.follower", str(their_control), str(their_messages)],
+                    [sys.executable, "-P", "-m", "nanochat_core.follower", *numbers],
                     stdin=stdin, stdout=log, stderr=log, pass_fds=(their_control, their_messages),
                     start_new_session=True,  # the terminal's Ctrl-C is not for it; and it dies with its own children
                     env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},

@@ -14,7 +14,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import attrs
 import numpy as np
@@ -24,13 +24,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nanochat_core.errors import NanochatError
-from nanochat_core.interfaces import EvaluatorContext, Model, Tokenizer, Tokens
+from nanochat_core.interfaces import EvaluatorContext, Model, Tokens
+from nanochat_core.spans import Span, common_prefix
 
 CLOSE = 1e-4  # scores of other batch sizes agree within this; what it decides is called close
 BATCH_TOKENS_CPU = 4096
 BATCH_TOKENS = 32768
 LOGITS_CPU = 2**23 - 2**16  # logits made at once: below 32 MiB, where malloc uses memory again
 LOGITS = 2**27
+WORTH_SHARING = 256  # positions; on a CPU with depth 4 the passes that sharing adds cost more than fewer save
 CACHED_CPU = 2**17  # logits that a core's cache holds
 
 Counts = npt.NDArray[np.int64]
@@ -38,27 +40,6 @@ Counts = npt.NDArray[np.int64]
 
 class OutOfTime(NanochatError):
     """An evaluation's ``time_budget`` ended before everything was scored."""
-
-
-def _as_tokens(ids: npt.ArrayLike) -> Tokens:
-    return np.asarray(ids, dtype=np.int32)
-
-
-@attrs.frozen(eq=False)
-class Span:
-    """A text of which the tokens from ``start`` on are scored; those before are its context.
-
-    Args:
-        ids: all tokens, at least two.
-        start: in [1, len(ids) - 1]: the first token has nothing before it, and there is something to score.
-    """
-
-    ids: Tokens = attrs.field(converter=_as_tokens)
-    start: int
-
-    def __attrs_post_init__(self) -> None:
-        if not 1 <= self.start < len(self.ids):
-            raise ValueError(f"a span of {len(self.ids)} tokens can't be scored from token {self.start} on")
 
 
 @attrs.frozen
@@ -81,54 +62,6 @@ class SpanScore:
     def mean(self) -> float:
         """Nats a token."""
         return self.nats / self.tokens
-
-
-def choice_spans(
-    tokenizer: Tokenizer,
-    texts: Sequence[str],
-    shared: Literal["prefix", "suffix"] = "prefix",
-    max_len: int | None = None,
-) -> list[Span]:
-    """Spans that compare ``texts``, each led by bos.
-
-    With a shared prefix (one question, several answers) scoring starts at the first token that differs; with a shared
-    suffix (one ending, several beginnings) at the first token from which on all are the same. When that leaves nothing
-    of a text, as when one answer is the beginning of another, scoring starts so much earlier that each text has a token
-    to score. One text alone has nothing to differ from: its last token is scored.
-
-    Args:
-        max_len: of longer texts only the last ``max_len`` tokens are kept.
-    """
-    return token_spans(tokenizer.encode_documents(texts), shared, max_len)
-
-
-def token_spans(
-    rows: Sequence[Tokens], shared: Literal["prefix", "suffix"] = "prefix", max_len: int | None = None
-) -> list[Span]:
-    """``choice_spans`` of tokens."""
-    shortest = min(map(len, rows))
-    if shared == "prefix":
-        starts = [min(common_prefix(rows), shortest - 1)] * len(rows)
-    else:
-        same = common_prefix([row[::-1] for row in rows])
-        starts = [len(row) - max(min(same, shortest - 1), 1) for row in rows]
-    return [cropped_span(row, start, max_len) for row, start in zip(rows, starts, strict=True)]
-
-
-def cropped_span(ids: Tokens, start: int, max_len: int | None = None) -> Span:
-    """The span, or its last ``max_len`` tokens; the first token kept is never scored."""
-    cut = max(0, len(ids) - max_len) if max_len is not None else 0
-    return Span(ids[cut:], max(start - cut, 1))
-
-
-def common_prefix(rows: Sequence[Tokens]) -> int:
-    """How many tokens all ``rows`` begin with."""
-    shortest = min(map(len, rows))
-    first = rows[0][:shortest]
-    same = np.ones(shortest, dtype=bool)
-    for row in rows[1:]:
-        same &= first == row[:shortest]
-    return shortest if same.all() else int(same.argmin())
 
 
 def score_choices(
@@ -168,7 +101,7 @@ def score_spans(
     *,
     greedy: bool = False,
     batch_tokens: int | None = None,
-    share: bool = True,
+    share: int | None = WORTH_SHARING,
     partial: bool = False,
     title: str = "",
     work: dict[str, int] | None = None,
@@ -181,7 +114,8 @@ def score_spans(
         context: the evaluator's, which knows ranks and time budget; without it this process works alone.
         greedy: also find out ``greedy`` and ``margin``, which takes a little longer (else False and NaN).
         batch_tokens: positions a forward pass reads at most (more only for a single question that is larger).
-        share: whether common beginnings may be computed once.
+        share: what a question's spans begin with is computed once where that saves at least so many positions; None:
+            never.
         partial: when time runs out, give what there is, the rest with NaN nats, instead of raising.
         title: of the progress bar.
         work: gets ``tokens``, positions that were computed, and ``head``, positions that got logits, added.
@@ -195,7 +129,9 @@ def score_spans(
     deadline = time.monotonic() + context.time_left() if context is not None else math.inf
     unique, members = _unique(questions)
     with torch.no_grad():
-        groups = _groups(unique, share and any(len(q) > 1 for q in unique) and _cache_goes_back(model, device))
+        if share is not None and not (any(len(q) > 1 for q in unique) and _cache_goes_back(model, device)):
+            share = None
+        groups = _groups(unique, share)
         batches = _plan(groups, batch_tokens or (BATCH_TOKENS_CPU if device.type == "cpu" else BATCH_TOKENS))
         mine = _deal(batches, size)[rank]
         offsets = np.cumsum([0, *(len(q) for q in unique)])
@@ -273,7 +209,7 @@ class _Group:
         return [len(span.ids) - 1 for span in self.spans]
 
 
-def _groups(questions: list[list[Span]], share: bool) -> list[_Group]:
+def _groups(questions: list[list[Span]], share: int | None) -> list[_Group]:
     """In an order that only depends on what they are: few spans first, long ones first."""
     groups = []
     for question, spans in enumerate(questions):
@@ -283,7 +219,8 @@ def _groups(questions: list[list[Span]], share: bool) -> list[_Group]:
             tuple((question, i) for i in order),
             common_prefix([span.ids[:-1] for span in spans]),
         )
-        if len(spans) > 1 and share and whole.shared > 1:
+        saved = (len(spans) - 1) * whole.shared
+        if share is not None and whole.shared > 1 and saved >= max(1, share):
             groups.append(whole)
         else:
             groups += [_Group((span,), ((question, i),), len(span.ids) - 1) for i, span in enumerate(spans)]

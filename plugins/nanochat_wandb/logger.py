@@ -100,7 +100,7 @@ class Wandb(Logger):
         try:
             self.run.finish(exit_code=0 if status == "finished" else 1)
         except TimeoutError:
-            self.context.report(f"not all was uploaded in time; send the rest with: {self.upload}")
+            self.context.report(f"not all was uploaded in time; send the rest with: {self.upload} --include-online")
 
 
 def _is_online(config: WandbConfig) -> tuple[bool, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import os
 import re
 import socket
 import subprocess
@@ -201,19 +202,20 @@ def test_online_a_resumed_run_goes_on_in_the_same_run(server: WandbServer, tmp_p
     assert any(f"{server.url}/me/nanochat/runs/mine-1" in line for line in run.said)
 
 
-def upload(said: list[str]) -> None:
-    """What the last line says to type."""
+def upload(said: list[str], logs: Path) -> None:
+    """What the last line says to type; wandb's own logs go to ``logs``."""
     (command,) = re.findall(r"wandb sync .*", said[-1])
     done = subprocess.run(
-        f"{sys.executable} -m {command}", shell=True, capture_output=True, text=True, check=False, timeout=120
-    )
+        f"{sys.executable} -m {command}", shell=True, capture_output=True, text=True, check=False, timeout=120,
+        env={**os.environ, "WANDB_DIR": str(logs)},
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_offline_a_resumed_run_is_uploaded_whole(server: WandbServer, tmp_path: Path) -> None:
     run = interrupted(tmp_path, mode="offline")
     assert not server.lines
-    upload(run.said)
+    upload(run.said, tmp_path)
     assert [row["step"] for row in server.rows("mine-1") if "train/loss" in row] == list(range(10))
 
 
@@ -228,7 +230,7 @@ def test_a_server_that_goes_silent_in_the_middle(server: WandbServer, tmp_path: 
     assert len(server.rows("mine-1")) == 2
     assert "not all was uploaded in time" in run.said[-1]
     server.silent.clear()
-    upload(run.said)
+    upload(run.said, tmp_path)
     assert [row["step"] for row in server.rows("mine-1")] == list(range(5))
 
 
