@@ -21,7 +21,7 @@ from nanochat_core.registry import Entry
 from nanochat_core.state import TrainState
 from nanochat_core.upgrades import ModelRecord, upgrade_manifest, upgrade_model
 
-VERSION = 2  # upgrades.py reads older ones
+VERSION = 3  # upgrades.py reads older ones
 MANIFEST = "manifest.json"
 PARTS = ("model", "optimizer", "rng")  # a file of tensors each
 ROOM_A_TENSOR, ROOM_BESIDES = 256, 2**16  # bytes: its name and shape in a file's head; the JSON files, file system
@@ -108,6 +108,7 @@ def save_checkpoint(directory: Path, content: CheckpointContent) -> Path:
             "model": attrs.asdict(content.built_from),
             "files": files,
         }
+        manifest["sha256"] = _digest(manifest)
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
         for path in (*temporary.iterdir(), temporary):
             _sync(path)
@@ -172,12 +173,20 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _digest(manifest: Mapping[str, Any]) -> str:
+    """Of a manifest's content, but for the digest itself."""
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def verify(checkpoint: Path) -> str:
     """What is wrong with a checkpoint, or an empty string."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
         if manifest["version"] > VERSION:
             return f"was written by a newer nanochat (version {manifest['version']}, this one reads {VERSION})"
+        if (manifest["version"] > 2 or "sha256" in manifest) and manifest["sha256"] != _digest(manifest):
+            return f"{MANIFEST} is damaged (its sha256 differs)"
         for name, facts in manifest["files"].items():
             path = checkpoint / name
             if path.stat().st_size != facts["bytes"]:
