@@ -49,8 +49,8 @@ class Ledger:
 def rewind_ledger(path: Path, keep_bytes: int, step: int) -> list[dict[str, Any]]:
     """Take back what a run wrote after the checkpoint of ``step``, which ends at ``keep_bytes``.
 
-    Lines of steps that a resume does again are moved to ``metrics.rewound.jsonl``; evaluations of ``step`` itself,
-    which are made after the checkpoint, stay. Returns their records.
+    Lines of steps that a resume does again are moved to ``metrics.rewound.jsonl``; evaluations of ``step`` itself stay,
+    those made after the checkpoint too. Returns their records.
     """
     with path.open("rb+") as file:
         size = file.seek(0, 2)
@@ -74,7 +74,9 @@ def rewind_ledger(path: Path, keep_bytes: int, step: int) -> list[dict[str, Any]
             file.seek(keep_bytes)
             file.truncate()
             file.writelines(kept)
-    return [json.loads(line) for line in kept]
+        file.seek(0)
+        own = [json.loads(line) for line in file if line.startswith(b'{"step": %d,' % step)]  # as write() begins it
+    return [record for record in own if "evaluator" in record]
 
 
 def read_ledger(path: Path) -> Iterator[dict[str, Any]]:

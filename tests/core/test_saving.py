@@ -12,12 +12,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
-from support import Site, Trained, call, losses, metrics, only_run
+from support import Site, Trained, assert_same_end, call, losses, metrics, only_run
 
 from nanochat_core.checkpoint import (
     CheckpointContent,
-    latest_checkpoint,
     remove_leftovers,
     save_checkpoint,
     verify,
@@ -182,33 +180,20 @@ def test_scores_on_other_validation_data_do_not_count(tiny: Path, tmp_path: Path
     assert 12 in steps(path / "checkpoints")
 
 
-def same_end(ours: Path, theirs: Path) -> None:
-    """The last checkpoints of two runs are bit-identical, and so is what was logged."""
-    a, b = (latest_checkpoint(path / "checkpoints")[0] for path in (ours, theirs))
-    assert a is not None
-    assert b is not None
-    for name in ("model", "optimizer", "rng"):
-        x, y = (load_file(p / f"{name}.safetensors") for p in (a, b))
-        assert x.keys() == y.keys()
-        assert all(torch.equal(x[key], y[key]) for key in x)
-    assert losses(ours) == losses(theirs)
-    assert metrics(ours, "val/bpb") == metrics(theirs, "val/bpb")
-
-
 def test_a_resume_from_a_checkpoint_written_in_the_background_is_exact(
     tiny: Path, tmp_path: Path, trained: Trained
 ) -> None:
     result = run(tiny, tmp_path / "runs", "checkpoint.asynchronous=true", "checkpoint.save_every=1")
     assert result.code == 0, result.err
     path = only_run(tmp_path / "runs")
-    same_end(path, trained.path)
+    assert_same_end(path, trained.path)
     assert result.out.count("saved ") == 12
     for step in range(6, 13):
         shutil.rmtree(path / f"checkpoints/step_{step:06d}")
     result = run(tiny, tmp_path / "runs", "checkpoint.asynchronous=true", more=("--resume",))
     assert result.code == 0, result.err
     assert "from step_000005" in result.out
-    same_end(path, trained.path)
+    assert_same_end(path, trained.path)
 
 
 def test_retention_waits_for_saves_in_the_background(tiny: Path, tmp_path: Path) -> None:
