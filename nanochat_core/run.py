@@ -141,7 +141,6 @@ class _Session:
         optimizer: Optimizer = build_optimizer(experiment.optimizer, model, plan, world)
         if content is not None:
             optimizer.load_state_dict(content.optimizer)
-        self._seed(content)
         if plan.compile:
             model.compile_training()
         loader = build_loader(experiment.data, source, tokenizer, plan, self.state, world)
@@ -163,6 +162,7 @@ class _Session:
             logs.status("running", self.state.step, plan.num_iterations)
             observers = observer_choices(self.setup.observers)
             logs.start_loggers((*experiment.loggers, *observers), self._logger_context())
+        self._seed(content)  # last: whatever was built before may have drawn numbers
         return Trainer(
             plan=plan,
             experiment=experiment,
