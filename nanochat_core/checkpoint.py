@@ -21,8 +21,10 @@ from nanochat_core.registry import Entry
 from nanochat_core.state import TrainState
 from nanochat_core.upgrades import ModelRecord, upgrade_manifest, upgrade_model
 
-VERSION = 2  # upgrades.py reads older ones
+VERSION = 3  # upgrades.py reads older ones
 MANIFEST = "manifest.json"
+PARTS = ("model", "optimizer", "rng")  # a file of tensors each
+ROOM_A_TENSOR, ROOM_BESIDES = 256, 2**16  # bytes: its name and shape in a file's head; the JSON files, file system
 
 
 @attrs.frozen
@@ -85,14 +87,16 @@ def save_checkpoint(directory: Path, content: CheckpointContent) -> Path:
     """Write ``directory/step_NNNNNN``: to a temporary directory, synced, then renamed. Call on one rank.
 
     Raises:
-        CheckpointError: when it can't be written; nothing is left behind then.
+        CheckpointError: when it can't be written, or the disk has no room for it; nothing is left behind then.
     """
     final = directory / checkpoint_name(content.state.step)
     temporary = directory / f".{final.name}.{os.getpid()}"
     try:
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        for name in ("model", "optimizer", "rng"):
+        directory.mkdir(parents=True, exist_ok=True)
+        _check_room(directory, content)
+        temporary.mkdir()
+        for name in PARTS:
             tensors = {k: v.detach().cpu().contiguous() for k, v in getattr(content, name).items()}
             save_file(tensors, temporary / f"{name}.safetensors", metadata={"format": "pt"})
         (temporary / "state.json").write_text(json.dumps(content.state.to_json(), indent=1) + "\n")
@@ -104,17 +108,56 @@ def save_checkpoint(directory: Path, content: CheckpointContent) -> Path:
             "model": attrs.asdict(content.built_from),
             "files": files,
         }
+        manifest["sha256"] = _digest(manifest)
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
         for path in (*temporary.iterdir(), temporary):
             _sync(path)
-        if final.exists():  # of a run that was rewound to before it
-            shutil.rmtree(final)
+        old = _set_aside(final) if final.exists() else None  # of a run that was rewound to before it
         temporary.rename(final)
         _sync(directory)
+        if old is not None:
+            shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(f"checkpoint {final} could not be saved: {error}") from error
     return final
+
+
+def _check_room(directory: Path, content: CheckpointContent) -> None:
+    """Raise an OSError that says how much is missing when the checkpoint does not fit on the disk."""
+    tensors = [tensor for name in PARTS for tensor in getattr(content, name).values()]
+    needed = sum(tensor.nbytes for tensor in tensors) + ROOM_A_TENSOR * len(tensors) + ROOM_BESIDES
+    free = shutil.disk_usage(directory).free
+    if needed > free:
+        raise OSError(
+            f"it needs {needed:,} bytes and {directory} has {free:,} free: {needed - free:,} bytes are missing; make "
+            f"room, or keep fewer checkpoints with checkpoint.keep_last"
+        )
+
+
+def remove_checkpoint(checkpoint: Path) -> None:
+    """Delete a checkpoint. Killed half-way, it leaves nothing that looks like a checkpoint; see ``remove_leftovers``.
+
+    Raises:
+        OSError: when it can't be deleted.
+    """
+    shutil.rmtree(_set_aside(checkpoint))
+
+
+def _set_aside(checkpoint: Path) -> Path:
+    """Give a checkpoint a name that no reader looks at."""
+    aside = checkpoint.with_name(f".{checkpoint.name}.deleted.{os.getpid()}")
+    shutil.rmtree(aside, ignore_errors=True)
+    return checkpoint.rename(aside)
+
+
+def remove_leftovers(directory: Path) -> list[str]:
+    """Delete what processes left that were killed while they saved or deleted a checkpoint. Returns the names. Call
+    under the run's lock: a save in progress looks the same."""
+    found = sorted(directory.glob(".step_*"))
+    for path in found:
+        shutil.rmtree(path, ignore_errors=True)
+    return [path.name for path in found if not path.exists()]
 
 
 def _sync(path: Path) -> None:
@@ -130,12 +173,20 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _digest(manifest: Mapping[str, Any]) -> str:
+    """Of a manifest's content, but for the digest itself."""
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def verify(checkpoint: Path) -> str:
     """What is wrong with a checkpoint, or an empty string."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
         if manifest["version"] > VERSION:
             return f"was written by a newer nanochat (version {manifest['version']}, this one reads {VERSION})"
+        if (manifest["version"] > 2 or "sha256" in manifest) and manifest["sha256"] != _digest(manifest):
+            return f"{MANIFEST} is damaged (its sha256 differs)"
         for name, facts in manifest["files"].items():
             path = checkpoint / name
             if path.stat().st_size != facts["bytes"]:
@@ -168,7 +219,7 @@ def latest_checkpoint(directory: Path) -> tuple[Path | None, list[str]]:
 
 def load_checkpoint(checkpoint: Path) -> CheckpointContent:
     """Read a checkpoint that ``verify`` found sound, tensors on the CPU."""
-    content: dict[str, Any] = {n: load_file(checkpoint / f"{n}.safetensors") for n in ("model", "optimizer", "rng")}
+    content: dict[str, Any] = {n: load_file(checkpoint / f"{n}.safetensors") for n in PARTS}
     return CheckpointContent(state=load_state(checkpoint), built_from=read_model(checkpoint), **content)
 
 

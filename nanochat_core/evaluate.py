@@ -25,6 +25,7 @@ from nanochat_core.evaluation_files import write_evaluation
 from nanochat_core.interfaces import Evaluation, Evaluator, Model
 from nanochat_core.schema import Choice, EvaluatorKeys
 from nanochat_core.state import restore_rng, rng_state
+from nanochat_core.stopping import Stopped, StopRequest
 
 
 @contextlib.contextmanager
@@ -53,6 +54,7 @@ def inference(model: Model, dtype: torch.dtype) -> Iterator[None]:
 # --------------------------------------------------------------------------------------------- ranks that may fail
 
 FAILED, FINISHED = 1, 2
+STOPPED = "stopped by a signal"  # in place of an error
 OPERATIONS = {"sum": 3, "all_reduce": 4, "broadcast": 5, "publish": 6, "gather": 7, "barrier": 8}
 
 
@@ -77,13 +79,18 @@ class _Turn:
 @attrs.frozen
 class EvaluationWorld(World):
     """The ranks, as evaluators see them. Before anything is exchanged each rank says what it is about to do. When one
-    has failed, or they want different things, all of them stop, where they would wait for each other forever."""
+    has failed, or they want different things, all of them stop, where they would wait for each other forever.
 
+    Args:
+        stop: cuts an evaluation short, but not in the middle of an exchange.
+    """
+
+    stop: StopRequest = attrs.field(factory=StopRequest, eq=False)
     _turn: _Turn = attrs.field(factory=_Turn, eq=False)
 
     @classmethod
-    def of(cls, world: World) -> EvaluationWorld:
-        return cls(world.rank, world.size, world.device)
+    def of(cls, world: World, stop: StopRequest | None = None) -> EvaluationWorld:
+        return cls(world.rank, world.size, world.device, stop or StopRequest())
 
     def begin(self, seconds: float | None) -> None:
         """An evaluator starts, and may take so long."""
@@ -121,35 +128,41 @@ class EvaluationWorld(World):
             self._turn.settled = True
             raise Cancelled("another rank failed or does something else")
 
+    @contextlib.contextmanager
+    def _together(self, operation: str) -> Iterator[None]:
+        with self.stop.postponed():
+            self._agree(OPERATIONS[operation])
+            yield
+
     def sum(self, values: Sequence[float]) -> list[float]:
-        self._agree(OPERATIONS["sum"])
-        return super().sum(values)
+        with self._together("sum"):
+            return super().sum(values)
 
     def all_reduce(self, tensor: Tensor) -> None:
-        self._agree(OPERATIONS["all_reduce"])
-        super().all_reduce(tensor)
+        with self._together("all_reduce"):
+            super().all_reduce(tensor)
 
     def broadcast(self, tensor: Tensor) -> None:
-        self._agree(OPERATIONS["broadcast"])
-        super().broadcast(tensor)
+        with self._together("broadcast"):
+            super().broadcast(tensor)
 
     def publish(self, value: Any = None) -> Any:
         if self.size == 1:
             return value
         data = pickle.dumps(value)  # what can't be sent fails here, before others wait for it
-        self._agree(OPERATIONS["publish"])
-        return pickle.loads(super().publish(data))
+        with self._together("publish"):
+            return pickle.loads(super().publish(data))
 
     def gather(self, value: Any) -> list[Any]:
         if self.size == 1:
             return [value]
         data = pickle.dumps(value)
-        self._agree(OPERATIONS["gather"])
-        return [pickle.loads(each) for each in super().gather(data)]
+        with self._together("gather"):
+            return [pickle.loads(each) for each in super().gather(data)]
 
     def barrier(self) -> None:
-        self._agree(OPERATIONS["barrier"])
-        super().barrier()
+        with self._together("barrier"):
+            super().barrier()
 
 
 # ------------------------------------------------------------------------------------------------------ evaluations
@@ -162,6 +175,7 @@ def evaluate(
 
     Raises:
         EvaluationFailed: on every rank, when it raised on any.
+        EvaluationStopped: on every rank, when any was asked to stop.
     """
     keys = choice.keys
     assert isinstance(keys, EvaluatorKeys)
@@ -171,14 +185,19 @@ def evaluate(
     evaluation = Evaluation()
     with inference(model, dtype):
         try:
-            evaluation = evaluator.evaluate(model, step)
+            with guard.stop.interruptible():
+                evaluation = evaluator.evaluate(model, step)
             _check(evaluation)
+        except Stopped:
+            problem = STOPPED
         except Cancelled:
             pass
         except Exception as error:
             last = traceback.extract_tb(error.__traceback__)[-1]
             problem, cause = f"{type(error).__name__}: {error} ({last.filename}:{last.lineno})", error
     problems = guard.settle(problem)
+    if STOPPED in problems.values():
+        raise EvaluationStopped
     if problems:
         raise EvaluationFailed(problems, guard.size) from cause
     if choice.name != choice.plugin:
@@ -188,6 +207,10 @@ def evaluate(
             texts={f"{choice.name}/{key}": text for key, text in evaluation.texts.items()},
         )
     return evaluation
+
+
+class EvaluationStopped(Exception):
+    """A signal asked for a stop; what was found until then is dropped, so that a resumed run evaluates anew."""
 
 
 class EvaluationFailed(Exception):
@@ -250,6 +273,9 @@ class Evaluations:
 
         Args:
             done: names of entries to leave out.
+
+        Raises:
+            EvaluationStopped: on every rank, when any was asked to stop before or during an evaluation.
         """
         for built in self.due(step):
             choice, evaluator = built.choice, built.evaluator

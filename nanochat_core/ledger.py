@@ -11,32 +11,46 @@ from typing import Any
 
 
 class Ledger:
-    """Appends records to a ledger, flushed line by line."""
+    """Appends records to a ledger, each at once. What can't be written, such as on a full disk, is kept and written
+    before what comes next."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("ab")
+        self._file = path.open("ab", buffering=0)
+        self._unwritten = b""
+        self.problem = ""  # why lines could not be written yet
 
     def write(self, step: int, values: Mapping[str, float | str]) -> dict[str, Any]:
         """Append one line and return the record. Values that are not finite become the strings "nan", "inf", "-inf"."""
         clean = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         record = {"step": step, "time": time.time(), **clean}
-        self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-        self._file.flush()
+        self._unwritten += json.dumps(record, ensure_ascii=False).encode() + b"\n"
+        self._write()
         return record
+
+    def _write(self) -> None:
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+            self.problem = ""
+        except OSError as error:
+            self.problem = str(error)
 
     @property
     def bytes(self) -> int:
-        return self._file.tell()
+        """Its length when everything is written."""
+        return self._file.tell() + len(self._unwritten)
 
     def close(self) -> None:
+        """Try once more to write everything, and close the file. ``problem`` says whether lines are lost."""
+        self._write()
         self._file.close()
 
 
 def rewind_ledger(path: Path, keep_bytes: int, step: int) -> list[dict[str, Any]]:
     """Take back what a run wrote after the checkpoint of ``step``, which ends at ``keep_bytes``.
 
-    Lines of steps that a resume does again are moved to ``metrics.rewound.jsonl``; evaluations of ``step`` itself,
-    which are made after the checkpoint, stay. Returns their records.
+    Lines of steps that a resume does again are moved to ``metrics.rewound.jsonl``; evaluations of ``step`` itself stay,
+    those made after the checkpoint too. Returns their records.
     """
     with path.open("rb+") as file:
         size = file.seek(0, 2)
@@ -60,7 +74,9 @@ def rewind_ledger(path: Path, keep_bytes: int, step: int) -> list[dict[str, Any]
             file.seek(keep_bytes)
             file.truncate()
             file.writelines(kept)
-    return [json.loads(line) for line in kept]
+        file.seek(0)
+        own = [json.loads(line) for line in file if line.startswith(b'{"step": %d,' % step)]  # as write() begins it
+    return [record for record in own if "evaluator" in record]
 
 
 def read_ledger(path: Path) -> Iterator[dict[str, Any]]:

@@ -83,7 +83,15 @@ class Logs:
         have a process of their own read the ledger, and are only looked at here."""
         if self._ledger is None:
             return
+        before = self._ledger.problem
         record = self._ledger.write(step, values)
+        if bool(before) != bool(self._ledger.problem):
+            self.report(
+                f"the ledger is written again, nothing is missing (step {step})"
+                if before
+                else f"the ledger can't be written from step {step} on, lines are kept until it can: "
+                f"{self._ledger.problem}"
+            )
         for choice, logger in list(self._loggers):
             try:
                 logger.log(record)
@@ -96,6 +104,13 @@ class Logs:
             self._looked = now
             self._processes = [process for process in self._processes if process.look()]
 
+    def status(self, status: str, step: int, num_iterations: int) -> None:
+        """Write ``status.json``; when that can't be done, say so."""
+        try:
+            self.run_dir.write_status(status, step, num_iterations)
+        except OSError as error:
+            self.report(f"status.json can't be written, the run goes on: {error}")
+
     def ledger_bytes(self) -> int:
         return self._ledger.bytes if self._ledger is not None else 0
 
@@ -103,6 +118,8 @@ class Logs:
         """Close the ledger and tell the loggers that the run ended; each has its ``timeout`` for that."""
         if self._ledger is not None:
             self._ledger.close()
+            if self._ledger.problem:
+                self.report(f"the ledger lacks its last lines: {self._ledger.problem}")
             self._ledger = None
         for process in self._processes:
             process.end(status)

@@ -87,9 +87,10 @@ def prepare(
     run_dir, checkpoint = found
     _check_changes(old, planned, run_dir, allow_other_data)
     step = load_state(checkpoint).step
-    if step >= planned.plan.num_iterations:
+    horizon = planned.plan.num_iterations
+    if step > horizon or (step == horizon and run_dir.read_status().get("status") == "finished"):
         print(
-            f"{run_dir.path} is already at step {step} of {planned.plan.num_iterations}: nothing to do. "
+            f"{run_dir.path} is already at step {step} of {horizon}: nothing to do. "
             f"To train it further: --set train.num_iterations={2 * step}"
         )
         return None

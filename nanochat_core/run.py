@@ -13,7 +13,13 @@ import attrs
 import torch
 
 from nanochat_core.build import build_evaluators, build_loader, build_optimizer, build_source
-from nanochat_core.checkpoint import CheckpointContent, load_checkpoint, load_model_tensors, saved_tensors
+from nanochat_core.checkpoint import (
+    CheckpointContent,
+    load_checkpoint,
+    load_model_tensors,
+    remove_leftovers,
+    saved_tensors,
+)
 from nanochat_core.distributed import OtherRankFailed, World, join_world, leave_world
 from nanochat_core.errors import (
     CheckpointError,
@@ -27,7 +33,7 @@ from nanochat_core.errors import (
 from nanochat_core.evaluate import Evaluations, EvaluationWorld
 from nanochat_core.hardware import keep_freed_memory, peak_flops, peak_memory_mib
 from nanochat_core.interfaces import LoggerContext, Model, ModelContext, Optimizer, Tokenizer
-from nanochat_core.ledger import rewind_ledger
+from nanochat_core.ledger import read_ledger, rewind_ledger
 from nanochat_core.load import add_places, dump, to_tables
 from nanochat_core.logs import Logs, Status
 from nanochat_core.observers import observer_choices
@@ -36,7 +42,9 @@ from nanochat_core.prepare import Setup, prepare
 from nanochat_core.probe import settle_batch_size
 from nanochat_core.provenance import provenance
 from nanochat_core.rundir import RunDirectory, write_atomic
+from nanochat_core.saving import Saver
 from nanochat_core.state import TrainState, restore_rng
+from nanochat_core.stopping import StopRequest
 from nanochat_core.tokenizers import load_tokenizer, make_tokenizer
 from nanochat_core.trainer import PREEMPTED_EXIT_CODE, Trainer
 
@@ -107,13 +115,15 @@ class _Session:
     def _open(self) -> None:
         self._lock = self.run_dir.lock()
         self.logs.open()
+        for name in remove_leftovers(self.run_dir.checkpoints):
+            self.logs.note(f"removed {name}, which a process left that was killed")
         self.logs.note(format_plan(self.planned))
 
     def _end(self, status: Status) -> None:
         if self._lock is None:
             return  # not rank 0
         if self.logs.has_ledger:
-            self.run_dir.write_status(status, self.state.step, self.plan.num_iterations)
+            self.logs.status(status, self.state.step, self.plan.num_iterations)
             self.logs.finish(status)  # waits for loggers, so that it comes after what others want to know
             if status == "finished":
                 self._say_goodbye()
@@ -145,17 +155,17 @@ class _Session:
         optimizer: Optimizer = build_optimizer(experiment.optimizer, model, plan, world)
         if content is not None:
             optimizer.load_state_dict(content.optimizer)
-        self._seed(content)
         if plan.compile:
             model.compile_training()
         loader = build_loader(experiment.data, source, tokenizer, plan, self.state, world)
-        guarded, evaluations = EvaluationWorld.of(world), self.run_dir.path / "evaluations"
+        stop = StopRequest()
+        guarded, evaluations = EvaluationWorld.of(world, stop), self.run_dir.path / "evaluations"
         evaluators = build_evaluators(
             experiment.evaluators, lambda: source, fingerprints.__getitem__, tokenizer, experiment, guarded, evaluations
         )
         evaluated: list[str] = world.on_main(self._rewind_ledger) if content is not None else []
         if "val" in others:  # what was measured on the old set compares with nothing
-            self.state.minimum, evaluated = {}, []
+            self.state.minimum, self.state.comparable_from, evaluated = {}, self.state.step, []
         peak, how = peak_flops(world.device, self.dtype)
         logs.report(
             f"peak {peak / 1e12:.3g} TFLOP/s a device ({how}); {self.state.lanes} data lanes; "
@@ -163,9 +173,10 @@ class _Session:
         )
         if world.is_main:
             logs.open_ledger()
-            self.run_dir.write_status("running", self.state.step, plan.num_iterations)
+            logs.status("running", self.state.step, plan.num_iterations)
             observers = observer_choices(self.setup.observers)
             logs.start_loggers((*experiment.loggers, *observers), self._logger_context())
+        self._seed(content)  # last: whatever was built before may have drawn numbers
         return Trainer(
             plan=plan,
             experiment=experiment,
@@ -179,6 +190,8 @@ class _Session:
             ),
             state=self.state,
             logs=logs,
+            saver=self._saver(),
+            stop=stop,
             data_problems=source.problems,
             evaluated=evaluated,
         )
@@ -241,6 +254,17 @@ class _Session:
         for record in records:
             self.state.note_minimum({k: v for k, v in record.items() if k not in ("step", "time")})
         return [record["evaluator"] for record in records]
+
+    def _saver(self) -> Saver:
+        options, state = self.experiment.checkpoint, self.state
+        saver = Saver(self.run_dir.checkpoints, options, self.logs.report)
+        if self.setup.checkpoint is not None:
+            saver.sound = state.step
+        if self.world.is_main and options.keep_best is not None:
+            for record in read_ledger(self.run_dir.ledger):
+                if record["step"] >= state.comparable_from:
+                    saver.note(record["step"], record)
+        return saver
 
     def _logger_context(self) -> LoggerContext:
         run = self.experiment.run

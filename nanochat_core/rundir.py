@@ -14,6 +14,8 @@ import attrs
 
 from nanochat_core.errors import CheckpointError, ConfigError, Problem, did_you_mean
 
+ID_FORMAT = "%Y%m%d-%H%M%S-%f"
+
 
 @attrs.frozen
 class RunDirectory:
@@ -71,9 +73,15 @@ class RunDirectory:
         """Keep the returned file open as long as this process trains here.
 
         Raises:
-            CheckpointError: when another process does.
+            CheckpointError: when another process does, or the directory can't be written.
         """
-        handle = (self.path / "lock").open("w")
+        try:
+            handle = (self.path / "lock").open("w")
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path} can't be written ({error.strerror}): make it writable, or copy it to where it is and "
+                f"name that with --runs-dir"
+            ) from error
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -97,8 +105,19 @@ class RunDirectory:
 def write_atomic(path: Path, text: str) -> None:
     """Write a small file so that a reader sees the old or the new one, never half of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _stamp(id: str) -> datetime.datetime | None:
+    try:
+        return datetime.datetime.strptime(id, ID_FORMAT)
+    except ValueError:
+        return None
 
 
 def create_run(runs_dir: Path, name: str) -> RunDirectory:
@@ -111,8 +130,11 @@ def create_run(runs_dir: Path, name: str) -> RunDirectory:
         (runs_dir / name).mkdir(parents=True, exist_ok=True)
         while True:
             # Microseconds: ids sort by age, and of two processes that pick the same one the second fails to make it.
-            stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
-            run = RunDirectory(runs_dir / name / stamp)
+            now = datetime.datetime.now()
+            stamps = [stamp for p in (runs_dir / name).iterdir() if (stamp := _stamp(p.name)) is not None]
+            if stamps and max(stamps) >= now:  # the clock has gone backwards
+                now = max(stamps) + datetime.timedelta(microseconds=1)
+            run = RunDirectory(runs_dir / name / now.strftime(ID_FORMAT))
             try:
                 run.path.mkdir()
             except FileExistsError:

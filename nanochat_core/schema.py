@@ -107,6 +107,30 @@ class Checkpoint:
     save_every: int | None = option(
         None, "save a checkpoint every so many steps; the end is always saved", validator=at_least(1)
     )
+    asynchronous: bool = option(
+        False, "write checkpoints in the background: training waits only for the copy off the device, and for the "
+        "save before, if that is still being written",
+    )  # fmt: skip
+    keep_last: int | None = option(
+        None, "keep the newest so many checkpoints; without any keep_ option all are kept, with one the newest and "
+        "what any of them keeps", validator=at_least(1),
+    )  # fmt: skip
+    keep_every: int | None = option(
+        None, "keep checkpoints of steps that are a multiple of this", validator=at_least(1)
+    )
+    keep_best: int | None = option(
+        None, "keep so many checkpoints that best_metric finds best, of those evaluated at their very step",
+        validator=at_least(1),
+    )  # fmt: skip
+    best_metric: str = option("val/bpb", "what keep_best looks at: an evaluation metric as the ledger names it")
+    best_is: Literal["smallest", "largest"] = option("smallest", "which value of best_metric is best")
+
+    def __attrs_post_init__(self) -> None:
+        if self.save_every is not None and self.keep_every is not None and self.keep_every % self.save_every:
+            raise ValueError(
+                f"keep_every must be a multiple of save_every, {self.save_every}, not {self.keep_every}: other steps "
+                f"have no checkpoint"
+            )
 
 
 HORIZONS = ("num_iterations", "target_flops", "target_param_data_ratio")

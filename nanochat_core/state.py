@@ -24,6 +24,7 @@ class TrainState:
     skipped: steps skipped for a loss or gradient that was not finite.
     minimum: smallest value seen of each evaluation metric.
     ledger_bytes: length of the ledger that belongs to this state.
+    comparable_from: step from which on evaluations read the validation data of today.
     fingerprints: of the tokenizer and of both splits of the data (``tokenizer``, ``train``, ``val``).
     """
 
@@ -36,6 +37,7 @@ class TrainState:
     skipped: int = 0
     minimum: dict[str, float] = attrs.field(factory=dict)
     ledger_bytes: int = 0
+    comparable_from: int = 0
     fingerprints: dict[str, str] = attrs.field(factory=dict)
 
     def smooth(self, loss: float) -> float:

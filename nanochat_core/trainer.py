@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Callable, Collection, Sequence
-from types import FrameType
-from typing import Any, Literal
+from typing import Literal
 
 import attrs
 import torch
 from torch import Tensor
 
-from nanochat_core.checkpoint import CheckpointContent, model_tensors, save_checkpoint
+from nanochat_core.checkpoint import CheckpointContent, list_checkpoints, model_tensors
 from nanochat_core.distributed import World
-from nanochat_core.errors import CheckpointError, DataError, NanochatError, OutOfMemory, is_out_of_memory
-from nanochat_core.evaluate import Evaluations
+from nanochat_core.errors import DataError, NanochatError, OutOfMemory, is_out_of_memory
+from nanochat_core.evaluate import Evaluations, EvaluationStopped
 from nanochat_core.hardware import peak_flops, peak_memory_mib
 from nanochat_core.interfaces import IGNORED, Batch, Model, Multipliers, Optimizer
 from nanochat_core.loader import Step, TrainLoader
@@ -24,9 +22,11 @@ from nanochat_core.needs import distributions_of
 from nanochat_core.plan import Plan
 from nanochat_core.profiler import Profiler
 from nanochat_core.rundir import RunDirectory
+from nanochat_core.saving import Saver
 from nanochat_core.schedule import lr_multiplier, warmdown_progress
 from nanochat_core.schema import DataSourceKeys, Experiment
 from nanochat_core.state import TrainState, rng_state
+from nanochat_core.stopping import Stopped, StopRequest
 from nanochat_core.upgrades import ModelRecord
 
 UNTIMED_STEPS = 10  # compilation and warm caches: not part of the training time
@@ -41,34 +41,13 @@ class TrainingDiverged(NanochatError):
     exit_code = 3
 
 
-class StopRequest:
-    """SIGTERM, SIGINT and SIGUSR1 ask for a stop at the end of the step; a second one exits at once."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> StopRequest:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            self._before[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, _: FrameType | None) -> None:
-        if self.signal is not None:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        self.signal = number
-
-
 @attrs.define
 class Trainer:
     """One run, on this rank.
 
     Args:
+        saver: writes checkpoints on the main rank.
+        stop: tells whether this rank was asked to stop.
         data_problems: what the data source could not read so far.
         evaluated: entries that have evaluated the step the run starts at, before it was interrupted.
     """
@@ -83,12 +62,15 @@ class Trainer:
     evaluations: Evaluations
     state: TrainState
     logs: Logs
+    saver: Saver
+    stop: StopRequest
     data_problems: Callable[[], Sequence[str]]
     evaluated: Collection[str] = ()
     _skipped_in_row: int = attrs.field(default=0, init=False)
     _steps_here: int = attrs.field(default=0, init=False)
     _known_problems: int = attrs.field(default=0, init=False)
     _data_ended: bool = attrs.field(default=False, init=False)
+    _saved: int | None = attrs.field(default=None, init=False)  # step of the last checkpoint, or of the attempt
 
     def fit(self) -> Status:
         """Train to the horizon, or to the step at which a signal asks for a stop.
@@ -97,33 +79,66 @@ class Trainer:
             TrainingDiverged: after too many skipped steps in a row.
             DataError: when the data are used up before the horizon, after saving; see ``[data] epochs``.
         """
+        self._saved = self.saver.sound
+        with self.stop:
+            try:
+                return self._loop()
+            finally:
+                self.saver.wait()
+
+    def _loop(self) -> Status:
         state, horizon = self.state, self.plan.num_iterations
         save_every = self.experiment.checkpoint.save_every
-        with StopRequest() as stop:
-            self.model.train()
-            self._evaluate(self.evaluated)
-            with self._profiler() as profiler:
+        self.model.train()
+        if not self._evaluate(self.evaluated):
+            return self._preempted()
+        with self._profiler() as profiler:
+            started = time.perf_counter()
+            while state.step < horizon:
+                waiting = time.perf_counter()
+                step = self._next_step()
+                if step is None:
+                    return self._preempted()
+                data_wait = time.perf_counter() - waiting
+                stopping = self._train_step(step, data_wait, started, self.stop.signal is not None)
+                profiler.step()
+                at_end = state.step == horizon
+                due = save_every is not None and state.step % save_every == 0
+                if at_end or stopping or self._data_ended or due:
+                    self.save()
+                if stopping and not at_end:
+                    return self._preempted()
+                if self._data_ended and not at_end:
+                    self._finish_saving()
+                    raise self._data_used_up()
+                if not self._evaluate():
+                    return self._preempted()
                 started = time.perf_counter()
-                while state.step < horizon:
-                    waiting = time.perf_counter()
-                    step = next(self.loader)
-                    data_wait = time.perf_counter() - waiting
-                    stopping = self._train_step(step, data_wait, started, stop.signal is not None)
-                    profiler.step()
-                    at_end = state.step == horizon
-                    due = save_every is not None and state.step % save_every == 0
-                    if at_end or stopping or self._data_ended or due:
-                        self.save()
-                    if stopping and not at_end:
-                        self.logs.report(
-                            f"stopped by a signal after step {state.step}, saved; run it again with --resume"
-                        )
-                        return "preempted"
-                    if self._data_ended and not at_end:
-                        raise self._data_used_up()
-                    self._evaluate()
-                    started = time.perf_counter()
+        self._finish_saving()
         return "finished"
+
+    def _next_step(self) -> Step | None:
+        """The next step's data; None when a stop was asked for while this process, the only one, waited for them.
+        With several ranks some may have begun the step, and wait for the others to do their part."""
+        if self.world.size > 1:
+            return next(self.loader)
+        try:
+            with self.stop.interruptible():
+                return next(self.loader)
+        except Stopped:
+            return None
+
+    def _preempted(self) -> Status:
+        if self._saved != self.state.step:
+            self.save()
+        self._finish_saving()
+        self.logs.report(f"stopped by a signal after step {self.state.step}, saved; run it again with --resume")
+        return "preempted"
+
+    def _finish_saving(self) -> None:
+        """Until what the main rank writes is written: no rank ends before, which would end the others."""
+        self.saver.wait()
+        self.world.barrier()
 
     def _profiler(self) -> Profiler:
         steps, ahead = self.experiment.train.profile, self.plan.num_iterations - self.state.step
@@ -164,6 +179,7 @@ class Trainer:
         self._data_ended = ends > 0
         self._finish_step(step, loss_mean, norm, int(total_tokens), lost, finite, multipliers.lr, data_wait, started)
         if self._skipped_in_row > train.max_skipped_steps:
+            self._finish_saving()
             raise self._diverged(loss_mean, norm, multipliers.lr)
         return stops > 0
 
@@ -184,7 +200,7 @@ class Trainer:
         # Here the traceback is gone, and the activations with it; parameters and moments are those of the last step.
         if self.world.size == 1:
             self.optimizer.discard()
-            if self._steps_here:
+            if self._steps_here and self._saved != self.state.step:
                 self.save()
         raise OutOfMemory(self.plan, f"training step {self.state.step}", said)
 
@@ -253,14 +269,24 @@ class Trainer:
             self.logs.report(f"skipped in the data: {line}")
         self._known_problems = len(problems)
 
-    def _evaluate(self, done: Collection[str] = ()) -> None:
-        for name, evaluation in self.evaluations.run(self.model, self.state.step, done):
-            self.state.note_minimum(evaluation.metrics)
-            self.logs.record(self.state.step, {"evaluator": name, **evaluation.metrics, **evaluation.texts})
+    def _evaluate(self, done: Collection[str] = ()) -> bool:
+        """Run what is due, then delete checkpoints that are not kept. Returns False when a signal cut it short."""
+        state = self.state
+        try:
+            for name, evaluation in self.evaluations.run(self.model, state.step, done):
+                state.note_minimum(evaluation.metrics)
+                self.saver.note(state.step, evaluation.metrics)
+                self.logs.record(state.step, {"evaluator": name, **evaluation.metrics, **evaluation.texts})
+        except EvaluationStopped:
+            return False
+        if self.world.is_main and self._saved == state.step:
+            self.saver.retain(state.step)
+        return True
 
     def save(self) -> None:
         """Save a checkpoint of the current step. A save that fails is reported and does not stop the run."""
         state = self.state
+        self._saved = state.step
         optimizer_state = self.optimizer.state_dict()  # collective
         parts = self.world.gather((dict(self.state.cursors), rng_state(self.world.device)))
         if self.world.is_main:
@@ -270,13 +296,10 @@ class Trainer:
             rng = {f"{rank}/{name}": t for rank, (_, states) in enumerate(parts) for name, t in states.items()}
             plugins = distributions_of(self.experiment)
             built_from = ModelRecord.of(self.experiment.model)
-            content = CheckpointContent(model_tensors(self.model), optimizer_state, rng, state, built_from, plugins)
-            try:
-                path = save_checkpoint(self.run_dir.checkpoints, content)
-                self.logs.report(f"saved {path}")
-            except CheckpointError as error:
-                self.logs.report(f"{error}; the run goes on, the last good checkpoint stays")
-            self.run_dir.write_status("running", state.step, self.plan.num_iterations)
+            self.saver.save(
+                CheckpointContent(model_tensors(self.model), optimizer_state, rng, state, built_from, plugins)
+            )
+            self.logs.status("running", state.step, self.plan.num_iterations)
         self.world.barrier()
 
     def _data_used_up(self) -> DataError:
@@ -289,8 +312,8 @@ class Trainer:
         )
 
     def _diverged(self, loss: float, norm: float, lrm: float) -> TrainingDiverged:
-        saved = sorted(p.name for p in self.run_dir.checkpoints.glob("step_*"))
-        last = f"the last good checkpoint is {self.run_dir.checkpoints / saved[-1]}" if saved else "none was saved"
+        saved = list_checkpoints(self.run_dir.checkpoints)
+        last = f"the last good checkpoint is {saved[0]}" if saved else "none was saved"
         return TrainingDiverged(
             f"{self._skipped_in_row} steps in a row had a loss or gradient that is not finite (step "
             f"{self.state.step - 1}, loss {loss}, gradient norm {norm}, learning-rate multiplier {lrm:.3g}); {last}. "

@@ -16,7 +16,9 @@ from typing import Any
 import attrs
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from fixtures.install import install_fixture
+from safetensors.torch import load_file
 
 from nanochat_core.cli import main
 
@@ -148,6 +150,25 @@ def metrics(run: Path, name: str) -> dict[int, float]:
     pairs = [(record["step"], record[name]) for record in ledger(run) if name in record]
     assert len(pairs) == len(dict(pairs)), "a step was evaluated twice"
     return dict(pairs)
+
+
+def assert_same_end(ours: Path, theirs: Path) -> None:
+    """The last checkpoints of two runs have the same parameters and optimizer state, bit for bit, and generators that
+    draw the same (their state has bytes that mean nothing); the runs logged the same."""
+    a, b = (sorted(run.glob("checkpoints/step_*"))[-1] for run in (ours, theirs))
+    assert a.name == b.name
+    for part in ("model", "optimizer"):
+        x, y = (load_file(checkpoint / f"{part}.safetensors") for checkpoint in (a, b))
+        assert x.keys() == y.keys()
+        assert [name for name in x if not torch.equal(x[name], y[name])] == []
+    draws = []
+    for checkpoint in (a, b):
+        generator = torch.Generator()
+        generator.set_state(load_file(checkpoint / "rng.safetensors")["0/cpu"])
+        draws.append(torch.rand(9, generator=generator).tolist())
+    assert draws[0] == draws[1]
+    assert losses(ours) == losses(theirs)
+    assert metrics(ours, "val/bpb") == metrics(theirs, "val/bpb")
 
 
 HEADER = "import attrs\nfrom nanochat_core import hookimpl, option\n@attrs.frozen\nclass Config: pass\n"

@@ -22,6 +22,14 @@ def test_ids_differ_and_sort_by_age(tmp_path: Path) -> None:
     assert [run.id for run in all_runs(tmp_path, "x")] == [run.id for run in reversed(made)]
 
 
+def test_ids_sort_by_age_although_the_clock_goes_backwards(tmp_path: Path) -> None:
+    future = tmp_path / "a" / "29991231-235959-999998"
+    future.mkdir(parents=True)
+    (tmp_path / "a" / "zzz").mkdir()  # somebody's own
+    assert create_run(tmp_path, "a").id == "29991231-235959-999999"
+    assert create_run(tmp_path, "a").id == "30000101-000000-000000"
+
+
 def test_what_a_reference_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = tmp_path / "runs"
     old, new, other = make(runs, "x"), make(runs, "x"), make(runs, "y")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -89,7 +90,9 @@ class Made:
         """Change the manifest; None removes."""
         file = self.checkpoint / "manifest.json"
         manifest = json.loads(file.read_text()) | changes
-        file.write_text(json.dumps({key: value for key, value in manifest.items() if value is not None}))
+        manifest = {key: value for key, value in manifest.items() if value is not None and key != "sha256"}
+        manifest["sha256"] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+        file.write_text(json.dumps(manifest))
 
 
 @pytest.fixture
@@ -100,7 +103,7 @@ def made(site: Site, tiny: Path, tmp_path: Path) -> Made:
 def test_a_checkpoint_has_every_option(made: Made) -> None:
     manifest = json.loads((made.checkpoint / "manifest.json").read_text())
     options = {"gain": 2.0, "limit": None, "shape": [8]}
-    assert manifest["version"] == 2
+    assert manifest["version"] == 3
     assert manifest["model"] == {"plugin": "bigram", "version": 1, "options": options}
 
 

@@ -1,0 +1,118 @@
+"""What saving costs a run, and how long a resume takes.
+
+    python benchmarks/checkpoint_speed.py
+
+Trains the same model without saving, saving every 10 steps, and doing that in the background, in rounds that take
+turns, each in a process of its own. ``steps/s`` counts from the 10th step to the end of the last save, so that what was
+still being written counts too; ``against none`` is the median over rounds of the ratio to the run without saves of the
+same round. ``resume`` is the time to verify and read a checkpoint, by its size; building the model
+is not in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from nanochat_core.checkpoint import latest_checkpoint, load_checkpoint
+
+EXPERIMENT = """
+[tokenizer]
+plugin = "bytes"
+[data]
+plugin = "python_docs"
+[model]
+plugin = "gpt"
+depth = {depth}
+[optimizer]
+plugin = "muon_adamw"
+[train]
+max_seq_len = 256
+device_batch_size = 2
+total_batch_size = 512
+num_iterations = {steps}
+dtype = "float32"
+compile = false
+[checkpoint]
+keep_last = 2
+"""
+ARMS = {
+    "none": [],
+    "every 10": ["checkpoint.save_every=10"],
+    "in background": ["checkpoint.save_every=10", "checkpoint.asynchronous=true"],
+}
+# Writes down the clock after the 10th step, and when everything is written: every arm saves the end.
+PROBE = """
+import json, sys, time
+from nanochat_core.cli import main
+from nanochat_core.logs import Logs
+from nanochat_core.trainer import Trainer
+points, record, finish = [], Logs.record, Trainer._finish_saving
+def measured(self, step, values):
+    record(self, step, values)
+    if step == 10: points.append(time.perf_counter())
+def finished(self):
+    finish(self)
+    points.append(time.perf_counter())
+Logs.record, Trainer._finish_saving = measured, finished
+code = main(["run", *sys.argv[2:]])
+open(sys.argv[1], "w").write(json.dumps(points))
+sys.exit(code)
+"""
+
+
+def measure(directory: Path, arm: str, depth: int, steps: int) -> tuple[float, Path]:
+    """(steps a second, the run's directory)."""
+    file, points = directory / f"depth{depth}.toml", directory / "points.json"
+    file.write_text(EXPERIMENT.format(depth=depth, steps=steps))
+    runs = Path(tempfile.mkdtemp(dir=directory))
+    settings = [word for setting in ARMS[arm] for word in ("--set", setting)]
+    command = [sys.executable, "-c", PROBE, str(points), str(file), "--runs-dir", str(runs), *settings]
+    done = subprocess.run(command, env={**os.environ, "NANOCHAT_DEVICE": "cpu"}, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stdout + done.stderr)
+    first, last = json.loads(points.read_text())
+    return (steps - 11) / (last - first), next(runs.glob("*/*"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=61)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--depths", default="2,4,6", help="models; the cost of saving is measured with the second")
+    parser.add_argument("--directory", type=Path, help="where to write, on the disk to be measured")
+    options = parser.parse_args()
+    depths = [int(word) for word in options.depths.split(",")]
+    found: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    with tempfile.TemporaryDirectory(dir=options.directory) as name:
+        for _ in range(options.rounds):
+            for arm in ARMS:
+                found[arm].append(measure(Path(name), arm, depths[1], options.steps)[0])
+        print(f"{'saving':14} {'steps/s':>8} {'against none':>13}")
+        for arm, speeds in found.items():
+            ratio = statistics.median(s / none for s, none in zip(speeds, found["none"], strict=True))
+            print(f"{arm:14} {statistics.median(speeds):8.2f} {ratio:12.0%}")
+        print(f"\n{'depth':>5} {'MB':>8} {'resume s':>9} {'MB/s':>7}")
+        for depth in depths:
+            run = measure(Path(name), "none", depth, 12)[1]
+            size = sum(file.stat().st_size for file in run.glob("checkpoints/*/*")) / 1e6
+            times = []
+            for _ in range(3):
+                started = time.perf_counter()
+                checkpoint, _ = latest_checkpoint(run / "checkpoints")
+                assert checkpoint is not None
+                load_checkpoint(checkpoint)
+                times.append(time.perf_counter() - started)
+            seconds = statistics.median(times)
+            print(f"{depth:5} {size:8.1f} {seconds:9.3f} {size / seconds:7.0f}")
+
+
+if __name__ == "__main__":
+    main()
