@@ -229,7 +229,7 @@ def test_memory_is_estimated_from_parts(tiny: Path) -> None:
 
 def test_activations_grow_with_the_micro_batch(tiny: Path) -> None:
     small, large = (plan(tiny, f"train.device_batch_size={b}").plan.memory["activations"] for b in (4, 8))
-    assert 1.8 < large / small <= 2  # the weights' copies in the products' dtype do not grow
+    assert 1.6 < large / small <= 2  # the weights' copies in the products' dtype and the loss's buffers do not grow
 
 
 def test_the_banner_says_it_all(tiny: Path) -> None:
