@@ -83,6 +83,10 @@ class World:
             raise OtherRankFailed(code)
         return value
 
+    def agreed(self, error: NanochatError) -> Exception:
+        """What a rank raises when all ranks raise ``error``: it is told once, by rank 0."""
+        return error if self.is_main else OtherRankFailed(error.exit_code)
+
     def gather(self, value: Any) -> list[Any]:
         """Every rank's ``value``, in rank order, on every rank."""
         if self.size == 1:

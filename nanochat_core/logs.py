@@ -1,8 +1,11 @@
-"""Telling people and loggers: ``log.txt``, the ledger, and the loggers that mirror it. Silent on ranks other than 0."""
+"""Telling people and loggers: ``log.txt``, the ledger, and the loggers that mirror it. Ranks other than 0 only have a
+log, a file of their own."""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import platform
 import sys
 import time
 import traceback
@@ -27,17 +30,39 @@ Status = Literal["finished", "failed", "preempted"]
 
 @attrs.define
 class Logs:
-    """What a run says. Nothing is written before ``open``, which only rank 0 calls."""
+    """What a run says. Nothing is written before ``open``, or ``open_rank``."""
 
     run_dir: RunDirectory
     _text: IO[str] | None = attrs.field(default=None, init=False)
+    _tells: bool = attrs.field(default=False, init=False)  # people
     _ledger: Ledger | None = attrs.field(default=None, init=False)
     _loggers: list[tuple[Choice, Logger]] = attrs.field(factory=list, init=False)  # in this process
     _processes: list[LoggerProcess] = attrs.field(factory=list, init=False)
     _looked: float = attrs.field(default=0.0, init=False)  # when the processes were last looked at
 
     def open(self) -> None:
+        """On rank 0, which tells people."""
         self._text = self.run_dir.log.open("a", encoding="utf-8")
+        self._tells = True
+
+    def open_rank(self, rank: int) -> IO[str]:
+        """On other ranks: everything that this process says, libraries included, goes to a file from now on.
+
+        Returns:
+            The stderr that there was.
+        """
+        terminal = os.fdopen(os.dup(2), "w", encoding="utf-8", errors="replace")
+        file = self.run_dir.rank_log(rank)
+        with contextlib.suppress(OSError):  # rank 0 has given up, and removed the directory
+            file.parent.mkdir(exist_ok=True)
+            self._text = file.open("a", encoding="utf-8")
+            for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
+                stream.flush()
+                os.dup2(self._text.fileno(), number)
+            self.note(
+                f"-- rank {rank}, process {os.getpid()} on {platform.node()}, {time.strftime('%Y-%m-%d %H:%M:%S')}"
+            )
+        return terminal
 
     def open_ledger(self) -> None:
         self._ledger = Ledger(self.run_dir.ledger)
@@ -65,15 +90,15 @@ class Logs:
                 self.report(f"logger {choice.name} can't start, the run goes on without it: {error}")
 
     def report(self, line: str) -> None:
-        """A line for people: to stdout and ``log.txt``."""
-        if self._text is not None:
+        """A line for people: to stdout and ``log.txt``; of other ranks, to their log."""
+        if self._tells:
             with contextlib.suppress(OSError):  # the terminal is gone, or who read the pipe: no reason to stop
                 tqdm.write(line)  # goes around a progress bar
                 sys.stdout.flush()
-            self.note(line)
+        self.note(line)
 
     def note(self, line: str) -> None:
-        """A line for ``log.txt`` alone."""
+        """A line for the log alone."""
         if self._text is not None:
             with contextlib.suppress(OSError):  # a full disk
                 print(line, file=self._text, flush=True)
@@ -137,4 +162,4 @@ class Logs:
     def close(self) -> None:
         if self._text is not None:
             self._text.close()
-            self._text = None
+            self._text, self._tells = None, False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
 import json
 import shutil
 import traceback
@@ -12,6 +14,7 @@ from typing import IO, Any
 import attrs
 import torch
 
+from nanochat_core.board import Board
 from nanochat_core.build import build_evaluators, build_loader, build_optimizer, build_source
 from nanochat_core.checkpoint import (
     CheckpointContent,
@@ -31,6 +34,7 @@ from nanochat_core.errors import (
     is_out_of_memory,
 )
 from nanochat_core.evaluate import Evaluations, EvaluationWorld
+from nanochat_core.failures import Failures
 from nanochat_core.hardware import keep_freed_memory, peak_flops, peak_memory_mib
 from nanochat_core.interfaces import LoggerContext, Model, ModelContext, Optimizer, Tokenizer
 from nanochat_core.ledger import read_ledger, rewind_ledger
@@ -47,6 +51,9 @@ from nanochat_core.state import TrainState, restore_rng
 from nanochat_core.stopping import StopRequest
 from nanochat_core.tokenizers import load_tokenizer, make_tokenizer
 from nanochat_core.trainer import PREEMPTED_EXIT_CODE, Trainer
+from nanochat_core.watchdog import Watchdog
+
+LAST_SECONDS = 15.0  # what a run that was told to stop, and is saved, waits for reads in progress
 
 
 def run_experiment(
@@ -59,30 +66,39 @@ def run_experiment(
         allow_other_data: a resumed run may go on with other data.
 
     Raises:
-        NanochatError: on rank 0, when the user has to mend something; other ranks return its exit code silently.
+        NanochatError: when the user has to mend something. With several ranks nothing is raised: the first failure is
+            shown, and all ranks return its exit code.
     """
     world = join_world()
     if world.device.type == "cpu":
         keep_freed_memory()
-    try:
-        setup = world.on_main(lambda: prepare(file, overrides, runs_dir, resume, world, allow_other_data))
-        if setup is None:
-            return 0
-        planned = settle_batch_size(setup.planned, world)
-        return _Session(attrs.evolve(setup, planned=planned), world).run()
-    except OtherRankFailed as failure:
-        return failure.exit_code
-    finally:
-        leave_world()
+    board = Board.open(world.size)
+    failures = Failures(world.rank, board)
+    with Watchdog(world.rank, world.size, board) as watchdog:
+        try:
+            setup = world.on_main(lambda: prepare(file, overrides, runs_dir, resume, world, allow_other_data))
+            if setup is None:
+                return 0
+            planned = settle_batch_size(setup.planned, world)
+            return _Session(attrs.evolve(setup, planned=planned), world, failures, watchdog).run()
+        except OtherRankFailed as failure:
+            return failure.exit_code
+        except Exception as error:
+            if world.size == 1:
+                raise
+            return failures.tell(error)
+        finally:
+            leave_world()
 
 
 class _Session:
     """One rank's side of a run."""
 
-    def __init__(self, setup: Setup, world: World) -> None:
+    def __init__(self, setup: Setup, world: World, failures: Failures, watchdog: Watchdog) -> None:
         self.planned, self.plan, self.experiment = setup.planned, setup.planned.plan, setup.planned.experiment
         self.setup, self.run_dir, self.world = setup, setup.run_dir, world
         self.dtype: torch.dtype = getattr(torch, self.plan.dtype)
+        self.failures, self.watchdog = failures, watchdog
         self.logs = Logs(self.run_dir)
         self.state = TrainState()
         self._lock: IO[str] | None = None
@@ -90,27 +106,50 @@ class _Session:
     def run(self) -> int:
         """Build everything, train, and close everything. Returns the exit code."""
         self.world.on_main(self._open)
+        if not self.world.is_main:
+            self.failures.terminal = self.logs.open_rank(self.world.rank)
+        if self.world.size > 1:
+            faulthandler.enable()  # a crash in native code writes its stacks to this rank's log
         status: Status = "failed"
-        try:
-            trainer = self._build()
-            self.logs.report(f"run directory {self.run_dir.path}")
-            with trainer.loader:
+        with contextlib.ExitStack() as last:
+            try:
+                trainer = self._build()
+                last.enter_context(trainer.loader)  # closed last: it waits for a read in progress
+                self.logs.report(f"run directory {self.run_dir.path}")
                 status = trainer.fit()
-            problems = sorted({line for lines in self.world.gather(list(trainer.data_problems())) for line in lines})
-            if problems:
-                self.logs.report(f"{len(problems)} places in the data could not be read and were skipped; see log.txt")
-        except NanochatError as error:
+                found = self.world.gather(list(trainer.data_problems()))
+                problems = sorted({line for lines in found for line in lines})
+                if problems:
+                    text = "places in the data could not be read and were skipped; see log.txt"
+                    self.logs.report(f"{len(problems)} {text}")
+            except Exception as raised:
+                error = self._failed(raised)
+                if error is raised:
+                    raise
+                raise error from raised
+            finally:
+                self.watchdog.stop_watching()
+                self._end(status)
+            code = PREEMPTED_EXIT_CODE if status == "preempted" else 0
+            self.world.barrier()  # what started the ranks may end all of them when the first has ended
+            if code:
+                self.watchdog.end_within(LAST_SECONDS, code)
+        return code
+
+    def _failed(self, error: Exception) -> Exception:
+        """Note why the run fails, before anything is waited for or closed. Returns what to raise."""
+        if isinstance(error, OtherRankFailed):
+            return error
+        if isinstance(error, NanochatError):
             add_places(error, self.planned.origins)
             self.logs.note(f"failed: {error}")
-            raise
-        except Exception as error:
-            self.logs.note(traceback.format_exc())
+        else:
+            self.logs.note("".join(traceback.format_exception(error)))
             if is_out_of_memory(error):
-                raise OutOfMemory(self.plan, f"the run was at step {self.state.step}", str(error)) from error
-            raise
-        finally:
-            self._end(status)
-        return PREEMPTED_EXIT_CODE if status == "preempted" else 0
+                error = OutOfMemory(self.plan, f"the run was at step {self.state.step}", str(error))
+        if self.world.size > 1:
+            self.failures.tell(error)
+        return error
 
     def _open(self) -> None:
         self._lock = self.run_dir.lock()
@@ -176,6 +215,8 @@ class _Session:
             logs.status("running", self.state.step, plan.num_iterations)
             observers = observer_choices(self.setup.observers)
             logs.start_loggers((*experiment.loggers, *observers), self._logger_context())
+        packages = experiment.packages()
+        self.watchdog.report_stalls(experiment.train.stall_warning, packages, logs.report, logs.note)
         self._seed(content)  # last: whatever was built before may have drawn numbers
         return Trainer(
             plan=plan,
@@ -186,12 +227,19 @@ class _Session:
             optimizer=optimizer,
             loader=loader,
             evaluations=Evaluations(
-                evaluators, plan.num_iterations, self.dtype, guarded, self.run_dir.path, logs.report
+                evaluators,
+                plan.num_iterations,
+                self.dtype,
+                guarded,
+                self.run_dir.path,
+                logs.report,
+                self.watchdog.beat,
             ),
             state=self.state,
             logs=logs,
             saver=self._saver(),
             stop=stop,
+            beat=self.watchdog.beat,
             data_problems=source.problems,
             evaluated=evaluated,
         )

@@ -55,6 +55,9 @@ class RunDirectory:
     def log(self) -> Path:
         return self.path / "log.txt"
 
+    def rank_log(self, rank: int) -> Path:
+        return self.path / rank_log_name(rank)
+
     def read_status(self) -> dict[str, Any]:
         """``status`` (running, finished, failed, preempted, killed), ``step``, ``num_iterations``; or nothing."""
         try:
@@ -100,6 +103,11 @@ class RunDirectory:
         except OSError:
             return True
         return False
+
+
+def rank_log_name(rank: int) -> str:
+    """Where in a run directory a rank's log is."""
+    return f"logs/rank_{rank:03d}.txt" if rank else "log.txt"
 
 
 def write_atomic(path: Path, text: str) -> None:

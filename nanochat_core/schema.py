@@ -98,6 +98,10 @@ class Train:
     max_skipped_steps: int = option(
         10, "steps in a row with a loss or gradient that is not finite before the run stops", validator=at_least(0)
     )
+    stall_warning: float = option(
+        300.0, "seconds without progress after which a stall is reported, with where each rank is; inf is off",
+        validator=above(0), on_resume="free",
+    )  # fmt: skip
     seed: int = option(1337, "seed of the initial weights", validator=between(0, 2**63 - 1), on_resume="refuse")
     init_from: str | None = option(None, "start from the newest checkpoint of this run", on_resume="refuse")
 
@@ -258,6 +262,11 @@ class Experiment:
     checkpoint: Checkpoint
     evaluators: tuple[Choice, ...]
     loggers: tuple[Choice, ...]
+
+    def packages(self) -> set[str]:
+        """Top-level modules of its plugins."""
+        choices = (self.tokenizer, self.data, self.model, self.optimizer, *self.evaluators, *self.loggers)
+        return {choice.entry.factory.split(".")[0].split(":")[0] for choice in choices if choice.entry is not None}
 
 
 CORE_TABLES: Mapping[str, type] = {"run": Run, "schedule": Schedule, "train": Train, "checkpoint": Checkpoint}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import time
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
@@ -13,11 +14,16 @@ class Stopped(BaseException):
     """A stop was asked for. No Exception, so that code that handles failures lets it through."""
 
 
+SAME_SECONDS = 1.0  # a launcher and a terminal, or a job system, may both pass the same request on
+
+
 class StopRequest:
-    """SIGTERM, SIGINT and SIGUSR1 ask for a stop; a second one exits at once. Listens while it is entered."""
+    """SIGTERM, SIGINT and SIGUSR1 ask for a stop; a second one, which comes after a second at least, exits at once.
+    Listens while it is entered."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self._since = 0.0
         self._interruptible = False
         self._before: dict[int, Any] = {}
 
@@ -54,8 +60,10 @@ class StopRequest:
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         if self.signal is not None:
+            if time.monotonic() < self._since + SAME_SECONDS:
+                return
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self.signal = number
+        self.signal, self._since = number, time.monotonic()
         if self._interruptible:
             raise Stopped

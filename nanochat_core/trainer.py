@@ -25,7 +25,7 @@ from nanochat_core.rundir import RunDirectory
 from nanochat_core.saving import Saver
 from nanochat_core.schedule import lr_multiplier, warmdown_progress
 from nanochat_core.schema import DataSourceKeys, Experiment
-from nanochat_core.state import TrainState, rng_state
+from nanochat_core.state import TrainState, restore_rng, rng_state
 from nanochat_core.stopping import Stopped, StopRequest
 from nanochat_core.upgrades import ModelRecord
 
@@ -48,6 +48,7 @@ class Trainer:
     Args:
         saver: writes checkpoints on the main rank.
         stop: tells whether this rank was asked to stop.
+        beat: called with what begins, once a step.
         data_problems: what the data source could not read so far.
         evaluated: entries that have evaluated the step the run starts at, before it was interrupted.
     """
@@ -64,6 +65,7 @@ class Trainer:
     logs: Logs
     saver: Saver
     stop: StopRequest
+    beat: Callable[[str], None]
     data_problems: Callable[[], Sequence[str]]
     evaluated: Collection[str] = ()
     _skipped_in_row: int = attrs.field(default=0, init=False)
@@ -95,12 +97,17 @@ class Trainer:
         with self._profiler() as profiler:
             started = time.perf_counter()
             while state.step < horizon:
+                self.beat(f"after step {state.step}")
                 waiting = time.perf_counter()
                 step = self._next_step()
-                if step is None:
+                if step is None and self.world.size == 1:
                     return self._preempted()
                 data_wait = time.perf_counter() - waiting
+                before = rng_state(self.world.device) if self.world.size > 1 else {}  # microseconds
                 stopping = self._train_step(step, data_wait, started, self.stop.signal is not None)
+                if stopping is None:
+                    restore_rng(before, self.world.device)
+                    return self._preempted()
                 profiler.step()
                 at_end = state.step == horizon
                 due = save_every is not None and state.step % save_every == 0
@@ -110,7 +117,7 @@ class Trainer:
                     return self._preempted()
                 if self._data_ended and not at_end:
                     self._finish_saving()
-                    raise self._data_used_up()
+                    raise self.world.agreed(self._data_used_up())
                 if not self._evaluate():
                     return self._preempted()
                 started = time.perf_counter()
@@ -118,10 +125,7 @@ class Trainer:
         return "finished"
 
     def _next_step(self) -> Step | None:
-        """The next step's data; None when a stop was asked for while this process, the only one, waited for them.
-        With several ranks some may have begun the step, and wait for the others to do their part."""
-        if self.world.size > 1:
-            return next(self.loader)
+        """The next step's data; None when a stop was asked for while this rank waited for them."""
         try:
             with self.stop.interruptible():
                 return next(self.loader)
@@ -145,27 +149,34 @@ class Trainer:
         directory = self.run_dir.path / "profile"
         return Profiler(directory, self.world, steps, UNTIMED_STEPS, ahead, self.logs.report)
 
-    def _train_step(self, step: Step, data_wait: float, started: float, stop: bool) -> bool:
-        """One optimizer step and its ledger line. Returns whether any rank was asked to stop."""
+    def _train_step(self, step: Step | None, data_wait: float, started: float, stop: bool) -> bool | None:
+        """One optimizer step and its ledger line. Returns whether any rank was asked to stop; None when one was while
+        it waited for data: then the step counts for nothing. Such a rank has no ``step``, but does its part of what
+        ranks do together, for which others may wait already."""
         state, train = self.state, self.experiment.train
         multipliers = self._multipliers()
         loss_sum = torch.zeros((), device=self.world.device)
         tokens = 0
-        for index, batch in enumerate(step.batches):
+        batches = step.batches if step is not None else []
+        if not batches:
+            self.optimizer.begin_reduce()
+        for index, batch in enumerate(batches):
             tokens += int((batch.targets_BT != IGNORED).sum())
             batch = batch.to(self.world.device)
-            if index == len(step.batches) - 1:
+            if index == len(batches) - 1:
                 self.optimizer.begin_reduce()
             loss_sum += self._forward_backward(batch)
         norm_of_sums = self.optimizer.reduce()
-        counts = torch.tensor(
-            [tokens, stop, step.is_last, step.cropped + step.dropped], dtype=self._sum_dtype, device=loss_sum.device
-        )
+        ends, lost = (step.is_last, step.cropped + step.dropped) if step is not None else (False, 0)
+        counts = torch.tensor([tokens, stop, step is None, ends, lost], dtype=self._sum_dtype, device=loss_sum.device)
         sums = torch.cat([loss_sum.to(self._sum_dtype).reshape(1), counts])
         self.world.all_reduce(sums)
         # the one synchronisation of device and host in a step
         everything = torch.cat([sums, norm_of_sums.to(sums.dtype).reshape(1)]).tolist()
-        total_loss, total_tokens, stops, ends, lost, norm = everything
+        total_loss, total_tokens, stops, without, ends, lost, norm = everything
+        if without or step is None:
+            self.optimizer.discard()
+            return None
         loss_mean, norm = total_loss / total_tokens, norm / total_tokens
         finite = abs(loss_mean) < float("inf") and norm < float("inf")  # False for NaN too
         if finite:
@@ -180,7 +191,7 @@ class Trainer:
         self._finish_step(step, loss_mean, norm, int(total_tokens), lost, finite, multipliers.lr, data_wait, started)
         if self._skipped_in_row > train.max_skipped_steps:
             self._finish_saving()
-            raise self._diverged(loss_mean, norm, multipliers.lr)
+            raise self.world.agreed(self._diverged(loss_mean, norm, multipliers.lr))
         return stops > 0
 
     def _forward_backward(self, batch: Batch) -> Tensor:

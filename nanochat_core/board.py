@@ -1,0 +1,91 @@
+"""What ranks tell each other while collectives fail or hang: short texts in the store beside the process group."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+
+import attrs
+import torch.distributed as dist
+
+TIMEOUT = timedelta(seconds=10)
+
+
+@attrs.frozen
+class Failure:
+    """The first rank that failed, and its exit code."""
+
+    rank: int
+    code: int
+
+
+class Board:
+    """A connection to the store. Once that is gone, with the process that held it, nothing is read or written any more.
+
+    Args:
+        store: of the process group; None when there is only one rank.
+    """
+
+    def __init__(self, store: dist.Store | None) -> None:
+        # After a restart by torchrun, what was written before it means nothing.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self._store = None if store is None else dist.PrefixStore(f"nanochat/{attempt}", store)
+
+    @classmethod
+    def open(cls, world_size: int) -> Board:
+        """This rank's own connection to the store that the environment names. Call it once the process group stands."""
+        if world_size == 1:
+            return cls(None)
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        return cls(dist.TCPStore(host, port, is_master=False, timeout=TIMEOUT, wait_for_workers=False))
+
+    def mark_failure(self, failure: Failure) -> Failure:
+        """Say that a rank failed. Returns the failure that was marked first, which may be another."""
+        text = f"{failure.rank} {failure.code}"
+        if self._store is not None:
+            with self._while_it_stands() as store:
+                text = store.compare_set("failure", "", text).decode()
+        return _failure(text)
+
+    def failure(self, wait: float = 0.0) -> Failure | None:
+        """The failure that was marked first. ``wait``: seconds to wait for one."""
+        end = time.monotonic() + wait
+        while not (text := self._read("failure")):
+            if time.monotonic() >= end or self._store is None:
+                return None
+            time.sleep(0.05)
+        return _failure(text)
+
+    def post(self, rank: int, text: str) -> None:
+        """Put up a rank's text, in place of an earlier one; an empty one takes it down."""
+        if self._store is not None:
+            with self._while_it_stands() as store:
+                store.set(f"post/{rank}", text)
+
+    def posted(self, rank: int) -> str:
+        """What a rank has put up, or nothing."""
+        return self._read(f"post/{rank}")
+
+    def _read(self, key: str) -> str:
+        text = ""
+        if self._store is not None:
+            with self._while_it_stands() as store:
+                text = store.get(key).decode() if store.check([key]) else ""
+        return text
+
+    @contextlib.contextmanager
+    def _while_it_stands(self) -> Iterator[dist.Store]:
+        store = self._store
+        assert store is not None
+        try:
+            yield store
+        except RuntimeError:
+            self._store = None
+
+
+def _failure(text: str) -> Failure:
+    rank, code = text.split()
+    return Failure(int(rank), int(code))
