@@ -370,7 +370,10 @@ class Optimizer(ABC):
 
     @abstractmethod
     def reduce(self) -> Tensor:
-        """Sum gradients over ranks. Returns the float32 L2 norm of the sums, (), the same on every rank."""
+        """Sum gradients over ranks. Returns the float32 L2 norm of the sums, (), the same on every rank.
+
+        A rank that was told to stop while it waited for data has none, which count as zeros: it calls ``begin_reduce``
+        and ``reduce`` without a backward pass, and then all ranks call ``discard``."""
 
     @abstractmethod
     def update(self, scale: float, multipliers: Multipliers) -> None:

@@ -15,8 +15,7 @@ import attrs
 
 from nanochat_core.board import Board, Failure
 from nanochat_core.rundir import rank_log_name
-from nanochat_core.stopping import SAME_SECONDS
-from nanochat_core.trainer import PREEMPTED_EXIT_CODE
+from nanochat_core.stopping import PREEMPTED_EXIT_CODE, SAME_SECONDS
 from nanochat_core.watchdog import PIPE
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)

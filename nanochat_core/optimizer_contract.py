@@ -37,8 +37,8 @@ def check_optimizer(
 ) -> Optimizer:
     """Check that an optimizer keeps its contract, on the CPU with one rank.
 
-    ``reduce`` gives the norm of the gradients; ``scale`` and the learning-rate factor are honoured; ``discard`` touches
-    nothing; the loss falls; a state that is saved and loaded goes on exactly.
+    ``reduce`` gives the norm of the gradients, zero without any; ``scale`` and the learning-rate factor are honoured;
+    ``discard`` touches nothing; the loss falls; a state that is saved and loaded goes on exactly.
 
     Args:
         factory, config: as in the registration.
@@ -53,7 +53,8 @@ def check_optimizer(
     check = _OptimizerCheck(factory, config, steps)
     optimizer = check.build(check.model())
     assert isinstance(optimizer, Optimizer), f"the factory must return a nanochat_core.Optimizer, not {optimizer!r}"
-    for part in (check.norm, check.scale, check.learning_rate, check.discard, check.state, check.resume, check.learns):
+    parts = (check.norm, check.scale, check.learning_rate, check.discard, check.nothing, check.state, check.resume)
+    for part in (*parts, check.learns):
         check.run(part)
     check.finish()
     return optimizer
@@ -149,6 +150,18 @@ class _OptimizerCheck(Check):
         self.step(model, optimizer, 1)
         finite = all(torch.isfinite(p).all() for p in model.parameters())
         self.expect(finite, "after discard the gradients are still there")
+
+    def nothing(self) -> None:
+        model = self.model()
+        optimizer = self.build(model)
+        self.step(model, optimizer, 0)
+        before = self._parameters(model)
+        optimizer.begin_reduce()
+        norm = optimizer.reduce().item()
+        self.expect(norm == 0, f"reduce gives {norm} without a backward pass: missing gradients must count as zeros")
+        optimizer.discard()
+        self.expect(self._same(before, self._parameters(model)), "a step without gradients changes parameters")
+        self.step(model, optimizer, 1)
 
     def state(self) -> None:
         model = self.model()

@@ -14,7 +14,7 @@ from typing import IO, Any
 import attrs
 import torch
 
-from nanochat_core.board import Board
+from nanochat_core.board import Board, Failure
 from nanochat_core.build import build_evaluators, build_loader, build_optimizer, build_source
 from nanochat_core.checkpoint import (
     CheckpointContent,
@@ -48,41 +48,54 @@ from nanochat_core.provenance import provenance
 from nanochat_core.rundir import RunDirectory, write_atomic
 from nanochat_core.saving import Saver
 from nanochat_core.state import TrainState, restore_rng
-from nanochat_core.stopping import StopRequest
+from nanochat_core.stopping import PREEMPTED_EXIT_CODE, Stopped, StopRequest
 from nanochat_core.tokenizers import load_tokenizer, make_tokenizer
-from nanochat_core.trainer import PREEMPTED_EXIT_CODE, Trainer
+from nanochat_core.trainer import Trainer
 from nanochat_core.watchdog import Watchdog
 
-LAST_SECONDS = 15.0  # what a run that was told to stop, and is saved, waits for reads in progress
+LAST_SECONDS = 5.0  # what a run that was told to stop, and is saved, waits for reads in progress
 
 
 def run_experiment(
-    file: Path, overrides: Sequence[str], runs_dir: Path, resume: str | None, allow_other_data: bool = False
+    file: Path,
+    overrides: Sequence[str],
+    runs_dir: Path,
+    resume: str | None,
+    allow_other_data: bool,
+    stop: StopRequest,
 ) -> int:
     """Run an experiment on this rank of the world that the environment describes. Returns the exit code.
 
     Args:
         resume: None for a fresh run, "newest", "auto", or a reference to a run.
         allow_other_data: a resumed run may go on with other data.
+        stop: listens for signals.
 
     Raises:
         NanochatError: when the user has to mend something. With several ranks nothing is raised: the first failure is
             shown, and all ranks return its exit code.
+        Stopped: when a stop is asked for before training has begun.
     """
-    world = join_world()
+    with stop.interruptible():
+        world = join_world()
     if world.device.type == "cpu":
         keep_freed_memory()
     board = Board.open(world.size)
     failures = Failures(world.rank, board)
     with Watchdog(world.rank, world.size, board) as watchdog:
         try:
-            setup = world.on_main(lambda: prepare(file, overrides, runs_dir, resume, world, allow_other_data))
-            if setup is None:
-                return 0
-            planned = settle_batch_size(setup.planned, world)
-            return _Session(attrs.evolve(setup, planned=planned), world, failures, watchdog).run()
+            with stop.interruptible():
+                setup = world.on_main(lambda: prepare(file, overrides, runs_dir, resume, world, allow_other_data))
+                if setup is None:
+                    return 0
+                planned = settle_batch_size(setup.planned, world)
+            return _Session(attrs.evolve(setup, planned=planned), world, failures, watchdog, stop).run()
         except OtherRankFailed as failure:
             return failure.exit_code
+        except Stopped:
+            board.mark_failure(Failure(world.rank, PREEMPTED_EXIT_CODE))  # others may wait for this rank
+            watchdog.end_within(LAST_SECONDS, PREEMPTED_EXIT_CODE)
+            raise
         except Exception as error:
             if world.size == 1:
                 raise
@@ -94,11 +107,11 @@ def run_experiment(
 class _Session:
     """One rank's side of a run."""
 
-    def __init__(self, setup: Setup, world: World, failures: Failures, watchdog: Watchdog) -> None:
+    def __init__(self, setup: Setup, world: World, failures: Failures, watchdog: Watchdog, stop: StopRequest) -> None:
         self.planned, self.plan, self.experiment = setup.planned, setup.planned.plan, setup.planned.experiment
         self.setup, self.run_dir, self.world = setup, setup.run_dir, world
         self.dtype: torch.dtype = getattr(torch, self.plan.dtype)
-        self.failures, self.watchdog = failures, watchdog
+        self.failures, self.watchdog, self.stop = failures, watchdog, stop
         self.logs = Logs(self.run_dir)
         self.state = TrainState()
         self._lock: IO[str] | None = None
@@ -113,7 +126,8 @@ class _Session:
         status: Status = "failed"
         with contextlib.ExitStack() as last:
             try:
-                trainer = self._build()
+                with self.stop.interruptible():
+                    trainer = self._build()
                 last.enter_context(trainer.loader)  # closed last: it waits for a read in progress
                 self.logs.report(f"run directory {self.run_dir.path}")
                 status = trainer.fit()
@@ -122,6 +136,9 @@ class _Session:
                 if problems:
                     text = "places in the data could not be read and were skipped; see log.txt"
                     self.logs.report(f"{len(problems)} {text}")
+            except Stopped:
+                status = "preempted"
+                raise
             except Exception as raised:
                 error = self._failed(raised)
                 if error is raised:
@@ -197,8 +214,7 @@ class _Session:
         if plan.compile:
             model.compile_training()
         loader = build_loader(experiment.data, source, tokenizer, plan, self.state, world)
-        stop = StopRequest()
-        guarded, evaluations = EvaluationWorld.of(world, stop), self.run_dir.path / "evaluations"
+        guarded, evaluations = EvaluationWorld.of(world, self.stop), self.run_dir.path / "evaluations"
         evaluators = build_evaluators(
             experiment.evaluators, lambda: source, fingerprints.__getitem__, tokenizer, experiment, guarded, evaluations
         )
@@ -238,7 +254,7 @@ class _Session:
             state=self.state,
             logs=logs,
             saver=self._saver(),
-            stop=stop,
+            stop=self.stop,
             beat=self.watchdog.beat,
             data_problems=source.problems,
             evaluated=evaluated,

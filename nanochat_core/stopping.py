@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
+PREEMPTED_EXIT_CODE = 75  # "try again later": run the same command with --resume
+SAME_SECONDS = 1.0  # a launcher and a terminal, or a job system, may both pass the same request on
+
 
 class Stopped(BaseException):
     """A stop was asked for. No Exception, so that code that handles failures lets it through."""
-
-
-SAME_SECONDS = 1.0  # a launcher and a terminal, or a job system, may both pass the same request on
 
 
 class StopRequest:

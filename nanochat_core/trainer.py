@@ -30,7 +30,6 @@ from nanochat_core.stopping import Stopped, StopRequest
 from nanochat_core.upgrades import ModelRecord
 
 UNTIMED_STEPS = 10  # compilation and warm caches: not part of the training time
-PREEMPTED_EXIT_CODE = 75  # "try again later": run the same command with --resume
 
 Status = Literal["finished", "preempted"]
 
@@ -82,11 +81,10 @@ class Trainer:
             DataError: when the data are used up before the horizon, after saving; see ``[data] epochs``.
         """
         self._saved = self.saver.sound
-        with self.stop:
-            try:
-                return self._loop()
-            finally:
-                self.saver.wait()
+        try:
+            return self._loop()
+        finally:
+            self.saver.wait()
 
     def _loop(self) -> Status:
         state, horizon = self.state, self.plan.num_iterations

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 
 from nanochat_core.cli import add_experiment, add_runs_dir, positive
 from nanochat_core.errors import ConfigError, Problem
+from nanochat_core.stopping import PREEMPTED_EXIT_CODE, Stopped, StopRequest
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +51,14 @@ def main(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         from nanochat_core.launch import launch
 
         return launch(arguments, options.nproc)
-    from nanochat_core.run import run_experiment
-
-    return run_experiment(options.file, options.overrides, options.runs_dir, options.resume, options.allow_other_data)
+    with StopRequest() as stop:
+        try:
+            with stop.interruptible():
+                from nanochat_core.run import run_experiment
+            return run_experiment(
+                options.file, options.overrides, options.runs_dir, options.resume, options.allow_other_data, stop
+            )
+        except Stopped:
+            if os.environ.get("RANK", "0") == "0":
+                print("stopped by a signal before training began; run it again with --resume auto", file=sys.stderr)
+            return PREEMPTED_EXIT_CODE

@@ -347,6 +347,13 @@ class WrongNorm(SGD):
         return super().reduce() * 2
 
 
+class NeedsGradients(SGD):
+    def reduce(self) -> Any:
+        if any(p.grad is None for p in self.parameters.values()):
+            raise ValueError("where are they?")
+        return super().reduce()
+
+
 @pytest.mark.parametrize(
     ("optimizer", "reason"),
     [
@@ -355,6 +362,7 @@ class WrongNorm(SGD):
         (IgnoresRate, "a learning-rate factor of 0 changes parameters"),
         (DiscardsNothing, "after discard the gradients are still there"),
         (WrongNorm, "reduce gives"),
+        (NeedsGradients, "where are they"),
     ],
 )
 def test_broken_optimizers(optimizer: Any, reason: str) -> None:

@@ -8,6 +8,7 @@ from ranks import on_ranks
 from torch import Tensor, nn
 
 from nanochat_core import GradientReducer, Multipliers, TorchOptimizer, World
+from nanochat_core.reduction import global_norm
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -49,9 +50,15 @@ def reduce_twice(world: World, bucket_bytes: float) -> dict[str, Tensor]:
     backward(model, range(world.rank, world.rank + 1), reducer)
     reducer.discard()  # a skipped step leaves nothing behind
     assert all(p.grad is None for p in model.parameters())
+    if world.is_main:
+        backward(model, range(1), reducer)
+    else:  # told to stop while it waits for data, it has no part of the step
+        reducer.begin()
+    of_one_rank = reducer.finish()
+    reducer.discard()
     backward(model, range(world.rank, world.rank + 1), reducer)
     norm = reducer.finish()
-    return {"norm": norm, **{name: p.grad for name, p in model.named_parameters()}}
+    return {"norm": norm, "of_one_rank": of_one_rank, **{name: p.grad for name, p in model.named_parameters()}}
 
 
 def test_two_ranks_sum_to_what_one_rank_gets_from_all_batches() -> None:
@@ -61,6 +68,11 @@ def test_two_ranks_sum_to_what_one_rank_gets_from_all_batches() -> None:
     for name in ours[0]:
         assert torch.equal(ours[0][name], ours[1][name]), name
     total = torch.zeros(())
+    one = Net()
+    backward(one, range(1))
+    torch.testing.assert_close(
+        ours[0]["of_one_rank"], global_norm([p.grad for p in one.parameters() if p.grad is not None]), rtol=1e-2, atol=0
+    )
     for name, parameter in alone.named_parameters():
         expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         rough = {"rtol": 2e-2, "atol": 2e-2} if expected.dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}

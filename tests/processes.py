@@ -1,0 +1,68 @@
+"""Runs in processes of their own, which tests signal, stop and kill."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+
+class Process:
+    """A command in a session of its own. Entered, neither it nor what it started outlives the test.
+
+    Args:
+        site: a directory with packages, on its path.
+    """
+
+    def __init__(
+        self, command: Sequence[object], site: Path | None = None, env: Mapping[str, str] | None = None
+    ) -> None:
+        environment = {**os.environ, **(env or {})}
+        if site is not None:
+            environment["PYTHONPATH"] = f"{site}{os.pathsep}{environment.get('PYTHONPATH', '')}"
+        self.process = subprocess.Popen(
+            [str(word) for word in command], env=environment, start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    @classmethod
+    def run(cls, *arguments: object, site: Path | None = None, env: Mapping[str, str] | None = None) -> Process:
+        """``nanochat run ARGUMENTS``."""
+        return cls([sys.executable, "-m", "nanochat_core", "run", *arguments], site, env)
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def wait_for(self, condition: Callable[[], object]) -> None:
+        end = time.monotonic() + 120
+        while not condition():
+            assert self.process.poll() is None, self.process.communicate()
+            assert time.monotonic() < end, "it did not happen in time"
+            time.sleep(0.02)
+
+    def end(self, timeout: float = 120) -> tuple[int, str, str]:
+        """Exit code, stdout, stderr; once all that have them open are gone too."""
+        out, err = self.process.communicate(timeout=timeout)
+        return self.process.returncode, out, err
+
+    def workers(self) -> list[int]:
+        """Processes that it has started, by age: needs /proc."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                fields = path.read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(fields[1]) == self.process.pid:
+                found.append(int(path.parent.name))
+        return sorted(found)
