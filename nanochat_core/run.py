@@ -31,7 +31,7 @@ from nanochat_core.errors import (
     is_out_of_memory,
 )
 from nanochat_core.evaluate import Evaluations, EvaluationWorld
-from nanochat_core.hardware import keep_freed_memory, peak_flops, peak_memory_mib
+from nanochat_core.hardware import determinism, keep_freed_memory, peak_flops, peak_memory_mib
 from nanochat_core.interfaces import LoggerContext, Model, ModelContext, Optimizer, Tokenizer
 from nanochat_core.ledger import read_ledger, rewind_ledger
 from nanochat_core.load import add_places, dump, to_tables
@@ -69,7 +69,8 @@ def run_experiment(
         if setup is None:
             return 0
         planned = settle_batch_size(setup.planned, world)
-        return _Session(attrs.evolve(setup, planned=planned), world).run()
+        with determinism(planned.experiment.train.deterministic):
+            return _Session(attrs.evolve(setup, planned=planned), world).run()
     except OtherRankFailed as failure:
         return failure.exit_code
     finally:
@@ -192,6 +193,7 @@ class _Session:
             logs=logs,
             saver=self._saver(),
             stop=stop,
+            documents=source.documents("train"),
             data_problems=source.problems,
             evaluated=evaluated,
         )
