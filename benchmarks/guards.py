@@ -103,9 +103,8 @@ def cost_of_guards(file: Path, runs: Path, steps: int) -> None:
     print(f"{'':10} {'ms a step':>10}")
     for name, seconds in found.items():
         print(f"{name:10} {1e3 * statistics.median(seconds):10.2f}")
-    print(
-        f"guards cost {statistics.median(ratios) - 1:+.2%} (middle half {ratios[quarter] - 1:+.2%} to {ratios[-quarter - 1] - 1:+.2%})"
-    )
+    middle = f"{ratios[quarter] - 1:+.2%} to {ratios[-quarter - 1] - 1:+.2%}"
+    print(f"guards and ledger cost {statistics.median(ratios) - 1:+.2%} (middle half {middle})")
 
 
 def time_to_exit(file: Path, runs: Path, nproc: int, seed: int) -> tuple[float, float]:
