@@ -298,6 +298,7 @@ class _Session:
         if others:
             self._accept(others, fingerprints)
         facts = provenance(self.planned.origins, self.setup.distributions, fingerprints, attrs.asdict(self.plan))
+        facts["packages"]["torch"] = torch.__version__  # with its build
         if others:
             facts["other_data"] = {"from_step": self.state.step, "before": others}
         if earlier:
