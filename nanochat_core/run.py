@@ -227,6 +227,7 @@ class _Session:
             f"peak {peak / 1e12:.3g} TFLOP/s a device ({how}); {self.state.lanes} data lanes; "
             f"validation data {val[:12]}"
         )
+        world.barrier()  # a run that some rank can't build leaves nothing behind
         if world.is_main:
             logs.open_ledger()
             logs.status("running", self.state.step, plan.num_iterations)
