@@ -11,12 +11,14 @@ from pathlib import Path
 import attrs
 import torch
 
+from nanochat_core.board import Board
 from nanochat_core.build import TrainedModel, build_evaluators, build_source, open_trained
 from nanochat_core.checkpoint import MANIFEST, load_state, verify
 from nanochat_core.distributed import OtherRankFailed, World, join_world, leave_world
 from nanochat_core.errors import CheckpointError, ConfigError, Problem
 from nanochat_core.evaluate import EvaluationFailed, EvaluationWorld, evaluate
 from nanochat_core.evaluation_files import EXAMPLES, TABLE, write_evaluation
+from nanochat_core.failures import Failures
 from nanochat_core.interfaces import DataSource, Evaluation, ModelContext
 from nanochat_core.load import LoadedExperiment, load, parse_override
 from nanochat_core.needs import load_run
@@ -26,6 +28,7 @@ from nanochat_core.prepare import newest_checkpoint
 from nanochat_core.rundir import RunDirectory, find_run
 from nanochat_core.schema import Experiment
 from nanochat_core.tokenizers import build_tokenizer
+from nanochat_core.watchdog import Watchdog
 
 FAILED_EXIT_CODE = 1
 # What may differ from the run: nothing that the weights depend on.
@@ -161,17 +164,24 @@ def evaluate_model(target: str, names: Sequence[str], overrides: Sequence[str], 
     failed.
 
     Raises:
-        NanochatError: on rank 0, when the user has to mend something; other ranks return its exit code silently.
+        NanochatError: when the user has to mend something. With several ranks nothing is raised: the first failure is
+            shown, and all ranks return its exit code.
     """
     world = join_world()
-    try:
-        subject: Subject = world.on_main(lambda: find_subject(target, runs_dir))
-        experiment: Experiment = world.on_main(lambda: _checked(subject, names, overrides))
-        return _evaluate(subject, experiment, world)
-    except OtherRankFailed as failure:
-        return failure.exit_code
-    finally:
-        leave_world()
+    board = Board.open(world.size)
+    with Watchdog(world.rank, world.size, board):
+        try:
+            subject: Subject = world.on_main(lambda: find_subject(target, runs_dir))
+            experiment: Experiment = world.on_main(lambda: _checked(subject, names, overrides))
+            return _evaluate(subject, experiment, world)
+        except OtherRankFailed as failure:
+            return failure.exit_code
+        except Exception as error:
+            if world.size == 1:
+                raise
+            return Failures(world.rank, board).tell(error)
+        finally:
+            leave_world()
 
 
 def _checked(subject: Subject, names: Sequence[str], overrides: Sequence[str]) -> Experiment:

@@ -36,7 +36,7 @@ def launch(arguments: Sequence[str], nproc: int) -> int:
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     read_end, write_end = os.pipe()  # ours closes with us, however we end
     threads = str(max((os.cpu_count() or 1) // nproc, 1))
-    launcher = _Launcher(Board(store))
+    launcher = _Launcher(Board(store), has_logs=arguments[0] == "run")
     before: dict[int, Any] = {n: signal.signal(n, launcher.relay) for n in SIGNALS}
     try:
         for rank in range(nproc):
@@ -78,6 +78,7 @@ class _Launcher:
     """The workers, in rank order, and what they have been told."""
 
     board: Board
+    has_logs: bool  # ranks write some, in a run directory
     workers: list[subprocess.Popen[bytes]] = attrs.field(factory=list)
     signalled: float | None = None  # when the first signal was passed on
     deadline: float = float("inf")  # when those that are left are killed
@@ -111,7 +112,8 @@ class _Launcher:
                 # Others that find their connections broken are not the first, and wait no longer.
                 first = self.board.mark_failure(Failure(rank, code))
                 if worker.returncode < 0 and self.signalled is None and first.rank == rank:
-                    print(_obituary(rank, -worker.returncode), file=sys.stderr, flush=True)
+                    log = f"; what it said last is in {rank_log_name(rank)} of the run directory" * self.has_logs
+                    print(_obituary(rank, -worker.returncode) + log, file=sys.stderr, flush=True)
                 self.deadline = min(self.deadline, time.monotonic() + GRACE_SECONDS)
             if time.monotonic() > self.deadline:
                 self.send(signal.SIGKILL)
@@ -126,11 +128,8 @@ def _obituary(rank: int, number: int) -> str:
         name = f"signal {number}"
     why = "a crash in native code, or a plugin that sent it"
     if number == signal.SIGKILL:
-        why = "mostly because the machine was out of memory (dmesg tells); train.device_batch_size, data.threads and "
-        why += "the number of workers decide how much is needed"
+        why = "mostly because the machine was out of memory (dmesg tells): use fewer workers, or a smaller "
+        why += "train.device_batch_size"
     elif number in SIGNALS:
         why = "somebody sent it to this process alone"
-    return (
-        f"rank {rank} was killed by {name}: {why}. The run is over; what the rank said last is in "
-        f"{rank_log_name(rank)} of the run directory"
-    )
+    return f"rank {rank} was killed by {name}, {why}"

@@ -156,6 +156,7 @@ class _Session:
 
     def _failed(self, error: Exception) -> Exception:
         """Note why the run fails, before anything is waited for or closed. Returns what to raise."""
+        self.watchdog.stop_watching()
         if isinstance(error, OtherRankFailed):
             return error
         if isinstance(error, NanochatError):
