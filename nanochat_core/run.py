@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import attrs
 import torch
@@ -65,11 +66,12 @@ def run_experiment(
     if world.device.type == "cpu":
         keep_freed_memory()
     try:
-        setup = world.on_main(lambda: prepare(file, overrides, runs_dir, resume, world, allow_other_data))
-        if setup is None:
-            return 0
-        planned = settle_batch_size(setup.planned, world)
-        return _Session(attrs.evolve(setup, planned=planned), world).run()
+        with contextlib.ExitStack() as held:
+            setup = world.on_main(lambda: prepare(file, overrides, runs_dir, resume, world, held, allow_other_data))
+            if setup is None:
+                return 0
+            planned = settle_batch_size(setup.planned, world)
+            return _Session(attrs.evolve(setup, planned=planned), world).run()
     except OtherRankFailed as failure:
         return failure.exit_code
     finally:
@@ -85,7 +87,6 @@ class _Session:
         self.dtype: torch.dtype = getattr(torch, self.plan.dtype)
         self.logs = Logs(self.run_dir)
         self.state = TrainState()
-        self._lock: IO[str] | None = None
 
     def run(self) -> int:
         """Build everything, train, and close everything. Returns the exit code."""
@@ -113,24 +114,22 @@ class _Session:
         return PREEMPTED_EXIT_CODE if status == "preempted" else 0
 
     def _open(self) -> None:
-        self._lock = self.run_dir.lock()
         self.logs.open()
-        for name in remove_leftovers(self.run_dir.checkpoints):
+        for name in (*self.run_dir.remove_leftovers(), *remove_leftovers(self.run_dir.checkpoints)):
             self.logs.note(f"removed {name}, which a process left that was killed")
         self.logs.note(format_plan(self.planned))
 
     def _end(self, status: Status) -> None:
-        if self._lock is None:
-            return  # not rank 0
+        if not self.world.is_main:
+            return
         if self.logs.has_ledger:
             self.logs.status(status, self.state.step, self.plan.num_iterations)
             self.logs.finish(status)  # waits for loggers, so that it comes after what others want to know
             if status == "finished":
                 self._say_goodbye()
         self.logs.close()
-        if not self.run_dir.ledger.exists():
+        if self.setup.checkpoint is None and not self.run_dir.ledger.exists():
             _remove(self.run_dir)  # it failed before it had anything to show
-        self._lock.close()
 
     # -- building
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import attrs
 
+from nanochat_core.checkpoint import sync
 from nanochat_core.errors import CheckpointError, PluginError
 from nanochat_core.interfaces import DataSource, Tokenizer, TokenizerContext
 from nanochat_core.paths import cache_dir
@@ -43,6 +44,8 @@ class MadeTokenizer:
         """Copy its files to ``directory``, which appears whole."""
         partial = directory.with_name(f".{directory.name}.{secrets.token_hex(4)}")
         shutil.copytree(self.directory, partial)
+        for path in partial.rglob("*"):
+            sync(path)  # without it no checkpoint is of use
         partial.rename(directory)
 
 
@@ -64,6 +67,8 @@ def make_tokenizer(choice: Choice, source: DataSource, report: Callable[[str], N
         found = _find(choice, directory, report)  # another process may have made it meanwhile
         if found is not None:
             return MadeTokenizer(found, directory, 0.0)
+        for leftover in directory.parent.glob(f"{key}.*/"):  # of a process that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
         report("building the tokenizer")
         start = time.perf_counter()
         _train(choice, source, directory)
