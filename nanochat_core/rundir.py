@@ -118,7 +118,7 @@ class RunDirectory:
         names = (self.experiment, self.provenance, self.tokenizer, self.status)
         found = sorted(path for name in names for path in self.path.glob(f".{name.name}.*"))
         for path in found:
-            _remove(path)
+            remove(path)
         return [path.name for path in found if not path.exists()]
 
     def is_locked(self) -> bool:
@@ -193,10 +193,11 @@ def _remove_dead_start(run: RunDirectory) -> None:
         with contextlib.suppress(OSError), (run.path / LOCK).open("r+") as handle:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not run.experiment.exists():
-                _remove(run.path)
+                remove(run.path)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Delete a file or a directory, as far as that is possible."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -1,0 +1,138 @@
+"""Kill -9 at any moment: the same command, again and again, reaches the uninterrupted run's result."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import attrs
+import pytest
+import torch.distributed
+from killing import Launch, Place, Point, write_killed
+
+pytestmark = [
+    pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo"),
+    pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc"),
+]
+
+
+@attrs.define
+class Campaign:
+    """Kills the run of one experiment at one point after the other; a run that ends is followed by a fresh one.
+
+    Args:
+        whole: the run that nothing interrupted.
+    """
+
+    file: Path
+    directory: Path
+    whole: Path
+    seed: int
+    hit: set[tuple[int, str]] = attrs.field(factory=set)
+    kills: int = 0
+    _place: Place = attrs.field(init=False)
+    _places: int = 0
+    _left: set[Path] = attrs.field(factory=set)
+
+    def __attrs_post_init__(self) -> None:
+        self._start_afresh()
+
+    def _start_afresh(self) -> None:
+        self._place = Place(self.file, self.directory / f"{self._places}")
+        self._places, self._left = self._places + 1, set()
+
+    def kill(self, point: Point) -> Launch:
+        """Start the run and kill it at ``point``, which it may not come to before it ends."""
+        place = self._place
+        launch = place.launch(point, cut=random.Random(f"{self.seed} {point}").random())
+        place.assert_nothing_lost()
+        left = place.leftovers()
+        if "run directory" in launch.out:  # it started to train: what was left before is gone
+            assert not left & self._left, point
+        self._left = left
+        if launch.struck:
+            assert launch.code != 0, point
+            self.hit.add((point.rank, point.phase))
+            self.kills += 1
+        else:
+            assert launch.code == 0, (point, launch.err)
+            place.assert_ended_like(self.whole)
+            self._start_afresh()
+        return launch
+
+    def end(self) -> None:
+        """Let the run end."""
+        launch = self._place.launch()
+        assert launch.code == 0, launch.err
+        self._place.assert_nothing_lost()
+        self._place.assert_ended_like(self.whole)
+
+
+def uninterrupted(tmp_path: Path, asynchronous: bool, steps: int) -> tuple[Path, Place, Launch]:
+    file = write_killed(tmp_path, steps, asynchronous)
+    place = Place(file, tmp_path / "whole")
+    launch = place.launch()
+    assert launch.code == 0, launch.err
+    return file, place, launch
+
+
+def early(launch: Launch) -> set[tuple[int, str]]:
+    """Phases that a rank comes to only before the first step."""
+    before = {(r, phase) for r, trace in launch.trace.items() for phase in trace[: trace.index("evaluate bpb")]}
+    later = {(r, phase) for r, trace in launch.trace.items() for phase in trace[trace.index("evaluate bpb") :]}
+    return before - later
+
+
+def points(launch: Launch, draw: random.Random) -> Iterator[Point]:
+    """A point in each phase: those at the start in their order, the others in any."""
+    counts, first = launch.counts(), early(launch)
+    others = [key for key in counts if key not in first]
+    draw.shuffle(others)
+    for rank, phase in (*[key for key in counts if key in first], *others):
+        # mostly early, so that a run is killed many times before it ends; sometimes near the end
+        nth = 1 + int((counts[rank, phase] - 1) * draw.random() ** 4)
+        yield Point(rank, phase, nth, draw.choices(["rank", "job"], [2, 1])[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["at once", "in the background"])
+def test_killed_in_every_phase(tmp_path: Path, asynchronous: bool) -> None:
+    """Those that only a resumed run comes to are found on the way: each is hit after the kill that led to it."""
+    file, place, launch = uninterrupted(tmp_path, asynchronous, steps=36)
+    campaign = Campaign(file, tmp_path / "killed", place.run(), seed=asynchronous)
+    queue = [(point,) for point in points(launch, random.Random(asynchronous))]
+    known, before = set(launch.counts()), None
+    while queue:
+        for point in queue.pop(0):
+            met = campaign.kill(point)
+            sys.stderr.write(f"{campaign.kills}: {point}{'' if met.struck else ', not met'}\n")
+            if before is not None:
+                queue += [(before, Point(*key)) for key in met.counts() if key not in known]
+            known |= set(met.counts())
+            before = point if met.struck else None
+        if not met.struck and len(queue) < 500:
+            queue.append((attrs.evolve(point, nth=1),))
+            assert campaign.kills < 500, f"never met: {point}"
+    campaign.end()
+    assert known == campaign.hit
+    assert campaign.kills >= 50
+
+
+def test_killed_a_few_times(tmp_path: Path) -> None:
+    """One of each kind: files, the tokenizer, a checkpoint, the ledger, a collective, all processes."""
+    file, place, launch = uninterrupted(tmp_path, asynchronous=False, steps=12)
+    campaign = Campaign(file, tmp_path / "killed", place.run(), seed=1)
+    for point in (
+        Point(0, "copy new tokenizer/merges.tiktoken"),
+        Point(0, "write run/new experiment.toml", what="job"),
+        Point(0, "save new step/optimizer.safetensors", nth=2),
+        Point(1, "all_gather_single in a step", nth=7),
+        Point(0, "write run/metrics.jsonl", nth=6, what="job"),
+        Point(0, "remove old step/manifest.json"),
+    ):
+        assert launch.counts()[point.rank, point.phase] >= point.nth
+        campaign.kill(point)
+    assert campaign.kills == 6
+    campaign.end()
