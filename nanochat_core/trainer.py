@@ -237,7 +237,7 @@ class Trainer:
         done = state.step
         state.step += 1
         state.tokens += tokens
-        state.cursors.update(step.cursors)
+        state.cursors = dict(step.cursors)  # of this rank; after a resume it had all, and others go on with theirs
         self._steps_here += 1
         if self._steps_here > UNTIMED_STEPS:
             state.training_time += seconds
