@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -99,25 +99,35 @@ def points(launch: Launch, draw: random.Random) -> Iterator[Point]:
 @pytest.mark.slow
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["at once", "in the background"])
 def test_killed_in_every_phase(tmp_path: Path, asynchronous: bool) -> None:
-    """Those that only a resumed run comes to are found on the way: each is hit after the kill that led to it."""
+    """Phases that only a resumed run comes to are found on the way: each is hit after the kill that led to it. What
+    saving in the background does not change is left out the second time."""
     file, place, launch = uninterrupted(tmp_path, asynchronous, steps=36)
     campaign = Campaign(file, tmp_path / "killed", place.run(), seed=asynchronous)
-    queue = [(point,) for point in points(launch, random.Random(asynchronous))]
-    known, before = set(launch.counts()), None
+
+    def counts(phase: str) -> bool:
+        return not asynchronous or any(word in phase for word in ("step", "saving", "status", "metrics", "the end"))
+
+    queue = [[point] for point in points(launch, random.Random(asynchronous)) if counts(point.phase)]
+    known = {key for key in launch.counts() if counts(key[1])}
+    before: Point | None = None
+    tries: Counter[tuple[int, str]] = Counter()
     while queue:
-        for point in queue.pop(0):
+        chain = queue.pop(0)
+        for point in chain:
             met = campaign.kill(point)
-            sys.stderr.write(f"{campaign.kills}: {point}{'' if met.struck else ', not met'}\n")
-            if before is not None:
-                queue += [(before, Point(*key)) for key in met.counts() if key not in known]
-            known |= set(met.counts())
+            tries[point.rank, point.phase] += 1
+            print(f"{campaign.kills} kills, {len(queue)} points left: {point}{'' if met.struck else ', not met'}")
+            for key in met.counts():
+                if before is not None and key not in known and counts(key[1]):
+                    known.add(key)
+                    queue.append([before, Point(*key)])
             before = point if met.struck else None
-        if not met.struck and len(queue) < 500:
-            queue.append((attrs.evolve(point, nth=1),))
-            assert campaign.kills < 500, f"never met: {point}"
+        key = point.rank, point.phase
+        if key not in campaign.hit and tries[key] < 5:
+            queue.append([attrs.evolve(point, nth=1) for point in chain])
     campaign.end()
     assert known == campaign.hit
-    assert campaign.kills >= 50
+    assert campaign.kills >= 30
 
 
 def test_killed_a_few_times(tmp_path: Path) -> None:
