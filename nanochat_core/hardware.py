@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
 import platform
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from nanochat_core.devices import DeviceSpec, has_fast_bfloat16, known_gpu
+from nanochat_core.devices import DeviceSpec, cuda_capability, has_fast_bfloat16, known_gpu
 
 
 def compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    """The dtype of matrix products for ``[train] dtype``: "auto" takes bfloat16 where the hardware gains from it."""
+    """The dtype of matrix products for ``[train] dtype``: "auto" takes bfloat16 where the hardware gains from it, else
+    float16 where it gains from that."""
     if wanted != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[wanted]
-    return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
+        dtype: torch.dtype = getattr(torch, wanted)
+        return dtype
+    if has_fast_bfloat16(device):
+        return torch.bfloat16
+    return torch.float16 if cuda_capability(device) >= (7, 0) else torch.float32
 
 
 def device_name(device: torch.device) -> str:
@@ -54,10 +61,10 @@ def machine_memory() -> int:
 @functools.cache
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """(peak FLOPs a second, where the number is from): a table for known GPUs, else the best of a few matmuls."""
-    if device.type == "cuda" and dtype is torch.bfloat16:
+    if device.type == "cuda" and dtype.itemsize == 2:  # both kinds of 16 bits are equally fast
         known = known_gpu(torch.cuda.get_device_name(device))
         if known is not None and known.peak is not None:
-            return known.peak, f"data sheet of {known.name}, dense bf16"
+            return known.peak, f"data sheet of {known.name}, dense 16 bits"
     size = 1024 if device.type == "cpu" else 4096
     a = torch.randn(size, size, device=device).to(dtype)
     b = torch.randn(size, size, device=device).to(dtype)
@@ -67,6 +74,34 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
         (a @ b).flatten()[0].item()
         times.append(time.perf_counter() - start)
     return 2 * size**3 / min(times), f"measured, {size} x {size} matmul in {str(dtype)[6:]}"
+
+
+@contextlib.contextmanager
+def determinism(wanted: bool) -> Iterator[None]:
+    """Inside, only algorithms that repeat bit for bit, if ``wanted``; an operation without such raises a RuntimeError.
+    What cuBLAS needs for that stands in the environment before torch is imported; see ``cli``."""
+    if not wanted:
+        yield
+        return
+    import torch._inductor.config as inductor
+
+    settings: list[tuple[Any, str, bool]] = [
+        (torch.backends.cudnn, "benchmark", False),  # chooses by time
+        (torch.utils.deterministic, "fill_uninitialized_memory", False),  # shows errors, and costs time
+        (inductor, "deterministic", True),  # not in torch 2.9
+    ]
+    settings = [(module, name, value) for module, name, value in settings if hasattr(module, name)]
+    before = [getattr(module, name) for module, name, _ in settings]
+    enabled = torch.are_deterministic_algorithms_enabled()
+    try:
+        torch.use_deterministic_algorithms(True)
+        for module, name, value in settings:
+            setattr(module, name, value)
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled)
+        for (module, name, _), value in zip(settings, before, strict=True):
+            setattr(module, name, value)
 
 
 def peak_memory_mib(device: torch.device) -> float:

@@ -171,6 +171,15 @@ class TrainLoader:
         tensor = torch.from_numpy(np.ascontiguousarray(tokens, dtype=np.int64))
         return tensor.pin_memory() if self._device.type == "cuda" else tensor
 
+    def documents(self, before: Mapping[int, Cursor], step: Step) -> list[int]:
+        """Documents of the source that a step of this rank is made of, rising.
+
+        Args:
+            before: where the lanes stood before the step; without a cursor at the start.
+        """
+        found = [self._lanes[lane].documents(before.get(lane, START), c) for lane, c in step.cursors.items()]
+        return sorted({document for documents in found for document in documents})
+
     def close(self) -> None:
         """End the threads; what they made in advance is dropped. May be called twice."""
         self._ahead.clear()

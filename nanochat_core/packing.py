@@ -172,6 +172,21 @@ class Lane(ABC):
         """Passes over the lane so far."""
         return self.cursor.epoch + self.cursor.document / self.num_documents
 
+    def documents(self, start: Cursor, stop: Cursor) -> list[int]:
+        """Documents of the source that the rows between two cursors are made of, rising."""
+        end = self._end(stop)
+        if stop.epoch == start.epoch:
+            mine = set(range(start.document, end))
+        elif stop.epoch == start.epoch + 1:
+            mine = {*range(start.document, self.num_documents), *range(end)}
+        else:
+            mine = set(range(self.num_documents))
+        return [self._lane + document * self._lanes for document in sorted(mine)]
+
+    @abstractmethod
+    def _end(self, cursor: Cursor) -> int:
+        """The first document of the lane that no row before the cursor has to do with, but for earlier epochs."""
+
     @abstractmethod
     def has(self, count: int) -> bool:
         """Whether there are ``count`` more rows within the epochs allowed; prepares them."""
@@ -203,6 +218,9 @@ class StreamLane(Lane):
     @property
     def cursor(self) -> Cursor:
         return self._ready[0][0] if self._ready else self._next
+
+    def _end(self, cursor: Cursor) -> int:
+        return cursor.document + (cursor.offset > 0)
 
     def has(self, count: int) -> bool:
         while self._num_ready < count * self._T + 1:
@@ -304,6 +322,9 @@ class BestFitLane(Lane):
     @property
     def cursor(self) -> Cursor:
         return self._ready[0][0]._replace(offset=self._offset) if self._ready else self._next
+
+    def _end(self, cursor: Cursor) -> int:
+        return self._stop(cursor.document) if cursor.offset > 0 else cursor.document
 
     def has(self, count: int) -> bool:
         tried = 0

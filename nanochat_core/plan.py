@@ -401,7 +401,8 @@ def _dtype_reason(device: torch.device, dtype: torch.dtype) -> str:
     if device.type == "cpu":
         return "this CPU has AMX or avx512_bf16" if cpu_has_bf16() else "this CPU has no fast bfloat16"
     gains = "gains" if dtype is torch.bfloat16 else "does not gain"
-    return f"this {device.type.upper()} device {gains} from bfloat16"
+    instead = ", but from float16" if dtype is torch.float16 else ""
+    return f"this {device.type.upper()} device {gains} from bfloat16{instead}"
 
 
 def _compile_pays(device: torch.device, dtype: torch.dtype, flops: float) -> Resolved:

@@ -74,7 +74,7 @@ def prepare(
         train, kept = loaded.experiment.train, list[str]()
         if train.compile == "auto":
             kept.append(f"train.compile={str(old.train.compile).lower()}")
-        if train.device_batch_size == "auto" and _same_machine(found[0], world):
+        if train.device_batch_size == "auto" and _devices(found[0]) == (world.size, device_spec(world.device).name):
             kept.append(f"train.device_batch_size={old.train.device_batch_size}")
         loaded = load(file, [*overrides, *kept], plugins).require_all()
     planned = make_plan(loaded, world.size, world.device)
@@ -102,14 +102,20 @@ def prepare(
         )
         return None
     print(f"resuming {run_dir.path} from {checkpoint.name}")
+    before, now = _devices(run_dir), (planned.plan.world_size, planned.plan.device)
+    if before != now:
+        print(
+            f"it was trained on {before[0]} x {before[1]}, goes on with {now[0]} x {now[1]}: the data and the global "
+            f"batch stay the same, sums may be taken in another order, so that numbers agree within rounding"
+        )
     _explain_horizon(old, planned, run_dir, step)
     return Setup(planned, run_dir, checkpoint, None, plugins.versions(), observers, allow_other_data)
 
 
-def _same_machine(run: RunDirectory, world: World) -> bool:
-    """Whether a run was last trained on as many devices of the same kind."""
+def _devices(run: RunDirectory) -> tuple[int, str]:
+    """How many devices of which kind a run was last trained on."""
     plan = json.loads(run.provenance.read_text(encoding="utf-8"))["plan"]
-    return bool(plan["world_size"] == world.size and plan["device"] == device_spec(world.device).name)
+    return plan["world_size"], plan["device"]
 
 
 def newest_checkpoint(run: RunDirectory) -> Path:

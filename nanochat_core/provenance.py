@@ -36,7 +36,7 @@ def provenance(
     origins: Mapping[str, Origin], distributions: Mapping[str, str], fingerprints: Mapping[str, str], plan: Any
 ) -> dict[str, Any]:
     """The content of ``provenance.json``."""
-    packages = {name: importlib.metadata.version(name) for name in ("nanochat", "torch", "numpy")}
+    packages = {name: importlib.metadata.version(name) for name in ("nanochat", "numpy")}
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": sys.argv,

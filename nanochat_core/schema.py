@@ -82,8 +82,9 @@ class Train:
         "all", "which parameters the ratio and the auto batch size count"
     )
     grad_clip: float = option(1.0, "largest global gradient norm; 0 is off", validator=at_least(0), on_resume="warn")
-    dtype: Literal["auto", "float32", "bfloat16"] = option(
-        "auto", "what matrix products are computed in; auto: bfloat16 where the hardware gains from it",
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", "what matrix products are computed in; auto: bfloat16 where the hardware gains from it, else float16 "
+        "on CUDA devices that gain from that. Gradients of float16 are kept in range by a loss scale",
         on_resume="refuse",
     )  # fmt: skip
     compile: bool | Literal["auto"] = option("auto", "torch.compile; auto: when the run is long enough to earn it back")
@@ -98,6 +99,10 @@ class Train:
     max_skipped_steps: int = option(
         10, "steps in a row with a loss or gradient that is not finite before the run stops", validator=at_least(0)
     )
+    deterministic: bool = option(
+        False, "only algorithms that repeat bit for bit, on CUDA slower ones; an operation without such is an error. "
+        "A CPU repeats without it", on_resume="warn", unverified="it never ran on a CUDA device",
+    )  # fmt: skip
     seed: int = option(1337, "seed of the initial weights", validator=between(0, 2**63 - 1), on_resume="refuse")
     init_from: str | None = option(None, "start from the newest checkpoint of this run", on_resume="refuse")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,11 @@ import torch
 from torch import Tensor
 
 EMA_DECAY = 0.9
+SPREAD_DECAY = 0.98  # of the squared distance between losses and the EMA before them
+# A loss spike: so many standard deviations above the EMA, and by so much of it; the first steps only gather figures.
+SPIKE_DEVIATIONS, SPIKE_PART, SPIKE_AFTER = 6.0, 0.1, 50
+# As torch.amp.GradScaler: 2^16 for the mean of a micro-batch, doubled after so many good steps, halved after a bad one.
+FIRST_LOSS_SCALE, GROWTH_STEPS = 2.0**16, 2000
 
 
 @attrs.define
@@ -20,6 +26,9 @@ class TrainState:
     lanes: number of data lanes, pinned for the run's life.
     cursors: lane to its data cursor (three integers), after ``step`` steps.
     loss_ema: EMA of the loss, not yet debiased.
+    loss_spread: EMA of the squared distance of losses from the EMA before them, not yet debiased.
+    loss_scale: what the loss is multiplied by for float16 gradients; 0 until it is known.
+    scaled_steps: good steps since the loss scale has changed.
     training_time: seconds of steps, the first 10 of the run left out.
     skipped: steps skipped for a loss or gradient that was not finite.
     minimum: smallest value seen of each evaluation metric.
@@ -33,6 +42,9 @@ class TrainState:
     lanes: int = 0
     cursors: dict[int, tuple[int, int, int]] = attrs.field(factory=dict)
     loss_ema: float = 0.0
+    loss_spread: float = 0.0
+    loss_scale: float = 0.0
+    scaled_steps: int = 0
     training_time: float = 0.0
     skipped: int = 0
     minimum: dict[str, float] = attrs.field(factory=dict)
@@ -42,8 +54,36 @@ class TrainState:
 
     def smooth(self, loss: float) -> float:
         """Take in the loss of one more step; returns the debiased EMA. Call after ``step`` has been advanced."""
+        count = self.step - self.skipped
+        if count > 1:
+            distance = loss - self.loss_ema / (1 - EMA_DECAY ** (count - 1))
+            self.loss_spread = SPREAD_DECAY * self.loss_spread + (1 - SPREAD_DECAY) * distance**2
         self.loss_ema = EMA_DECAY * self.loss_ema + (1 - EMA_DECAY) * loss
-        return self.loss_ema / (1 - EMA_DECAY ** (self.step - self.skipped))
+        return self.loss_ema / (1 - EMA_DECAY**count)
+
+    def spike(self, loss: float) -> tuple[float, float] | None:
+        """(EMA of the losses so far, standard deviations that ``loss`` is above it) when it stands out. Call before
+        ``smooth``, with ``step`` advanced."""
+        count = self.step - self.skipped - 1
+        if count < SPIKE_AFTER:
+            return None
+        mean = self.loss_ema / (1 - EMA_DECAY**count)
+        deviation = max(math.sqrt(self.loss_spread / (1 - SPREAD_DECAY ** (count - 1))), 1e-9)
+        stands_out = loss - mean > max(SPIKE_DEVIATIONS * deviation, SPIKE_PART * mean)
+        return (mean, (loss - mean) / deviation) if stands_out else None
+
+    def begin_loss_scale(self, tokens: int) -> None:
+        """Start with the scale for summed losses of micro-batches of ``tokens``, unless one is known."""
+        if not self.loss_scale:
+            self.loss_scale = FIRST_LOSS_SCALE / 2 ** round(math.log2(tokens))
+
+    def adapt_loss_scale(self, finite: bool) -> None:
+        """After a step whose gradients were finite or not."""
+        self.scaled_steps = self.scaled_steps + 1 if finite else 0
+        if not finite:
+            self.loss_scale /= 2
+        elif self.scaled_steps == GROWTH_STEPS:
+            self.loss_scale, self.scaled_steps = 2 * self.loss_scale, 0
 
     def note_minimum(self, metrics: Mapping[str, float | str]) -> None:
         """Keep the smallest value of each metric."""
@@ -65,6 +105,8 @@ def rng_state(device: torch.device) -> dict[str, Tensor]:
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
+    if device.type == "mps":
+        state["mps"] = torch.mps.get_rng_state()
     return state
 
 
@@ -72,3 +114,5 @@ def restore_rng(state: dict[str, Tensor], device: torch.device) -> None:
     torch.set_rng_state(state["cpu"].cpu())
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)
+    if device.type == "mps" and "mps" in state:
+        torch.mps.set_rng_state(state["mps"].cpu())

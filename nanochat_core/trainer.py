@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal
 
 import attrs
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nanochat_core.checkpoint import CheckpointContent, list_checkpoints, model_tensors
+from nanochat_core.diagnosis import describe_batch, summarize
 from nanochat_core.distributed import World
 from nanochat_core.errors import DataError, NanochatError, OutOfMemory, is_out_of_memory
 from nanochat_core.evaluate import Evaluations, EvaluationStopped
@@ -19,9 +21,10 @@ from nanochat_core.interfaces import IGNORED, Batch, Model, Multipliers, Optimiz
 from nanochat_core.loader import Step, TrainLoader
 from nanochat_core.logs import Logs
 from nanochat_core.needs import distributions_of
+from nanochat_core.packing import Cursor
 from nanochat_core.plan import Plan
 from nanochat_core.profiler import Profiler
-from nanochat_core.rundir import RunDirectory
+from nanochat_core.rundir import RunDirectory, write_atomic
 from nanochat_core.saving import Saver
 from nanochat_core.schedule import lr_multiplier, warmdown_progress
 from nanochat_core.schema import DataSourceKeys, Experiment
@@ -48,6 +51,7 @@ class Trainer:
     Args:
         saver: writes checkpoints on the main rank.
         stop: tells whether this rank was asked to stop.
+        documents: of the training split.
         data_problems: what the data source could not read so far.
         evaluated: entries that have evaluated the step the run starts at, before it was interrupted.
     """
@@ -64,6 +68,7 @@ class Trainer:
     logs: Logs
     saver: Saver
     stop: StopRequest
+    documents: Sequence[str]
     data_problems: Callable[[], Sequence[str]]
     evaluated: Collection[str] = ()
     _skipped_in_row: int = attrs.field(default=0, init=False)
@@ -149,6 +154,9 @@ class Trainer:
         """One optimizer step and its ledger line. Returns whether any rank was asked to stop."""
         state, train = self.state, self.experiment.train
         multipliers = self._multipliers()
+        if self._is_scaled:
+            state.begin_loss_scale(step.batches[0].ids_BT.numel())
+        loss_scale = state.loss_scale if self._is_scaled else 1.0
         loss_sum = torch.zeros((), device=self.world.device)
         tokens = 0
         for index, batch in enumerate(step.batches):
@@ -156,42 +164,53 @@ class Trainer:
             batch = batch.to(self.world.device)
             if index == len(step.batches) - 1:
                 self.optimizer.begin_reduce()
-            loss_sum += self._forward_backward(batch)
+            loss_sum += self._forward_backward(batch, loss_scale)
         norm_of_sums = self.optimizer.reduce()
         counts = torch.tensor(
-            [tokens, stop, step.is_last, step.cropped + step.dropped], dtype=self._sum_dtype, device=loss_sum.device
+            [tokens, stop, step.is_last, step.cropped + step.dropped, step.epoch / self.world.size],
+            dtype=self._sum_dtype,
+            device=loss_sum.device,
         )
         sums = torch.cat([loss_sum.to(self._sum_dtype).reshape(1), counts])
         self.world.all_reduce(sums)
         # the one synchronisation of device and host in a step
         everything = torch.cat([sums, norm_of_sums.to(sums.dtype).reshape(1)]).tolist()
-        total_loss, total_tokens, stops, ends, lost, norm = everything
-        loss_mean, norm = total_loss / total_tokens, norm / total_tokens
+        total_loss, total_tokens, stops, ends, lost, epoch, norm = everything
+        loss_mean, norm = total_loss / total_tokens, norm / total_tokens / loss_scale
         finite = abs(loss_mean) < float("inf") and norm < float("inf")  # False for NaN too
         if finite:
             clip = min(1.0, train.grad_clip / (norm + 1e-6)) if train.grad_clip else 1.0
-            self.optimizer.update(clip / total_tokens, multipliers)
+            self.optimizer.update(clip / total_tokens / loss_scale, multipliers)
             self._skipped_in_row = 0
         else:
             self.optimizer.discard()
             state.skipped += 1
             self._skipped_in_row += 1
+        if self._is_scaled:
+            state.adapt_loss_scale(finite)
         self._data_ended = ends > 0
-        self._finish_step(step, loss_mean, norm, int(total_tokens), lost, finite, multipliers.lr, data_wait, started)
+        before = {lane: Cursor(*cursor) for lane, cursor in state.cursors.items()}
+        self._finish_step(
+            step, loss_mean, norm, int(total_tokens), lost, epoch, finite, multipliers.lr, data_wait, started
+        )
         if self._skipped_in_row > train.max_skipped_steps:
             self._finish_saving()
-            raise self._diverged(loss_mean, norm, multipliers.lr)
+            raise self._diverged(step, before, loss_mean, norm, multipliers.lr)
         return stops > 0
 
-    def _forward_backward(self, batch: Batch) -> Tensor:
-        """The summed loss of a micro-batch; its gradients are added.
+    @property
+    def _is_scaled(self) -> bool:
+        return self.plan.dtype == "float16"
+
+    def _forward_backward(self, batch: Batch, loss_scale: float) -> Tensor:
+        """The summed loss of a micro-batch; its gradients, times ``loss_scale``, are added.
 
         Raises:
             OutOfMemory: after saving what was trained so far, unless there are other ranks, which wait for this one.
         """
         try:
             loss = self._loss(batch.ids_BT, batch.targets_BT)
-            loss.backward()  # type: ignore[no-untyped-call]
+            (loss if loss_scale == 1.0 else loss * loss_scale).backward()  # type: ignore[no-untyped-call]
             return loss.detach()
         except RuntimeError as error:
             if not is_out_of_memory(error):
@@ -226,6 +245,7 @@ class Trainer:
         norm: float,
         tokens: int,
         lost: float,
+        epoch: float,
         finite: bool,
         lrm: float,
         wait: float,
@@ -243,10 +263,18 @@ class Trainer:
             state.training_time += seconds
         values: dict[str, float | str] = {"train/loss": loss}
         if finite:
+            if (spike := state.spike(loss)) is not None:
+                mean, values["train/loss_spike"] = spike
+                self.logs.report(
+                    f"step {done}: the loss spikes: {loss:.4f}, {spike[1]:.1f} standard deviations above {mean:.4f} "
+                    f"(gradient norm {norm:.4g})"
+                )
             values["train/loss_ema"] = state.smooth(loss)
         else:
             self.logs.report(f"step {done}: loss {loss}, gradient norm {norm}: not finite, the update is skipped")
             values["train/skipped"] = state.skipped
+        if self._is_scaled:
+            values["train/loss_scale"] = state.loss_scale
         peak, _ = peak_flops(self.world.device, getattr(torch, plan.dtype))
         values |= {
             "train/grad_norm": norm,
@@ -254,7 +282,7 @@ class Trainer:
             "train/dt": seconds,
             "train/tok_per_sec": tokens / seconds,
             "train/mfu": 100 * plan.flops_per_token * tokens / seconds / (peak * plan.world_size),
-            "train/epoch": float(step.epoch),
+            "train/epoch": epoch,
             "train/data_wait": wait,
             "train/peak_memory": peak_memory_mib(self.world.device),
             "total_training_flops": plan.flops_per_token * state.tokens,
@@ -311,12 +339,27 @@ class Trainer:
             f"--set data.epochs=repeat, or with fewer steps, as in --set train.num_iterations={self.state.step}"
         )
 
-    def _diverged(self, loss: float, norm: float, lrm: float) -> TrainingDiverged:
+    def _diverged(
+        self, step: Step, before: Mapping[int, Cursor], loss: float, norm: float, lrm: float
+    ) -> TrainingDiverged:
+        """Called on all ranks. The batch, row by row and with its documents, goes to a file."""
+        done = self.state.step - 1
+        indices = self.loader.documents(before, step)
+        dtype = getattr(torch, self.plan.dtype)
+        parts = self.world.gather(describe_batch(self.model, dtype, step, self.documents, indices))
+        path = self.run_dir.path / f"diverged_step_{done:06d}.json"
+        content = {"step": done, "loss": str(loss), "grad_norm": str(norm), "lrm": lrm, "ranks": parts}
+        written = f" (see {path})"
+        if self.world.is_main:
+            try:
+                write_atomic(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+            except OSError as error:
+                written = f" ({path} can't be written: {error})"
         saved = list_checkpoints(self.run_dir.checkpoints)
         last = f"the last good checkpoint is {saved[0]}" if saved else "none was saved"
         return TrainingDiverged(
-            f"{self._skipped_in_row} steps in a row had a loss or gradient that is not finite (step "
-            f"{self.state.step - 1}, loss {loss}, gradient norm {norm}, learning-rate multiplier {lrm:.3g}); {last}. "
+            f"{self._skipped_in_row} steps in a row had a loss or gradient that is not finite (step {done}, loss "
+            f"{loss}, gradient norm {norm}, learning-rate multiplier {lrm:.3g}); {summarize(parts)}{written}; {last}. "
             f"Lower the learning rates, raise schedule.warmup_steps, or try train.dtype = float32; "
             f"see docs/troubleshooting.md"
         )

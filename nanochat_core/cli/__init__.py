@@ -13,8 +13,14 @@ from nanochat_core import __version__
 from nanochat_core.errors import NanochatError
 
 # Read when torch is imported. Threads that wait sleep after a short spin (ones that spin for long starve the data
-# thread and other runs), and large tensors get huge pages: see benchmarks/train_speed.py.
-THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000", "THP_MEM_ALLOC_ENABLE": "1"}
+# thread and other runs), and large tensors get huge pages: see benchmarks/train_speed.py. cuBLAS repeats bit for bit
+# only with a workspace of its own, which Hopper has anyway.
+ENVIRONMENT = {
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "GOMP_SPINCOUNT": "10000",
+    "THP_MEM_ALLOC_ENABLE": "1",
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+}
 
 COMMANDS = {
     "run": "train an experiment",
@@ -47,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name in arguments[:1]:  # only the command that is asked for is imported
             importlib.import_module(modules[name]).add_arguments(command)
     options = parser.parse_args(arguments)
-    for name, value in THREADS.items():
+    for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:
         code: int = importlib.import_module(modules[options.command]).main(options, arguments)

@@ -147,7 +147,8 @@ def _flash3(q_HBTC: Tensor, k_KBTC: Tensor, v_KBTC: Tensor, window: int | None) 
 
     q_BTHC, k_BTKC, v_BTKC = (x.permute(1, 2, 0, 3) for x in (q_HBTC, k_KBTC, v_KBTC))
     reach = (-1, -1) if window is None else (window, 0)
-    y = flash_attn_func(q_BTHC, k_BTKC, v_BTKC, causal=True, window_size=reach)
+    exact = torch.are_deterministic_algorithms_enabled()
+    y = flash_attn_func(q_BTHC, k_BTKC, v_BTKC, causal=True, window_size=reach, deterministic=exact)
     y_BTHC: Tensor = y[0] if isinstance(y, tuple) else y  # older ones return the log-sum-exp too
     return y_BTHC.permute(2, 0, 1, 3)
 

@@ -1,0 +1,153 @@
+"""What the guards of the training loop cost, and how long a run takes to end when it is told to.
+
+    python benchmarks/guards.py
+
+The first table compares the trainer's optimizer step with the bare one (forward, backward, gradient norm, clipping,
+update), on the same model. What it has on top are the guards - the agreement of all ranks on skipping and stopping, the
+check for numbers that are not finite, loss spikes, the watch for stalls - and the ledger. Steps take turns, in an order
+that changes; the cost is the median ratio of neighbours.
+
+The second sends SIGTERM at random moments of a step, and tells how long it takes until the process is gone: the step is
+finished, everything saved, and loggers and interpreter end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
+import torch
+
+from nanochat_core.distributed import World
+from nanochat_core.interfaces import IGNORED
+from nanochat_core.loader import Step
+from nanochat_core.prepare import prepare
+from nanochat_core.run import _Session
+from nanochat_core.trainer import Trainer
+
+EXPERIMENT = """
+[tokenizer]
+plugin = "bytes"
+[data]
+plugin = "python_docs"
+[model]
+plugin = "gpt"
+depth = {depth}
+[optimizer]
+plugin = "muon_adamw"
+[train]
+max_seq_len = 256
+device_batch_size = 8
+total_batch_size = 4096
+num_iterations = 1000000
+compile = false
+"""
+
+
+def bare_step(trainer: Trainer, step: Step) -> float:
+    """Seconds of an optimizer step without anything around it."""
+    started = time.perf_counter()
+    loss_sum, tokens = torch.zeros(()), 0
+    for index, batch in enumerate(step.batches):
+        tokens += int((batch.targets_BT != IGNORED).sum())
+        if index == len(step.batches) - 1:
+            trainer.optimizer.begin_reduce()
+        loss = trainer._loss(batch.ids_BT, batch.targets_BT)
+        loss.backward()
+        loss_sum += loss.detach()
+    _, norm = torch.stack([loss_sum, trainer.optimizer.reduce()]).div(tokens).tolist()
+    trainer.optimizer.update(min(1.0, 1 / (norm + 1e-6)) / tokens, trainer._multipliers())
+    return time.perf_counter() - started
+
+
+def guarded_step(trainer: Trainer, step: Step) -> float:
+    started = time.perf_counter()
+    trainer._train_step(step, 0.0, started, trainer.stop.signal is not None)
+    return time.perf_counter() - started
+
+
+def cost_of_guards(file: Path, runs: Path, steps: int) -> None:
+    world = World(0, 1, torch.device("cpu"))
+    found: dict[str, list[float]] = {"bare": [], "guarded": []}
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.ExitStack() as stack:
+        setup = prepare(file, [], runs, None, world)
+        assert setup is not None
+        session = _Session(setup, world)
+        session._open()
+        stack.callback(session._end, "finished")
+        trainer = session._build()
+        stack.enter_context(trainer.loader)
+        trainer.model.train()
+        for index in range(steps + 5):
+            arms = {"bare": bare_step, "guarded": guarded_step}
+            for name in sorted(arms, reverse=index % 2 == 1):
+                seconds = arms[name](trainer, next(trainer.loader))
+                if index >= 5:
+                    found[name].append(seconds)
+    pairs = zip(found["guarded"], found["bare"], strict=True)
+    ratios = sorted(guarded / bare for guarded, bare in pairs)
+    quarter = len(ratios) // 4
+    print(f"{'':10} {'ms a step':>10}")
+    for name, seconds in found.items():
+        print(f"{name:10} {1e3 * statistics.median(seconds):10.2f}")
+    middle = f"{ratios[quarter] - 1:+.2%} to {ratios[-quarter - 1] - 1:+.2%}"
+    print(f"guards and ledger cost {statistics.median(ratios) - 1:+.2%} (middle half {middle})")
+
+
+def time_to_exit(file: Path, runs: Path, nproc: int, seed: int) -> tuple[float, float]:
+    """(seconds from SIGTERM to the end of the process, median seconds of a step)."""
+    words = ["run", str(file), "--runs-dir", str(runs), "--nproc", str(nproc), "--set", f"run.name=exit{nproc}-{seed}"]
+    environment = {**os.environ, "NANOCHAT_DEVICE": "cpu"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nanochat_core", *words], env=environment, stdout=subprocess.DEVNULL
+    )
+    try:
+        ledger = runs / f"exit{nproc}-{seed}"
+        while not any(path.read_bytes().count(b"\n") > 12 for path in ledger.glob("*/metrics.jsonl")):
+            if process.poll() is not None:
+                raise SystemExit("the run ended by itself")
+            time.sleep(0.02)
+        time.sleep(random.Random(seed).random())
+        process.send_signal(signal.SIGTERM)
+        started = time.perf_counter()
+        code = process.wait(120)
+        seconds = time.perf_counter() - started
+        assert code == 75, code
+    finally:
+        process.kill()
+    (path,) = ledger.glob("*/metrics.jsonl")
+    return seconds, statistics.median(json.loads(line)["train/dt"] for line in path.read_text().splitlines())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--depth", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=200, help="pairs of steps")
+    parser.add_argument("--signals", type=int, default=5, help="runs that are told to end, for each number of ranks")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        file = Path(name, "guards.toml")
+        file.write_text(EXPERIMENT.format(depth=options.depth))
+        cost_of_guards(file, Path(name, "runs"), options.steps)
+        print(f"\n{'ranks':>5} {'SIGTERM to exit, s':>19} {'longest':>8} {'a step, s':>10}")
+        for nproc in (1, 2):
+            found = [time_to_exit(file, Path(name, "runs"), nproc, seed) for seed in range(options.signals)]
+            seconds, steps = zip(*found, strict=True)
+            print(f"{nproc:5} {statistics.median(seconds):19.2f} {max(seconds):8.2f} {statistics.median(steps):10.3f}")
+
+
+if __name__ == "__main__":
+    main()
