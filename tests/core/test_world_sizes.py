@@ -68,7 +68,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_killed(tmp_path_factory.mktemp("worlds"), STEPS, asynchronous=False)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", ["muon_adamw", pytest.param("adamw", marks=pytest.mark.slow)])
 def test_saved_on_two_ranks(file: Path, tmp_path: Path, optimizer: str) -> None:
     """It goes on with one, and with four; and what four have saved, with one again."""
     settings = (*OPTIMIZERS[optimizer], *KEEP)
