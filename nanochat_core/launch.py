@@ -69,7 +69,7 @@ def launch(arguments: Sequence[str], nproc: int) -> int:
 def _wait(workers: Sequence[subprocess.Popen[bytes]]) -> int:
     """Wait for all workers. After a failure the others get a grace period, then SIGTERM, then SIGKILL."""
     code, deadline, terminated = 0, float("inf"), False
-    while any(worker.poll() is None for worker in workers):
+    while any([worker.poll() is None for worker in workers]):  # noqa: C419, all are polled
         for worker in workers:
             if worker.returncode and not code:
                 # a worker killed by signal N has returncode -N; a shell would say 128 + N

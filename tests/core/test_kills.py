@@ -1,8 +1,12 @@
-"""Kill -9 at any moment: the same command, again and again, reaches the uninterrupted run's result."""
+"""Kill -9 and SIGTERM at any moment: the same command, again and again, reaches the uninterrupted run's result."""
 
 from __future__ import annotations
 
+import json
 import random
+import re
+import shutil
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +15,9 @@ import attrs
 import pytest
 import torch.distributed
 from killing import Launch, Place, Point, write_killed
+from support import assert_same_end
+
+from nanochat_core.checkpoint import verify
 
 pytestmark = [
     pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo"),
@@ -130,10 +137,15 @@ def test_killed_in_every_phase(tmp_path: Path, asynchronous: bool) -> None:
     assert campaign.kills >= 30
 
 
-def test_killed_a_few_times(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Place, Launch]:
+    return uninterrupted(tmp_path_factory.mktemp("short"), asynchronous=False, steps=12)
+
+
+def test_killed_a_few_times(short: tuple[Path, Place, Launch], tmp_path: Path) -> None:
     """One of each kind: files, the tokenizer, a checkpoint, the ledger, a collective, all processes."""
-    file, place, launch = uninterrupted(tmp_path, asynchronous=False, steps=12)
-    campaign = Campaign(file, tmp_path / "killed", place.run(), seed=1)
+    file, place, launch = short
+    campaign = Campaign(file, tmp_path, place.run(), seed=1)
     for point in (
         Point(0, "copy new tokenizer/merges.tiktoken"),
         Point(0, "write run/new experiment.toml", what="job"),
@@ -146,3 +158,75 @@ def test_killed_a_few_times(tmp_path: Path) -> None:
         campaign.kill(point)
     assert campaign.kills == 6
     campaign.end()
+
+
+# ------------------------------------------------------------------------------------------------------- told to stop
+
+
+def stop(place: Place, point: Point, more: tuple[str, ...] = ()) -> Launch:
+    """Start the run; the launcher gets a SIGTERM at ``point``."""
+    launch = place.launch(attrs.evolve(point, what="stop"), more=more)
+    assert launch.struck, point
+    place.assert_nothing_lost()
+    return launch
+
+
+def stop_and_see(place: Place, *points: Point, more: tuple[str, ...] = ()) -> None:
+    """At each of ``points``: it is saved, and goes on."""
+    for point in points:
+        launch = stop(place, point, more)
+        assert launch.code == 75, (point, launch.err)
+        said = re.findall("stopped by a signal after step ([0-9]+), saved; run it again with --resume", launch.out)
+        status = json.loads((place.run() / "status.json").read_text())
+        assert [status["step"]] == [int(step) for step in said]
+        assert status["status"] == "preempted"
+        assert verify(place.run() / f"checkpoints/step_{status['step']:06d}") == ""
+
+
+def test_told_to_stop_a_few_times(short: tuple[Path, Place, Launch], tmp_path: Path) -> None:
+    """While the tokenizer is trained, in a collective of a step, while saving, in an evaluation."""
+    file, whole, _ = short
+    place = Place(file, tmp_path / "stopped")
+    launch = stop(place, Point(0, "read to train the tokenizer", nth=50))
+    assert launch.code in (75, 128 + signal.SIGTERM)  # at once, before training
+    stop_and_see(
+        place,
+        Point(1, "reduce_scatter_single in a step", nth=4),
+        Point(0, "save new step/model.safetensors"),
+        Point(0, "all_reduce in an evaluation", nth=4),
+    )
+    assert place.launch().code == 0
+    place.assert_ended_like(whole.run())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["at once", "in the background"])
+def test_told_to_stop_in_every_part_of_saving_and_evaluating(tmp_path: Path, asynchronous: bool) -> None:
+    file, whole, launch = uninterrupted(tmp_path, asynchronous, steps=36)
+    place = Place(file, tmp_path / "stopped")
+    phases = [
+        (rank, phase)
+        for rank, phase in launch.counts()
+        if re.match("save |fsync|write new step|rename check|remove|barrier in saving|.* in an eval|evaluate", phase)
+        and "tokenizer" not in phase
+        and (rank, phase) not in early(launch)
+    ]
+    stop_and_see(place, *[Point(rank, phase) for rank, phase in phases if "old step" not in phase])
+    stop_and_see(place, *[Point(rank, phase) for rank, phase in phases if "old step" in phase])
+    assert place.launch().code == 0
+    place.assert_ended_like(whole.run())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_told_to_stop_while_compiling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is followed after the step that compiles."""
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")  # here, not in processes of their own
+    file = write_killed(tmp_path, steps=6, asynchronous=False)
+    compiled = ("--set", "train.compile=true")
+    place, whole = Place(file, tmp_path / "stopped"), Place(file, tmp_path / "whole")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "code"))
+    stop_and_see(place, Point(0, "compile"), more=compiled)
+    assert place.launch(more=compiled).code == 0
+    assert whole.launch(more=compiled).code == 0
+    assert_same_end(place.run(), whole.run())

@@ -96,6 +96,8 @@ if "RANK" in os.environ and "NANOCHAT_KILLER" in os.environ and sys.orig_argv[1:
     # -- files
 
     def audit(name: str, arguments: tuple[object, ...]) -> None:
+        if name == "subprocess.Popen" and str(arguments[0]).endswith("g++"):
+            event("compile")
         if name not in ("os.rename", "os.remove", "os.rmdir", "os.mkdir"):
             return
         path = os.fspath(arguments[1] if name == "os.rename" else arguments[0])  # type: ignore[call-overload]
