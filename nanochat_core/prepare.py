@@ -10,7 +10,7 @@ from pathlib import Path
 
 import attrs
 
-from nanochat_core.checkpoint import latest_checkpoint, load_state, read_model, saved_options
+from nanochat_core.checkpoint import latest_checkpoint, load_state, read_model, remove_leftovers, saved_options
 from nanochat_core.distributed import World
 from nanochat_core.errors import CheckpointError, ConfigError, Problem
 from nanochat_core.hardware import device_spec
@@ -151,6 +151,8 @@ def _find_resume(resume: str | None, name: str, runs_dir: Path, held: ExitStack)
         checkpoint = _sound_checkpoint(newest)
         if checkpoint is not None:
             return newest, checkpoint
+        newest.remove_leftovers()  # nobody goes on there
+        remove_leftovers(newest.checkpoints)
         why = f"{newest.path} has no sound checkpoint"
     if resume == "newest":
         raise CheckpointError(f"{why}: leave --resume out to start a fresh run, or name an older one")

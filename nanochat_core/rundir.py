@@ -184,15 +184,15 @@ def create_run(runs_dir: Path, name: str) -> tuple[RunDirectory, IO[str]]:
 
 
 def _remove_dead_start(run: RunDirectory) -> None:
-    """Delete a run directory that has no experiment, unless a process is about to write it."""
-    if run.experiment.exists() or run.ledger.exists() or any(run.checkpoints.glob("step_*")):
+    """Delete a run directory in which nothing was trained yet, unless a process is about to."""
+    if run.ledger.exists() or any(run.checkpoints.glob("step_*")):
         return
     try:
         run.path.rmdir()  # killed before it had a lock
     except OSError:
         with contextlib.suppress(OSError), (run.path / LOCK).open("r+") as handle:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not run.experiment.exists():
+            if not run.ledger.exists():
                 remove(run.path)
 
 

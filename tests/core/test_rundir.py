@@ -14,6 +14,7 @@ def make(runs: Path, name: str) -> RunDirectory:
     run, lock = create_run(runs, name)
     lock.close()
     run.experiment.write_text("")
+    run.ledger.touch()
     return run
 
 
@@ -69,14 +70,15 @@ def test_what_killed_starts_left_goes_and_nothing_else(tmp_path: Path) -> None:
     killed, lock = create_run(tmp_path, "x")
     lock.close()
     finished = make(tmp_path, "x")  # deletes it
-    shown, lock = create_run(tmp_path, "x")
-    shown.ledger.touch()
+    untrained, lock = create_run(tmp_path, "x")
+    untrained.experiment.write_text("")
     lock.close()
     starting, lock = create_run(tmp_path, "x")
     new, other = create_run(tmp_path, "x")
     names = {p.name for p in (tmp_path / "x").iterdir()}
     assert not killed.path.exists()
-    assert names == {"notes", finished.id, shown.id, starting.id, new.id}
+    assert not untrained.path.exists()
+    assert names == {"notes", finished.id, starting.id, new.id}
     lock.close()
     other.close()
 

@@ -147,9 +147,7 @@ if "RANK" in os.environ and "NANOCHAT_KILLER" in os.environ and sys.orig_argv[1:
     def traced_open(file, mode="r", *arguments, **options):  # type: ignore[no-untyped-def]
         if not is_ours(file) or not set(mode) & set("wax+"):
             return real_open(file, mode, *arguments, **options)
-        name = label(os.fspath(file))
-        event(f"open {name}")
-        return File(real_open(file, mode, *arguments, **options), name)
+        return File(real_open(file, mode, *arguments, **options), label(os.fspath(file)))
 
     def traced_fsync(descriptor: int) -> None:
         path = path_of(descriptor)
