@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 import signal
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -121,9 +122,11 @@ def test_killed_in_every_phase(tmp_path: Path, asynchronous: bool) -> None:
     while queue:
         chain = queue.pop(0)
         for point in chain:
+            started = time.monotonic()
             met = campaign.kill(point)
             tries[point.rank, point.phase] += 1
-            print(f"{campaign.kills} kills, {len(queue)} points left: {point}{'' if met.struck else ', not met'}")
+            how = f"{time.monotonic() - started:.0f} s{'' if met.struck else ', not met'}"
+            print(f"{campaign.kills} kills, {len(queue)} points left: {point}, {how}", flush=True)
             for key in met.counts():
                 if before is not None and key not in known and counts(key[1]):
                     known.add(key)
@@ -150,7 +153,7 @@ def test_killed_a_few_times(short: tuple[Path, Place, Launch], tmp_path: Path) -
         Point(0, "copy new tokenizer/merges.tiktoken"),
         Point(0, "write run/new experiment.toml", what="job"),
         Point(0, "save new step/optimizer.safetensors", nth=2),
-        Point(1, "all_gather_single in a step", nth=7),
+        Point(1, "all_gather in a step", nth=7),
         Point(0, "write run/metrics.jsonl", nth=6, what="job"),
         Point(0, "remove old step/manifest.json"),
     ):
@@ -191,7 +194,7 @@ def test_told_to_stop_a_few_times(short: tuple[Path, Place, Launch], tmp_path: P
     assert launch.code in (75, 128 + signal.SIGTERM)  # at once, before training
     stop_and_see(
         place,
-        Point(1, "reduce_scatter_single in a step", nth=4),
+        Point(1, "reduce_scatter in a step", nth=4),
         Point(0, "save new step/model.safetensors"),
         Point(0, "all_reduce in an evaluation", nth=4),
     )

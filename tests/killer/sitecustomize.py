@@ -208,7 +208,8 @@ if "RANK" in os.environ and "NANOCHAT_KILLER" in os.environ and sys.orig_argv[1:
         "reduce_scatter_tensor", "all_gather_single", "all_gather_into_tensor",
     ):  # fmt: skip
         if hasattr(torch.distributed, name):
-            which = functools.partial(lambda name, *_: collective(name), name)
+            kind = re.sub("_(into_tensor|tensor|single)$", "", name)  # releases of torch name them differently
+            which = functools.partial(lambda kind, *_: collective(kind), kind)
             setattr(torch.distributed, name, traced(name, getattr(torch.distributed, name), which))
     for name in ("init_process_group", "destroy_process_group"):
         setattr(torch.distributed, name, traced(name, getattr(torch.distributed, name)))
