@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -37,10 +35,9 @@ class Ledger:
         except OSError as error:
             self.problem = str(error)
 
-    def sync(self) -> int:
-        """Until what was written is on the disk. Returns the length when everything is written."""
-        with contextlib.suppress(OSError):
-            os.fsync(self._file.fileno())
+    @property
+    def bytes(self) -> int:
+        """Its length when everything is written."""
         return self._file.tell() + len(self._unwritten)
 
     def close(self) -> None:

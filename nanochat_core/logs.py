@@ -111,9 +111,8 @@ class Logs:
         except OSError as error:
             self.report(f"status.json can't be written, the run goes on: {error}")
 
-    def sync_ledger(self) -> int:
-        """Until the ledger is on the disk. Returns its length in bytes."""
-        return self._ledger.sync() if self._ledger is not None else 0
+    def ledger_bytes(self) -> int:
+        return self._ledger.bytes if self._ledger is not None else 0
 
     def finish(self, status: Status) -> None:
         """Close the ledger and tell the loggers that the run ended; each has its ``timeout`` for that."""

@@ -258,7 +258,7 @@ class _Session:
 
     def _saver(self) -> Saver:
         options, state = self.experiment.checkpoint, self.state
-        saver = Saver(self.run_dir.checkpoints, options, self.logs.report)
+        saver = Saver(self.run_dir.checkpoints, options, self.logs.report, self.run_dir.ledger)
         if self.setup.checkpoint is not None:
             saver.sound = state.step
         if self.world.is_main and options.keep_best is not None:

@@ -320,7 +320,7 @@ class Trainer:
         if self.world.is_main:
             for cursors, _ in parts:
                 state.cursors.update(cursors)
-            state.ledger_bytes = self.logs.sync_ledger()
+            state.ledger_bytes = self.logs.ledger_bytes()
             rng = {f"{rank}/{name}": t for rank, (_, states) in enumerate(parts) for name, t in states.items()}
             plugins = distributions_of(self.experiment)
             built_from = ModelRecord.of(self.experiment.model)

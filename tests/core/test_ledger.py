@@ -22,7 +22,7 @@ def write(path: Path, *records: dict[str, Any]) -> int:
     ledger = Ledger(path)
     for record in records:
         ledger.write(record["step"], {k: v for k, v in record.items() if k != "step"})
-    size = ledger.sync()
+    size = ledger.bytes
     ledger.close()
     return size
 

@@ -130,7 +130,7 @@ def test_a_terminal_that_goes_away_stops_nothing(tiny: Path, tmp_path: Path) -> 
 def resume(run: Run, plugin: str) -> None:
     """A run that is killed after step 7 and goes on from its checkpoint of step 4."""
     run.start(plugin).train(0, 1, 2, 3)
-    size = run.logs.sync_ledger()
+    size = run.logs.ledger_bytes()
     run.logs.record(4, {"evaluator": "bpb", "val/bpb": 2.0})
     run.train(4, 5, 6, 7, evaluate=(8,)).finish("failed")
     assert [r["step"] for r in rewind_ledger(run.directory / "metrics.jsonl", size, 4)] == [4]

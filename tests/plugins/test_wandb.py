@@ -187,7 +187,7 @@ def interrupted(tmp_path: Path, **options: Any) -> Run:
     """A run that is killed after step 7 and goes on from its checkpoint of step 4."""
     run = Run(tmp_path)
     run.start("wandb", timeout=60.0, system_metrics=False, **options).train(0, 1, 2, 3)
-    size = run.logs.sync_ledger()
+    size = run.logs.ledger_bytes()
     run.train(4, 5, 6, 7).finish("failed")
     rewind_ledger(run.directory / "metrics.jsonl", size, 4)
     run.start("wandb", timeout=60.0, start_step=4, system_metrics=False, **options)
