@@ -15,7 +15,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
 	@touch $@
 
-.PHONY: install quickstart test lint clean
+.PHONY: install quickstart test test-slow lint clean
 
 install: $(VENV)/.installed
 
@@ -23,7 +23,10 @@ quickstart: $(VENV)/.installed
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/nanochat run experiments/quickstart.toml
 
 test: $(VENV)/.installed-dev
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/.installed-dev
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

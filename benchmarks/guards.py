@@ -31,12 +31,16 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 import torch
 
+from nanochat_core.board import Board
 from nanochat_core.distributed import World
+from nanochat_core.failures import Failures
 from nanochat_core.interfaces import IGNORED
 from nanochat_core.loader import Step
 from nanochat_core.prepare import prepare
 from nanochat_core.run import _Session
+from nanochat_core.stopping import StopRequest
 from nanochat_core.trainer import Trainer
+from nanochat_core.watchdog import Watchdog
 
 EXPERIMENT = """
 [tokenizer]
@@ -83,9 +87,11 @@ def cost_of_guards(file: Path, runs: Path, steps: int) -> None:
     world = World(0, 1, torch.device("cpu"))
     found: dict[str, list[float]] = {"bare": [], "guarded": []}
     with contextlib.redirect_stdout(io.StringIO()), contextlib.ExitStack() as stack:
-        setup = prepare(file, [], runs, None, world)
+        setup = prepare(file, [], runs, None, world, stack)
         assert setup is not None
-        session = _Session(setup, world)
+        board = Board(None)
+        watchdog = stack.enter_context(Watchdog(0, 1, board))
+        session = _Session(setup, world, Failures(0, board), watchdog, StopRequest())
         session._open()
         stack.callback(session._end, "finished")
         trainer = session._build()

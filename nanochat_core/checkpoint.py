@@ -111,10 +111,10 @@ def save_checkpoint(directory: Path, content: CheckpointContent) -> Path:
         manifest["sha256"] = _digest(manifest)
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
         for path in (*temporary.iterdir(), temporary):
-            _sync(path)
+            sync(path)
         old = _set_aside(final) if final.exists() else None  # of a run that was rewound to before it
         temporary.rename(final)
-        _sync(directory)
+        sync(directory)
         if old is not None:
             shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
@@ -160,7 +160,8 @@ def remove_leftovers(directory: Path) -> list[str]:
     return [path.name for path in found if not path.exists()]
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Until a file's content, or a directory's list of names, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

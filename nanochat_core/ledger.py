@@ -50,8 +50,9 @@ def rewind_ledger(path: Path, keep_bytes: int, step: int) -> list[dict[str, Any]
     """Take back what a run wrote after the checkpoint of ``step``, which ends at ``keep_bytes``.
 
     Lines of steps that a resume does again are moved to ``metrics.rewound.jsonl``; evaluations of ``step`` itself stay,
-    those made after the checkpoint too. Returns their records.
+    those made after the checkpoint too. Returns their records. Killed at any moment, it can be done again.
     """
+    path.touch()  # somebody may have removed it
     with path.open("rb+") as file:
         size = file.seek(0, 2)
         if size < keep_bytes:  # a power cut took its end: go on after the last whole line
@@ -66,17 +67,29 @@ def rewind_ledger(path: Path, keep_bytes: int, step: int) -> list[dict[str, Any]
                 record = json.loads(line)
                 stays = "evaluator" in record and record["step"] == step
             except ValueError:  # cut short by a crash
-                stays = False
+                continue
             (kept if stays else rewound).append(line)
-        if rewound:
-            with path.with_name("metrics.rewound.jsonl").open("ab") as aside:
-                aside.writelines(rewound)
+        if file.tell() > keep_bytes + sum(map(len, kept)):
+            if rewound:
+                _append_new(path.with_name("metrics.rewound.jsonl"), rewound)
             file.seek(keep_bytes)
-            file.truncate()
+            file.truncate()  # killed here, the evaluations are made again
             file.writelines(kept)
         file.seek(0)
         own = [json.loads(line) for line in file if line.startswith(b'{"step": %d,' % step)]  # as write() begins it
     return [record for record in own if "evaluator" in record]
+
+
+def _append_new(path: Path, lines: list[bytes]) -> None:
+    """Append ``lines``, but those that a process appended before it was killed."""
+    with path.open("ab+") as file:
+        file.seek(0)
+        there = file.read()
+        whole = there[: there.rfind(b"\n") + 1]
+        last = whole.splitlines(keepends=True)[-1:]  # no two lines have the same time
+        known = lines.index(last[0]) + 1 if last and last[0] in lines else 0
+        file.truncate(len(whole))
+        file.writelines(lines[known:])
 
 
 def read_ledger(path: Path) -> Iterator[dict[str, Any]]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import attrs
 
-from nanochat_core.checkpoint import latest_checkpoint, load_state, read_model, saved_options
+from nanochat_core.checkpoint import latest_checkpoint, load_state, read_model, remove_leftovers, saved_options
 from nanochat_core.distributed import World
 from nanochat_core.errors import CheckpointError, ConfigError, Problem
 from nanochat_core.hardware import device_spec
@@ -49,9 +50,13 @@ def prepare(
     runs_dir: Path,
     resume: str | None,
     world: World,
+    held: ExitStack,
     allow_other_data: bool = False,
 ) -> Setup | None:
     """Load and plan, print the plan, choose the run directory. None when there is nothing left to do.
+
+    Args:
+        held: keeps the run directory's lock, from before its checkpoints are looked at.
 
     Raises:
         NanochatError: when the user has to mend something.
@@ -60,7 +65,7 @@ def prepare(
     for failure in plugins.failures:
         print(failure, file=sys.stderr)
     loaded = load(file, overrides, plugins).require_all()
-    found = _find_resume(resume, loaded.experiment.run.name, runs_dir)
+    found = _find_resume(resume, loaded.experiment.run.name, runs_dir, held)
     old = None
     if found is not None:
         _check_version(found[1], plugins)
@@ -83,7 +88,9 @@ def prepare(
         if experiment.train.init_from is not None:
             weights = newest_checkpoint(find_run(experiment.train.init_from, runs_dir))
             _compare_options(weights, planned)
-        return Setup(planned, create_run(runs_dir, experiment.run.name), None, weights, plugins.versions(), observers)
+        run_dir, lock = create_run(runs_dir, experiment.run.name)
+        held.enter_context(lock)
+        return Setup(planned, run_dir, None, weights, plugins.versions(), observers)
     run_dir, checkpoint = found
     _check_changes(old, planned, run_dir, allow_other_data)
     step = load_state(checkpoint).step
@@ -130,18 +137,22 @@ def _sound_checkpoint(run: RunDirectory) -> Path | None:
     return checkpoint
 
 
-def _find_resume(resume: str | None, name: str, runs_dir: Path) -> tuple[RunDirectory, Path] | None:
-    """The run and checkpoint that ``--resume`` means."""
+def _find_resume(resume: str | None, name: str, runs_dir: Path, held: ExitStack) -> tuple[RunDirectory, Path] | None:
+    """The run and checkpoint that ``--resume`` means. The run is locked first: who trains it makes others."""
     if resume is None:
         return None
     if resume not in ("auto", "newest"):
         run = find_run(resume, runs_dir)
+        held.enter_context(run.lock())
         return run, newest_checkpoint(run)
     why = f"there is no run of {name!r} under {runs_dir}"
     for newest in all_runs(runs_dir, name)[:1]:
+        held.enter_context(newest.lock())
         checkpoint = _sound_checkpoint(newest)
         if checkpoint is not None:
             return newest, checkpoint
+        newest.remove_leftovers()  # nobody goes on there
+        remove_leftovers(newest.checkpoints)
         why = f"{newest.path} has no sound checkpoint"
     if resume == "newest":
         raise CheckpointError(f"{why}: leave --resume out to start a fresh run, or name an older one")

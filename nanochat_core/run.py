@@ -9,7 +9,7 @@ import shutil
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import attrs
 import torch
@@ -84,13 +84,16 @@ def run_experiment(
     failures = Failures(world.rank, board)
     with Watchdog(world.rank, world.size, board) as watchdog:
         try:
-            with stop.interruptible():
-                setup = world.on_main(lambda: prepare(file, overrides, runs_dir, resume, world, allow_other_data))
-                if setup is None:
-                    return 0
-                planned = settle_batch_size(setup.planned, world)
-            with determinism(planned.experiment.train.deterministic):
-                return _Session(attrs.evolve(setup, planned=planned), world, failures, watchdog, stop).run()
+            with contextlib.ExitStack() as held:
+                with stop.interruptible():
+                    setup = world.on_main(
+                        lambda: prepare(file, overrides, runs_dir, resume, world, held, allow_other_data)
+                    )
+                    if setup is None:
+                        return 0
+                    planned = settle_batch_size(setup.planned, world)
+                with determinism(planned.experiment.train.deterministic):
+                    return _Session(attrs.evolve(setup, planned=planned), world, failures, watchdog, stop).run()
         except OtherRankFailed as failure:
             return failure.exit_code
         except Stopped:
@@ -115,7 +118,6 @@ class _Session:
         self.failures, self.watchdog, self.stop = failures, watchdog, stop
         self.logs = Logs(self.run_dir)
         self.state = TrainState()
-        self._lock: IO[str] | None = None
 
     def run(self) -> int:
         """Build everything, train, and close everything. Returns the exit code."""
@@ -171,24 +173,22 @@ class _Session:
         return error
 
     def _open(self) -> None:
-        self._lock = self.run_dir.lock()
         self.logs.open()
-        for name in remove_leftovers(self.run_dir.checkpoints):
+        for name in (*self.run_dir.remove_leftovers(), *remove_leftovers(self.run_dir.checkpoints)):
             self.logs.note(f"removed {name}, which a process left that was killed")
         self.logs.note(format_plan(self.planned))
 
     def _end(self, status: Status) -> None:
-        if self._lock is None:
-            return  # not rank 0
+        if not self.world.is_main:
+            return
         if self.logs.has_ledger:
             self.logs.status(status, self.state.step, self.plan.num_iterations)
             self.logs.finish(status)  # waits for loggers, so that it comes after what others want to know
             if status == "finished":
                 self._say_goodbye()
         self.logs.close()
-        if not self.run_dir.ledger.exists():
+        if self.setup.checkpoint is None and not self.run_dir.ledger.exists():
             _remove(self.run_dir)  # it failed before it had anything to show
-        self._lock.close()
 
     # -- building
 
@@ -325,7 +325,7 @@ class _Session:
 
     def _saver(self) -> Saver:
         options, state = self.experiment.checkpoint, self.state
-        saver = Saver(self.run_dir.checkpoints, options, self.logs.report)
+        saver = Saver(self.run_dir.checkpoints, options, self.logs.report, self.run_dir.ledger)
         if self.setup.checkpoint is not None:
             saver.sound = state.step
         if self.world.is_main and options.keep_best is not None:

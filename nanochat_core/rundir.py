@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import fcntl
 import json
 import os
+import shutil
+import socket
 import time
 from pathlib import Path
 from typing import IO, Any
@@ -15,6 +18,7 @@ import attrs
 from nanochat_core.errors import CheckpointError, ConfigError, Problem, did_you_mean
 
 ID_FORMAT = "%Y%m%d-%H%M%S-%f"
+LOCK = "lock"
 
 
 @attrs.frozen
@@ -52,6 +56,10 @@ class RunDirectory:
         return self.path / "checkpoints"
 
     @property
+    def status(self) -> Path:
+        return self.path / "status.json"
+
+    @property
     def log(self) -> Path:
         return self.path / "log.txt"
 
@@ -61,7 +69,7 @@ class RunDirectory:
     def read_status(self) -> dict[str, Any]:
         """``status`` (running, finished, failed, preempted, killed), ``step``, ``num_iterations``; or nothing."""
         try:
-            status: dict[str, Any] = json.loads((self.path / "status.json").read_text())
+            status: dict[str, Any] = json.loads(self.status.read_text())
         except (OSError, ValueError):
             return {}
         if status.get("status") == "running" and not self.is_locked():
@@ -70,7 +78,7 @@ class RunDirectory:
 
     def write_status(self, status: str, step: int, num_iterations: int) -> None:
         content = {"status": status, "step": step, "num_iterations": num_iterations, "time": time.time()}
-        write_atomic(self.path / "status.json", json.dumps(content) + "\n")
+        write_atomic(self.status, json.dumps(content) + "\n")
 
     def lock(self) -> IO[str]:
         """Keep the returned file open as long as this process trains here.
@@ -79,24 +87,46 @@ class RunDirectory:
             CheckpointError: when another process does, or the directory can't be written.
         """
         try:
-            handle = (self.path / "lock").open("w")
+            return self._take_lock()
+        except BlockingIOError:
+            who = (self.path / LOCK).read_text(encoding="utf-8").strip()
+            raise CheckpointError(
+                f"{self.path}: another process is training this run{f' ({who})' if who else ''}; wait for it or stop it"
+            ) from None
         except OSError as error:
             raise CheckpointError(
                 f"{self.path} can't be written ({error.strerror}): make it writable, or copy it to where it is and "
                 f"name that with --runs-dir"
             ) from error
+
+    def _take_lock(self) -> IO[str]:
+        """The lock file, which says who holds it. BlockingIOError when somebody else does, FileNotFoundError when the
+        directory has been removed meanwhile."""
+        handle = (self.path / LOCK).open("a", encoding="utf-8")
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.fstat(handle.fileno()).st_nlink:
+                raise FileNotFoundError
+            handle.truncate(0)
+            handle.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            handle.flush()
         except OSError:
             handle.close()
-            raise CheckpointError(
-                f"{self.path}: another process is training this run; wait for it or stop it"
-            ) from None
+            raise
         return handle
+
+    def remove_leftovers(self) -> list[str]:
+        """Delete what processes left that were killed while they wrote the run's files; see ``write_atomic``. Returns
+        the names. Call under the lock."""
+        names = (self.experiment, self.provenance, self.tokenizer, self.status)
+        found = sorted(path for name in names for path in self.path.glob(f".{name.name}.*"))
+        for path in found:
+            remove(path)
+        return [path.name for path in found if not path.exists()]
 
     def is_locked(self) -> bool:
         try:
-            with (self.path / "lock").open("r") as handle:
+            with (self.path / LOCK).open("r") as handle:
                 fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except FileNotFoundError:
             return False
@@ -111,10 +141,13 @@ def rank_log_name(rank: int) -> str:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write a small file so that a reader sees the old or the new one, never half of it."""
+    """Write a small file so that a reader sees the old or the new one, never half of it, after a power cut too."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(path)
     except OSError:
         temporary.unlink(missing_ok=True)
@@ -128,15 +161,16 @@ def _stamp(id: str) -> datetime.datetime | None:
         return None
 
 
-def create_run(runs_dir: Path, name: str) -> RunDirectory:
-    """A new directory of its own under ``runs_dir/name``.
+def create_run(runs_dir: Path, name: str) -> tuple[RunDirectory, IO[str]]:
+    """A new directory of its own under ``runs_dir/name``, and its lock; see ``RunDirectory.lock``. What starts left
+    that were killed before they had anything to show is deleted.
 
     Raises:
         ConfigError: when it can't be written.
     """
     try:
-        (runs_dir / name).mkdir(parents=True, exist_ok=True)
         while True:
+            (runs_dir / name).mkdir(parents=True, exist_ok=True)
             # Microseconds: ids sort by age, and of two processes that pick the same one the second fails to make it.
             now = datetime.datetime.now()
             stamps = [stamp for p in (runs_dir / name).iterdir() if (stamp := _stamp(p.name)) is not None]
@@ -145,13 +179,37 @@ def create_run(runs_dir: Path, name: str) -> RunDirectory:
             run = RunDirectory(runs_dir / name / now.strftime(ID_FORMAT))
             try:
                 run.path.mkdir()
-            except FileExistsError:
+                lock = run._take_lock()
+            except (FileExistsError, FileNotFoundError, BlockingIOError):  # another start makes or deletes it
                 continue
             run.checkpoints.mkdir()
-            return run
+            for stamp in stamps:
+                _remove_dead_start(RunDirectory(runs_dir / name / stamp.strftime(ID_FORMAT)))
+            return run, lock
     except OSError as error:
         message = f"can't write run directories under {runs_dir} ({error.strerror}): give another with --runs-dir DIR"
         raise ConfigError([Problem("--runs-dir", message)]) from error
+
+
+def _remove_dead_start(run: RunDirectory) -> None:
+    """Delete a run directory in which nothing was trained yet, unless a process is about to."""
+    if run.ledger.exists() or any(run.checkpoints.glob("step_*")):
+        return
+    try:
+        run.path.rmdir()  # killed before it had a lock
+    except OSError:
+        with contextlib.suppress(OSError), (run.path / LOCK).open("r+") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not run.ledger.exists():
+                remove(run.path)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a directory, as far as that is possible."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def all_runs(runs_dir: Path, name: str | None = None) -> list[RunDirectory]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -12,7 +13,7 @@ from typing import Any
 import attrs
 from torch import Tensor
 
-from nanochat_core.checkpoint import CheckpointContent, list_checkpoints, remove_checkpoint, save_checkpoint
+from nanochat_core.checkpoint import CheckpointContent, list_checkpoints, remove_checkpoint, save_checkpoint, sync
 from nanochat_core.errors import CheckpointError
 from nanochat_core.schema import Checkpoint
 
@@ -50,6 +51,7 @@ class Saver:
         directory: of the checkpoints.
         options: ``[checkpoint]``.
         report: tells people a line; called in the thread that writes, where there is one.
+        ledger: what a checkpoint goes with: on the disk before it.
         sound: step of the newest checkpoint that is known to be sound; it is never deleted.
         scores: ``options.best_metric`` by step, of evaluations so far.
     """
@@ -57,6 +59,7 @@ class Saver:
     directory: Path
     options: Checkpoint
     report: Callable[[str], None]
+    ledger: Path | None = None
     sound: int | None = None
     scores: dict[int, float] = attrs.field(factory=dict)
     _thread: ThreadPoolExecutor | None = attrs.field(default=None, init=False)  # does one thing after the other
@@ -103,6 +106,9 @@ class Saver:
         self._tasks.append(self._thread.submit(work, *arguments))
 
     def _save(self, content: CheckpointContent) -> None:
+        if self.ledger is not None:
+            with contextlib.suppress(OSError):
+                sync(self.ledger)
         try:
             path = save_checkpoint(self.directory, content)
         except CheckpointError as error:

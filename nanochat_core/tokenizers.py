@@ -17,10 +17,11 @@ from typing import Any
 
 import attrs
 
+from nanochat_core.checkpoint import sync
 from nanochat_core.errors import CheckpointError, PluginError
 from nanochat_core.interfaces import DataSource, Tokenizer, TokenizerContext
 from nanochat_core.paths import cache_dir
-from nanochat_core.rundir import write_atomic
+from nanochat_core.rundir import remove, write_atomic
 from nanochat_core.schema import Choice, to_plain
 
 FORMAT = 1  # of what stands in the cache; another number makes every tokenizer anew
@@ -43,6 +44,8 @@ class MadeTokenizer:
         """Copy its files to ``directory``, which appears whole."""
         partial = directory.with_name(f".{directory.name}.{secrets.token_hex(4)}")
         shutil.copytree(self.directory, partial)
+        for path in partial.rglob("*"):
+            sync(path)  # without it no checkpoint is of use
         partial.rename(directory)
 
 
@@ -64,10 +67,11 @@ def make_tokenizer(choice: Choice, source: DataSource, report: Callable[[str], N
         found = _find(choice, directory, report)  # another process may have made it meanwhile
         if found is not None:
             return MadeTokenizer(found, directory, 0.0)
+        for leftover in (*directory.parent.glob(f"{key}.*/"), *directory.parent.glob(f".{key}.*")):
+            remove(leftover)  # of a process that was killed
         report("building the tokenizer")
         start = time.perf_counter()
-        _train(choice, source, directory)
-        write_atomic(directory.with_suffix(".json"), json.dumps(parts, indent=1) + "\n")
+        _train(choice, source, directory, parts)
         return MadeTokenizer(load_tokenizer(choice, directory), directory, time.perf_counter() - start)
 
 
@@ -114,7 +118,7 @@ def _find(choice: Choice, directory: Path, report: Callable[[str], None]) -> Tok
         return None
 
 
-def _train(choice: Choice, source: DataSource, directory: Path) -> None:
+def _train(choice: Choice, source: DataSource, directory: Path, parts: dict[str, Any]) -> None:
     def documents() -> Iterable[str]:
         train = source.documents("train")
         for start in range(0, len(train), READ_AT_ONCE):
@@ -125,6 +129,7 @@ def _train(choice: Choice, source: DataSource, directory: Path) -> None:
     partial.mkdir()
     try:
         tokenizer.save(partial)
+        write_atomic(directory.with_suffix(".json"), json.dumps(parts, indent=1) + "\n")
         partial.rename(directory)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

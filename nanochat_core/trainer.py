@@ -173,13 +173,17 @@ class Trainer:
                 self.optimizer.begin_reduce()
             loss_sum += self._forward_backward(batch, loss_scale)
         norm_of_sums = self.optimizer.reduce()
-        ends, lost = (step.is_last, step.cropped + step.dropped) if step is not None else (False, 0)
-        counts = torch.tensor([tokens, stop, step is None, ends, lost], dtype=self._sum_dtype, device=loss_sum.device)
+        ends, lost, epoch = (step.is_last, step.cropped + step.dropped, step.epoch) if step is not None else (0, 0, 0)
+        counts = torch.tensor(
+            [tokens, stop, step is None, ends, lost, epoch / self.world.size],
+            dtype=self._sum_dtype,
+            device=loss_sum.device,
+        )
         sums = torch.cat([loss_sum.to(self._sum_dtype).reshape(1), counts])
         self.world.all_reduce(sums)
         # the one synchronisation of device and host in a step
         everything = torch.cat([sums, norm_of_sums.to(sums.dtype).reshape(1)]).tolist()
-        total_loss, total_tokens, stops, without, ends, lost, norm = everything
+        total_loss, total_tokens, stops, without, ends, lost, epoch, norm = everything
         if without or step is None:
             self.optimizer.discard()
             return None
@@ -197,7 +201,9 @@ class Trainer:
             state.adapt_loss_scale(finite)
         self._data_ended = ends > 0
         before = {lane: Cursor(*cursor) for lane, cursor in state.cursors.items()}
-        self._finish_step(step, loss_mean, norm, int(total_tokens), lost, finite, multipliers.lr, data_wait, started)
+        self._finish_step(
+            step, loss_mean, norm, int(total_tokens), lost, epoch, finite, multipliers.lr, data_wait, started
+        )
         if self._skipped_in_row > train.max_skipped_steps:
             self._finish_saving()
             raise self.world.agreed(self._diverged(step, before, loss_mean, norm, multipliers.lr))
@@ -250,6 +256,7 @@ class Trainer:
         norm: float,
         tokens: int,
         lost: float,
+        epoch: float,
         finite: bool,
         lrm: float,
         wait: float,
@@ -261,7 +268,7 @@ class Trainer:
         done = state.step
         state.step += 1
         state.tokens += tokens
-        state.cursors.update(step.cursors)
+        state.cursors = dict(step.cursors)  # of this rank; after a resume it had all, and others go on with theirs
         self._steps_here += 1
         if self._steps_here > UNTIMED_STEPS:
             state.training_time += seconds
@@ -286,7 +293,7 @@ class Trainer:
             "train/dt": seconds,
             "train/tok_per_sec": tokens / seconds,
             "train/mfu": 100 * plan.flops_per_token * tokens / seconds / (peak * plan.world_size),
-            "train/epoch": float(step.epoch),
+            "train/epoch": epoch,
             "train/data_wait": wait,
             "train/peak_memory": peak_memory_mib(self.world.device),
             "total_training_flops": plan.flops_per_token * state.tokens,

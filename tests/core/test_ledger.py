@@ -124,3 +124,19 @@ def test_a_ledger_that_lost_its_end_in_a_power_cut_goes_on_at_a_whole_line(path:
     assert rewind_ledger(path, size, 2) == []
     write(path, loss(2))
     assert kinds(path) == [(0, "train"), (2, "train")]
+
+
+@pytest.mark.parametrize("lost", [0, 10, 100, 150])
+def test_rewinding_that_was_killed_is_done_again(path: Path, lost: int) -> None:
+    """After lines were put aside, all or some, the last one torn, and before they were taken out of the ledger."""
+    size = write(path, loss(0))
+    write(path, loss(1))
+    rewind_ledger(path, size, 1)
+    write(path, loss(1), evaluation(1), loss(2), loss(3))
+    ledger, aside = path.read_bytes(), path.with_name("metrics.rewound.jsonl")
+    rewind_ledger(path, size, 1)
+    expected = path.read_bytes(), aside.read_bytes()
+    path.write_bytes(ledger)
+    aside.write_bytes(expected[1][: len(expected[1]) - lost])
+    assert [r["step"] for r in rewind_ledger(path, size, 1)] == [1]
+    assert (path.read_bytes(), aside.read_bytes()) == expected

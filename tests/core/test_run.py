@@ -21,6 +21,7 @@ from support import Site, Trained, call, ledger, losses, metrics, only_run, writ
 from nanochat_core.checkpoint import load_state
 from nanochat_core.load import load
 from nanochat_core.plugins import load_plugins
+from nanochat_core.rundir import RunDirectory
 
 METRICS = {
     "train/loss", "train/lrm", "train/dt", "train/tok_per_sec", "train/mfu", "train/grad_norm", "train/epoch",
@@ -428,8 +429,26 @@ def test_somebody_else_is_training_it(copy: Trained) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         result = resume(copy)
     assert result.code == 2
-    assert "another process is training this run" in result.err
+    assert "another process is training this run; wait" in result.err
+    with RunDirectory(copy.path).lock():
+        for what in ("newest", "auto", copy.path):
+            result = resume(copy, what=str(what))
+            assert result.code == 2
+            assert f"another process is training this run (process {os.getpid()} on " in result.err
     assert resume(copy).code == 0
+
+
+def test_a_failed_resume_keeps_the_checkpoints_of_a_run_without_a_ledger(
+    copy: Trained, trained: Trained, tmp_path: Path
+) -> None:
+    forget(copy.path, after=8)
+    (copy.path / "metrics.jsonl").unlink()
+    (tmp_path / "other").mkdir()
+    refused = resume(copy, "--set", f"data.path={write_shards(tmp_path / 'other', train=40)}")
+    assert "the train data are not those it was trained with" in refused.err
+    result = resume(copy)
+    assert result.code == 0, result.err
+    assert losses(copy.path) == {step: loss for step, loss in losses(trained.path).items() if step >= 8}
 
 
 # --------------------------------------------------------------------------------------------------------- init_from

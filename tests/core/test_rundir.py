@@ -11,8 +11,10 @@ from nanochat_core.rundir import RunDirectory, all_runs, create_run, find_run, w
 
 
 def make(runs: Path, name: str) -> RunDirectory:
-    run = create_run(runs, name)
+    run, lock = create_run(runs, name)
+    lock.close()
     run.experiment.write_text("")
+    run.ledger.touch()
     return run
 
 
@@ -26,8 +28,8 @@ def test_ids_sort_by_age_although_the_clock_goes_backwards(tmp_path: Path) -> No
     future = tmp_path / "a" / "29991231-235959-999998"
     future.mkdir(parents=True)
     (tmp_path / "a" / "zzz").mkdir()  # somebody's own
-    assert create_run(tmp_path, "a").id == "29991231-235959-999999"
-    assert create_run(tmp_path, "a").id == "30000101-000000-000000"
+    assert create_run(tmp_path, "a")[0].id == "29991231-235959-999999"
+    assert create_run(tmp_path, "a")[0].id == "30000101-000000-000000"
 
 
 def test_what_a_reference_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,6 +62,35 @@ def test_directories_without_an_experiment_are_no_runs(tmp_path: Path) -> None:
     create_run(tmp_path, "x")
     assert all_runs(tmp_path) == []
     assert all_runs(tmp_path / "nowhere") == []
+
+
+def test_what_killed_starts_left_goes_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "x" / "20200101-000000-000000").mkdir(parents=True)  # killed before it had a lock
+    (tmp_path / "x" / "notes").mkdir()
+    killed, lock = create_run(tmp_path, "x")
+    lock.close()
+    finished = make(tmp_path, "x")  # deletes it
+    untrained, lock = create_run(tmp_path, "x")
+    untrained.experiment.write_text("")
+    lock.close()
+    starting, lock = create_run(tmp_path, "x")
+    new, other = create_run(tmp_path, "x")
+    names = {p.name for p in (tmp_path / "x").iterdir()}
+    assert not killed.path.exists()
+    assert not untrained.path.exists()
+    assert names == {"notes", finished.id, starting.id, new.id}
+    lock.close()
+    other.close()
+
+
+def test_leftovers_of_writes_go(tmp_path: Path) -> None:
+    run = make(tmp_path, "x")
+    run.write_status("running", 3, 10)
+    for name in (".status.json.12", ".experiment.toml.3", ".tokenizer.ab12", ".somebodys"):
+        (run.path / name).touch()
+    assert run.remove_leftovers() == [".experiment.toml.3", ".status.json.12", ".tokenizer.ab12"]
+    assert {p.name for p in run.path.glob(".*")} == {".somebodys"}
+    assert run.read_status()["step"] == 3
 
 
 def test_an_unwritable_place_is_a_message(tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support import Result, Site, call, losses, metrics, only_run
+from support import Result, Site, Trained, assert_same_end, call, losses, metrics, only_run
 
+from nanochat_core.checkpoint import verify
 from nanochat_core.plugins import load_plugins
 
 # A release of a model: {gain} and {head} are the names of an option and a parameter, {default} the option's default.
@@ -128,6 +129,33 @@ def test_a_checkpoint_of_the_first_format_takes_the_options_of_its_run(made: Mad
     result = made.sample()
     assert result.code == 2
     assert f"needs [model] of its run's {made.path / 'experiment.toml'}" in result.err
+
+
+def test_a_checkpoint_of_the_second_format_goes_on_to_the_same_end(trained: Trained, tmp_path: Path) -> None:
+    """Its manifest had no checksum of its own, its state knew less."""
+    shutil.copytree(trained.runs, tmp_path / "runs")
+    path = only_run(tmp_path / "runs")
+    shutil.rmtree(path / "checkpoints/step_000012")
+    checkpoint = path / "checkpoints/step_000008"
+    later = {"loss_spread", "loss_scale", "scaled_steps", "comparable_from", "fingerprints"}
+    state = {k: v for k, v in json.loads((checkpoint / "state.json").read_text()).items() if k not in later}
+    content = json.dumps(state).encode()
+    (checkpoint / "state.json").write_bytes(content)
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    del manifest["sha256"]
+    manifest["version"] = 2
+    manifest["files"]["state.json"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    assert verify(checkpoint) == ""
+    result = call("run", trained.file, "--runs-dir", tmp_path / "runs", "--resume")
+    assert result.code == 0, result.err
+    assert "from step_000008" in result.out
+    assert_same_end(path, trained.path)
+    assert json.loads((path / "checkpoints/step_000012/manifest.json").read_text())["version"] == 3
+
+    model = checkpoint / "model.safetensors"  # damage is still found
+    model.write_bytes(model.read_bytes()[:-1] + b"x")
+    assert "model.safetensors is damaged" in verify(checkpoint)
 
 
 @pytest.mark.parametrize(
