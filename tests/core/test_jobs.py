@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch.distributed
 from processes import Process
-from support import ROOT, Site, assert_same_end, ledger, only_run, spawn
+from support import ROOT, Site, assert_same_end, ledger, only_run, spawn, write_experiment
 
 from nanochat_core.checkpoint import verify
 
@@ -42,6 +42,18 @@ def long(tiny: Path) -> Path:
     """``tiny`` without an end."""
     tiny.write_text(tiny.read_text().replace("num_iterations = 12", "num_iterations = 100000"))
     return tiny
+
+
+@pytest.fixture(scope="module")
+def whole(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """An experiment, and its run on two ranks by our launcher, which nothing happened to."""
+    directory = tmp_path_factory.mktemp("whole")
+    file = write_experiment(directory / "tiny.toml", shards)
+    text = file.read_text().replace("num_iterations = 12", "num_iterations = 100")
+    file.write_text(text.replace("every = 4", "every = 50"))
+    done = spawn("run", file, "--runs-dir", directory / "runs", "--nproc", 2, env={"OMP_NUM_THREADS": "1"})
+    assert done.code == 0, done.err
+    return file, only_run(directory / "runs")
 
 
 def has_trained(runs: Path, steps: int = 3) -> Callable[[], bool]:
@@ -123,16 +135,17 @@ def nanochat_register_evaluators(registry):
 """
 
 
-def test_torchrun_on_two_nodes(site: Site, tiny: Path, tmp_path: Path) -> None:
+def test_torchrun_on_two_nodes(site: Site, whole: tuple[Path, Path], tmp_path: Path) -> None:
     """Both on this machine. First a rank raises; then it trains, to what our launcher gives."""
     site.add("made-up", RAISES)
+    file, run = whole
     runs = tmp_path / "runs"
 
     def on_both(*words: object) -> list[tuple[int, str, str]]:
         endpoint = f"127.0.0.1:{free_port()}"
         command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", 2, "--nproc-per-node", 1]
         command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-id", "test"]
-        command += ["--local-addr", "127.0.0.1", "-m", "nanochat_core", "run", tiny, "--runs-dir", runs, *words]
+        command += ["--local-addr", "127.0.0.1", "-m", "nanochat_core", "run", file, "--runs-dir", runs, *words]
         with Process(command, site.directory) as first, Process(command, site.directory) as second:
             return [first.end(), second.end()]
 
@@ -144,11 +157,9 @@ def test_torchrun_on_two_nodes(site: Site, tiny: Path, tmp_path: Path) -> None:
 
     trained = on_both("--resume", "auto")
     assert [code for code, _, _ in trained] == [0, 0], trained
-    assert "".join(out for _, out, _ in trained).count("step 00007/00012") == 1
+    assert "".join(out for _, out, _ in trained).count("step 00007/00100") == 1
     assert (only_run(runs) / "logs/rank_001.txt").exists()
-    ours = spawn("run", tiny, "--runs-dir", tmp_path / "ours", "--nproc", 2)
-    assert ours.code == 0, ours.err
-    assert_same_end(only_run(runs), only_run(tmp_path / "ours"))
+    assert_same_end(only_run(runs), run)
 
 
 # What the script asks of Slurm. Tasks are started like Slurm's: their own environment, signalled by the system.
@@ -171,9 +182,8 @@ if [[ "$1" == show ]]; then echo 127.0.0.1; echo other; else echo "$@" >> requeu
 """
 
 
-def test_a_slurm_job_goes_back_into_the_queue_and_on(tiny: Path, tmp_path: Path) -> None:
-    text = tiny.read_text().replace("num_iterations = 12", "num_iterations = 100").replace("every = 4", "every = 100")
-    tiny.write_text(text)
+def test_a_slurm_job_goes_back_into_the_queue_and_on(whole: tuple[Path, Path], tmp_path: Path) -> None:
+    file, run = whole
     (tmp_path / "bin").mkdir()
     nanochat = f'#!/bin/sh\nexec "{sys.executable}" -m nanochat_core "$@"\n'
     for name, content in (("srun", SRUN), ("scontrol", SCONTROL), ("nanochat", nanochat)):
@@ -184,7 +194,7 @@ def test_a_slurm_job_goes_back_into_the_queue_and_on(tiny: Path, tmp_path: Path)
         "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}",
         "SLURM_JOB_ID": str(20000 * 3 + free_port() % 20000), "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NTASKS": "2",
     }  # fmt: skip
-    script = ["env", "-C", tmp_path, "bash", ROOT / "experiments/slurm/run.sbatch", tiny]
+    script = ["env", "-C", tmp_path, "bash", ROOT / "experiments/slurm/run.sbatch", file]
     runs = tmp_path / "runs"
     with Process(script, env=environment) as job:
         job.wait_for(has_trained(runs))
@@ -199,6 +209,4 @@ def test_a_slurm_job_goes_back_into_the_queue_and_on(tiny: Path, tmp_path: Path)
         code, _, err = job.end()
     assert code == 0, err
     assert (tmp_path / "requeued").read_text().count("\n") == 1
-    whole = spawn("run", tiny, "--runs-dir", tmp_path / "whole", "--nproc", 2, env={"OMP_NUM_THREADS": "1"})
-    assert whole.code == 0, whole.err
-    assert_same_end(only_run(runs), only_run(tmp_path / "whole"))
+    assert_same_end(only_run(runs), run)

@@ -195,6 +195,18 @@ def test_what_a_rank_raises_is_shown_once_and_ends_the_others(
         assert json.loads((job.path / "status.json").read_text())["status"] == "failed"
 
 
+def test_a_signal_before_training_stops_all_ranks(job: Job) -> None:
+    job.file.write_text("1 building stall")
+    with job.start() as process:
+        process.wait_for(lambda: bool(list(job.runs.glob("*/*/provenance.json"))))  # rank 1 builds, rank 0 waits for it
+        process.process.send_signal(signal.SIGTERM)
+        code, _, err = process.end(timeout=60)
+    assert code == 75, err
+    assert "Traceback" not in err
+    assert "stopped by a signal before training began" in err
+    assert not job.runs.exists()
+
+
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the workers in /proc")
 def test_a_rank_that_is_killed_takes_the_others_down(job: Job) -> None:
     with job.start("--set", "train.num_iterations=100000", "--set", "schedule.warmdown_ratio=0") as process:
