@@ -37,8 +37,8 @@ class _Alive(TorchDispatchMode):
         return result
 
     def _made(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """The result of an operation that only makes a new tensor: for the same arguments it is like last time's but for
-        its contents, which are not there. Layers are alike, and torch takes long to find each shape."""
+        """The result of an operation that only makes a new tensor: for the same arguments the same as last time, as it
+        has no contents. Layers are alike, and torch takes long to find each shape."""
         try:
             key = (func, _facts(args), tuple((name, _facts(value)) for name, value in kwargs.items()))
             like = self._results.get(key)
