@@ -271,6 +271,8 @@ def _follow(follower: Follower, ended: _Ended) -> bool:
             pause = POLL_SECONDS
         except Exception:
             pause = min(max(1.0, 2 * pause), LONGEST_PAUSE)
+    if follower.job.context.live:
+        _give_way(False)
     try:
         follower.finish(ended.status)
     except Exception:
@@ -321,25 +323,29 @@ def main() -> int:
     return 0 if _follow(follower, ended) else INCOMPLETE
 
 
-def _give_way() -> None:
-    """From now on take what training leaves: all threads, and what they started; threads to come inherit it.
+def _give_way(yes: bool = True) -> None:
+    """While training runs, take what it leaves: all threads, and what they started; threads to come inherit it. At the
+    end be ordinary programs again, as far as the system allows: they may share the machine with other work.
 
     Under ``SCHED_IDLE`` a thread of training that wakes up gets its core back at once. With a niceness alone it waits
     for the end of a slice, some milliseconds, and with it all threads that it works with. It counts within a session
     ("autogroup"), so this process stays in that of training; a child that leads a session of its own is given the
     niceness of one.
     """
-    os.nice(9)
+    niceness = 19 if yes else 10
     session = os.getsid(0)
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, 0, niceness)
     for pid in family(os.getpid()):
         for thread in Path(f"/proc/{pid}/task").glob("*"):
-            with contextlib.suppress(OSError):  # it has ended
-                os.setpriority(os.PRIO_PROCESS, int(thread.name), 19)
+            with contextlib.suppress(OSError):  # it has ended, or may not go back
                 if sys.platform == "linux":
-                    os.sched_setscheduler(int(thread.name), os.SCHED_IDLE, os.sched_param(0))
+                    policy = os.SCHED_IDLE if yes else os.SCHED_OTHER
+                    os.sched_setscheduler(int(thread.name), policy, os.sched_param(0))
+                os.setpriority(os.PRIO_PROCESS, int(thread.name), niceness)
         with contextlib.suppress(OSError):  # it has ended, or there are no such groups
             if os.getsid(pid) != session:
-                _write_patiently(Path(f"/proc/{pid}/autogroup"), "19")
+                _write_patiently(Path(f"/proc/{pid}/autogroup"), "19" if yes else "0")
 
 
 def family(pid: int) -> Iterator[int]:
