@@ -11,6 +11,8 @@ process's own cost and that of competing for cores are kept apart:
 - ``record``: CPU microseconds a step that the training loop spends in ``Logs.record``: writing the ledger, looking at
   the loggers' processes. Loggers cost the training process nothing else.
 - ``loop``: CPU milliseconds a step of the loop's thread. It rises when loggers share a cache or a core with it.
+- ``cores``: CPU seconds a second that the loggers' processes take while they follow; ``behind``: records that the
+  slowest of them has not been told at the end.
 - ``steps/s`` and ``cost``: by the clock, medians; the cost is that of a window against the two beside it. It has the
   competition for cores in it. ``noise`` is how far two windows without loggers, one after the other, are apart.
 """
@@ -81,10 +83,10 @@ ARMS = {
     "hanging": table("hangs"),
 }
 PROBE = """
-import json, os, signal, sys, time
+import contextlib, json, os, signal, sys, time
 from pathlib import Path
 from nanochat_core.cli import main
-from nanochat_core.follower import family
+from nanochat_core.follower import Progress, family, progress_file
 from nanochat_core.ledger import Ledger
 from nanochat_core.logs import Logs
 
@@ -96,7 +98,21 @@ def follow(processes, yes):
         for pid in family(process.pid):
             os.kill(pid, signal.SIGCONT if yes else signal.SIGSTOP)
 
+def cpu(processes):  # seconds on a core so far, of loggers and what they started
+    nanoseconds = 0
+    for pid in (pid for process in processes for pid in family(process.pid)):
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            with contextlib.suppress(OSError):  # it has ended
+                nanoseconds += int((thread / "schedstat").read_text().split()[0])
+    return nanoseconds / 1e9
+
+def behind(processes):  # records that are in the ledger but not told
+    directories = [(process.job.context.directory, process.name) for process in processes]
+    offsets = [Progress.read(progress_file(directory, name)).offset for directory, name in directories]
+    return (directories[0][0] / "metrics.jsonl").read_bytes()[min(offsets):].count(b"\\n") if processes else 0
+
 def measured(self, step, values):
+    global used
     before = time.thread_time()
     if windows and windows[-1]["followed"]:
         record(self, step, values)
@@ -107,6 +123,10 @@ def measured(self, step, values):
         windows[-1]["steps"].append((now, after, after - before))
     if now > begun + float(starting) + len(windows) * float(seconds):
         followed = len(windows) % 2 == 0
+        if windows:
+            windows[-1]["loggers"] = cpu(self._processes) - used
+            windows[-1]["behind"] = behind(self._processes)
+        used = cpu(self._processes)
         follow(self._processes, followed or len(windows) == int(count))
         if len(windows) == int(count):
             os.kill(os.getpid(), signal.SIGTERM)
@@ -131,19 +151,23 @@ def install_hanging_logger(site: Path) -> None:
 
 @attrs.frozen
 class Window:
-    """Seconds of a step by the clock, of the loop's thread's CPU time, and of that within ``record``."""
+    """Seconds of a step by the clock, of the loop's thread's CPU time, and of that within ``record``; CPU seconds a
+    second of the loggers, and how many records they are behind at its end."""
 
     followed: bool
     wall: float
     loop: float
     record: float
+    cores: float
+    behind: int
 
     @classmethod
-    def read(cls, followed: bool, steps: list[tuple[float, float, float]]) -> Window:
+    def read(cls, followed: bool, steps: list[tuple[float, float, float]], loggers: float, behind: int) -> Window:
         (first, cpu, _), (last, cpu_at_end, _) = steps[0], steps[-1]
         count = len(steps) - 1
         recorded = statistics.median(recorded for _, _, recorded in steps[1:])
-        return cls(followed, (last - first) / count, (cpu_at_end - cpu) / count, recorded)
+        loop = (cpu_at_end - cpu) / count
+        return cls(followed, (last - first) / count, loop, recorded, loggers / (last - first), behind)
 
 
 def measure(directory: Path, arm: str, starting: float, seconds: float, count: int) -> list[Window]:
@@ -166,7 +190,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0, help="of a window")
     parser.add_argument("--windows", type=int, default=21, help="of each run")
     options = parser.parse_args()
-    names = ("steps/s", "none", "cost", "noise", "ms loop", "none", "us record")
+    names = ("steps/s", "none", "cost", "noise", "ms loop", "none", "us record", "cores", "behind")
     print(f"{'loggers':12}" + "".join(f"{name:>10}" for name in names))
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
@@ -186,7 +210,8 @@ def line(arm: str, following: list[Window], none: list[Window]) -> None:
     loop, loop_none = median(w.loop for w in following), median(w.loop for w in none)
     rates = f"{1 / wall:10.1f}{1 / wall_none:10.1f}{100 * median(costs):+9.1f}%{100 * noise:9.1f}%"
     cpu = f"{1000 * loop:10.3f}{1000 * loop_none:10.3f}{1e6 * median(w.record for w in following):10.1f}"
-    print(f"{arm:12}{rates}{cpu}", flush=True)
+    work = f"{median(w.cores for w in following):10.3f}{following[-1].behind:10}"
+    print(f"{arm:12}{rates}{cpu}{work}", flush=True)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from nanochat_core.errors import NanochatError, PluginError
 from nanochat_core.logger import Logger, LoggerContext
 from nanochat_core.schema import Choice
 
-POLL_SECONDS = 0.5  # how often the ledger is looked at
+POLL_SECONDS = 1.0  # how often the ledger is looked at; what came since is told in one go, which costs least
 LONGEST_PAUSE = 60.0  # between two tries of a record that the logger raises on
 INCOMPLETE, CANT_START = 3, 4  # exit codes
 
@@ -271,6 +271,8 @@ def _follow(follower: Follower, ended: _Ended) -> bool:
             pause = POLL_SECONDS
         except Exception:
             pause = min(max(1.0, 2 * pause), LONGEST_PAUSE)
+    if follower.job.context.live:
+        _give_way(False)
     try:
         follower.finish(ended.status)
     except Exception:
@@ -298,6 +300,8 @@ def main() -> int:
     log of the logger."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # meant for the training process, which will say how the run ended
+    for number in (signal.SIGTTIN, signal.SIGTTOU):
+        signal.signal(number, signal.SIG_IGN)  # a library that asks the terminal gets an error, and is not stopped
     control, messages, parent = map(int, sys.argv[1:])
     ended = _Ended(os.fdopen(control, "rb"), parent)
     say = _Speaker(os.fdopen(messages, "wb", buffering=0))
@@ -319,19 +323,29 @@ def main() -> int:
     return 0 if _follow(follower, ended) else INCOMPLETE
 
 
-def _give_way() -> None:
-    """From now on take what training leaves, about 1.5% of a core that both want: all threads, and what they started.
+def _give_way(yes: bool = True) -> None:
+    """While training runs, take what it leaves: all threads, and what they started; threads to come inherit it. At the
+    end be ordinary programs again, as far as the system allows: they may share the machine with other work.
 
-    Where Linux shares cores between sessions first ("autogroup"), niceness only counts within a session: this process
-    leads one of its own, and so may its children, hence the niceness of each session too.
+    Under ``SCHED_IDLE`` a thread of training that wakes up gets its core back at once. With a niceness alone it waits
+    for the end of a slice, some milliseconds, and with it all threads that it works with. It counts within a session
+    ("autogroup"), so this process stays in that of training; a child that leads a session of its own is given the
+    niceness of one.
     """
-    os.nice(9)
+    niceness = 19 if yes else 10
+    session = os.getsid(0)
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, 0, niceness)
     for pid in family(os.getpid()):
         for thread in Path(f"/proc/{pid}/task").glob("*"):
-            with contextlib.suppress(OSError):  # it has ended
-                os.setpriority(os.PRIO_PROCESS, int(thread.name), 19)
-        with contextlib.suppress(OSError):  # there are no such groups
-            _write_patiently(Path(f"/proc/{pid}/autogroup"), "19")
+            with contextlib.suppress(OSError):  # it has ended, or may not go back
+                if sys.platform == "linux":
+                    policy = os.SCHED_IDLE if yes else os.SCHED_OTHER
+                    os.sched_setscheduler(int(thread.name), policy, os.sched_param(0))
+                os.setpriority(os.PRIO_PROCESS, int(thread.name), niceness)
+        with contextlib.suppress(OSError):  # it has ended, or there are no such groups
+            if os.getsid(pid) != session:
+                _write_patiently(Path(f"/proc/{pid}/autogroup"), "19" if yes else "0")
 
 
 def family(pid: int) -> Iterator[int]:

@@ -54,7 +54,7 @@ class LoggerProcess:
                 self._process = subprocess.Popen(
                     [sys.executable, "-P", "-m", "nanochat_core.follower", *numbers],
                     stdin=stdin, stdout=log, stderr=log, pass_fds=(their_control, their_messages),
-                    start_new_session=True,  # the terminal's Ctrl-C is not for it; and it dies with its own children
+                    process_group=0,  # the terminal's Ctrl-C is not for it; and it dies with its own children
                     env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
                 )  # fmt: skip
             finally:

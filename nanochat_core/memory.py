@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from nanochat_core.interfaces import Model, Multipliers, Optimizer
 
@@ -20,6 +20,7 @@ class _Alive(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
+        self._results: dict[Any, tuple[torch.Size, tuple[int, ...], torch.dtype]] = {}
         self.bytes, self.most = 0, 0
         self._known: set[int] = set()
 
@@ -27,11 +28,30 @@ class _Alive(TorchDispatchMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        for storage in _storages((args, kwargs)):
-            self._note(storage, 0)
-        result = func(*args, **kwargs)
-        for storage in _storages(result):
+        for tensor in _tensors((args, *kwargs.values())):
+            self._note(tensor.untyped_storage(), 0)
+        result = self._made(func, args, kwargs) if _is_pure(func) else func(*args, **kwargs)
+        for tensor in _tensors(result):
+            storage = tensor.untyped_storage()
             self._note(storage, storage.nbytes())
+        return result
+
+    def _made(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The result of an operation that only makes a new tensor: for the same arguments the same as last time, as it
+        has no contents. Layers are alike, and torch takes long to find each shape."""
+        try:
+            key = (func, _facts(args), tuple((name, _facts(value)) for name, value in kwargs.items()))
+            like = self._results.get(key)
+        except TypeError:  # an argument that is not hashable
+            return func(*args, **kwargs)
+        if like is not None:
+            return torch.empty_strided(*like[:2], dtype=like[2], device="meta")
+        result = func(*args, **kwargs)
+        like = result.size(), result.stride(), result.dtype
+        if result.device.type == "meta":
+            same = torch.empty_strided(*like[:2], dtype=like[2], device="meta")
+            if result.untyped_storage().nbytes() == same.untyped_storage().nbytes():
+                self._results[key] = like
         return result
 
     def _note(self, storage: torch.UntypedStorage, size: int) -> None:
@@ -48,8 +68,30 @@ class _Alive(TorchDispatchMode):
         self.bytes -= size
 
 
-def _storages(tree: Any) -> list[torch.UntypedStorage]:
-    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+@functools.cache
+def _is_pure(func: Any) -> bool:
+    """Whether an operation's result is one new tensor, and all it does."""
+    returns = func._schema.returns
+    values = [*func._schema.arguments, *returns]
+    return [str(value.type) for value in returns] == ["Tensor"] and all(value.alias_info is None for value in values)
+
+
+def _facts(argument: Any) -> Any:
+    """What the shape of a result depends on."""
+    if isinstance(argument, Tensor):
+        return type(argument), argument.shape, argument.stride(), argument.dtype, argument.device
+    if isinstance(argument, list | tuple):
+        return tuple(map(_facts, argument))
+    return type(argument), argument
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    """Those in an operation's arguments or result."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, list | tuple):
+        for part in tree:
+            yield from _tensors(part)
 
 
 def estimate_memory(
@@ -77,12 +119,15 @@ def estimate_memory(
     model.zero_grad(set_to_none=True)
     try:
         with _Alive() as alive:
-            for _ in range(1 + accumulates):
-                ids_BT, targets_BT = (torch.zeros(rows, length, dtype=torch.int64, device="meta") for _ in range(2))
-                loss = model(ids_BT, targets_BT)
-                memory["activations"] = max(0, alive.most - gradients)
-                loss.backward()
-                memory["activations"] = max(0, alive.most - gradients)
+            if accumulates:  # what micro-batches before this one left; a gradient is added to the one that is there
+                loss = torch.zeros((), device="meta")
+                for parameter in model.parameters():
+                    parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+            ids_BT, targets_BT = (torch.zeros(rows, length, dtype=torch.int64, device="meta") for _ in range(2))
+            loss = model(ids_BT, targets_BT)
+            memory["activations"] = max(0, alive.most - gradients)
+            loss.backward()
+            memory["activations"] = max(0, alive.most - gradients)
             optimizer.reduce()
             optimizer.update(1.0, Multipliers(0, 1, lr=1.0))
             memory["activations"] = max(0, alive.most - gradients)

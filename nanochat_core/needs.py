@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from nanochat_core.checkpoint import MANIFEST, read_model, saved_options
-from nanochat_core.errors import ConfigError, Problem
+from nanochat_core.checkpoint import MANIFEST, list_checkpoints, read_model, saved_options
+from nanochat_core.errors import CheckpointError, ConfigError, PluginError, Problem
 from nanochat_core.load import LoadedExperiment, load
 from nanochat_core.plugins import Plugins
 from nanochat_core.rundir import RunDirectory
@@ -63,3 +64,16 @@ def load_experiment(run: RunDirectory, checkpoint: Path, plugins: Plugins) -> Ex
     except ConfigError as error:
         lines = missing_distributions(checkpoint)
         raise ConfigError([*error.problems, *(Problem("", line, str(run.path)) for line in lines)]) from None
+
+
+def load_recorded(run: RunDirectory, plugins: Plugins, overrides: Sequence[str] = ()) -> LoadedExperiment:
+    """The experiment of a run for those who don't need its weights. Its model is that of the newest checkpoint, where
+    there is one: today's plugin may not know the options of the run's file.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    for checkpoint in list_checkpoints(run.checkpoints):
+        with contextlib.suppress(CheckpointError, PluginError):
+            return load_run(run, checkpoint, plugins, overrides)
+    return load(run.experiment, overrides, plugins)

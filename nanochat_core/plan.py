@@ -201,7 +201,9 @@ def plan_batches(
         with planning_for(planner.spec):
             planned = planner.plan()
             rows = planner.sizes if batches is None else batches
-            return planned, {b: planner.memory(b) for b in rows}
+            plan = planned.plan
+            known = {**plan.choices, plan.device_batch_size: plan.memory}
+            return planned, {b: known[b] if b in known else planner.memory(b) for b in rows}
     except NanochatError as error:
         add_places(error, loaded.origins)
         raise

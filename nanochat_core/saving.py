@@ -43,6 +43,18 @@ def steps_to_delete(steps: Iterable[int], scores: Mapping[int, float], options: 
     return [step for step in reversed(newest_first) if step not in keep]
 
 
+def most_at_once(count: int, options: Checkpoint) -> int:
+    """How many of a run's ``count`` checkpoints are on disk at one time at most: what is kept of those before the last,
+    and the last, which is written before any of them goes. Those that ``keep_best`` keeps count as none of the others.
+    """
+    before = count - 1
+    if options.keep_last is options.keep_every is options.keep_best is None:
+        return count
+    last = min(options.keep_last or 1, before)
+    every = (options.save_every or 0) * (before - last) // options.keep_every if options.keep_every else 0
+    return 1 + min(last + every + (options.keep_best or 0), before)
+
+
 @attrs.define
 class Saver:
     """Saves the checkpoints of a run and deletes those that are not kept, on the rank that writes.

@@ -28,9 +28,10 @@ def main(options: argparse.Namespace, _: Sequence[str]) -> int:
     from nanochat_core.errors import CheckpointError, ConfigError, PluginError
     from nanochat_core.follower import Job, Progress, progress_file
     from nanochat_core.ledger import read_ledger
-    from nanochat_core.load import load, to_tables
+    from nanochat_core.load import to_tables
     from nanochat_core.logger import LoggerContext
     from nanochat_core.logger_process import LoggerProcess
+    from nanochat_core.needs import load_recorded
     from nanochat_core.plugins import load_plugins
     from nanochat_core.rundir import find_run
     from nanochat_core.schema import LoggerKeys
@@ -40,10 +41,10 @@ def main(options: argparse.Namespace, _: Sequence[str]) -> int:
     if run.is_locked():
         raise CheckpointError(f"{run.path} is being trained, its loggers follow it: wait until it has ended")
     plugins, name = load_plugins(), options.to
-    experiment = load(run.experiment, (), plugins).experiment
+    experiment = load_recorded(run, plugins).experiment
     new = name not in [choice.name for choice in experiment.loggers]
     overrides = [f"loggers.{name}.{option}" for option in options.options]
-    loaded = load(run.experiment, [f"loggers.{name}.plugin={name}", *overrides] if new else overrides, plugins)
+    loaded = load_recorded(run, plugins, [f"loggers.{name}.plugin={name}", *overrides] if new else overrides)
     missing = [problem for problem in loaded.missing if problem.key.startswith(f"loggers.{name}")]
     if missing:
         raise ConfigError(missing)

@@ -73,8 +73,7 @@ def main(options: argparse.Namespace, _: Sequence[str]) -> int:
             )
     else:
         print("  time: unknown; measure it here with --probe, or give --tok-per-sec X")
-    size, count = plan.checkpoint_bytes / 2**30, plan.checkpoints
-    print(f"  disk: {count} checkpoints of {size:,.2f} GiB, {count * size:,.1f} GiB if all are kept")
+    print(f"  disk: {_disk(planned)}")
     if not [problem for problem in loaded.missing if problem.key.split(".")[0] == "data"]:
         for line in _data(loaded.experiment):
             print(f"  {line}", flush=True)
@@ -135,6 +134,25 @@ def _table(
     return f"  by device batch; {plan.room / 2**30:,.1f} GiB may be taken of a device:\n" + "\n".join(
         f"  {line}".rstrip() for line in lines
     )
+
+
+def _disk(planned: Planned) -> str:
+    """What checkpoints take."""
+    from nanochat_core.saving import most_at_once
+
+    size, count, options = (
+        planned.plan.checkpoint_bytes / 2**30,
+        planned.plan.checkpoints,
+        planned.experiment.checkpoint,
+    )
+    most = most_at_once(count, options)
+    text = f"{count} checkpoints of {size:,.2f} GiB"
+    if most == count:
+        return f"{text}, {count * size:,.1f} GiB if all are kept"
+    text += f", at most {most} at one time: {most * size:,.1f} GiB"
+    if options.keep_best is None:
+        return text
+    return f"{text} ({count * size:,.1f} GiB if no step that is saved has an evaluation with {options.best_metric})"
 
 
 def _data(experiment: Experiment) -> list[str]:

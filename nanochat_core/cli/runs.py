@@ -7,8 +7,9 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from nanochat_core.cli import add_runs_dir
 from nanochat_core.ledger import read_ledger
@@ -34,33 +35,45 @@ def main(options: argparse.Namespace, _: Sequence[str]) -> int:
 def _row(run: RunDirectory) -> tuple[str, ...]:
     status = run.read_status()
     step, horizon = status.get("step", 0), status.get("num_iterations", 0)
-    best = None
+    facts, found = _provenance(run), {}
+    comparable_from = _comparable_from(facts)
     for record in read_ledger(run.ledger):
         value = record.get("val/bpb")
-        if isinstance(value, float) and (best is None or value < best):
-            best = value
+        if isinstance(value, float) and record["step"] >= comparable_from:
+            found[record["step"]] = (
+                value  # a step evaluated again, as on another validation set, counts as the last time
+            )
         if "train/loss" in record:
             step = max(step, record["step"] + 1)
     age = _age(time.time() - status.get("time", run.path.stat().st_mtime))
-    bpb = "-" if best is None else f"{best:.4f}"
+    bpb = f"{min(found.values()):.4f}" if found else "-"
     return (
         run.name,
         run.id,
         status.get("status", "unknown"),
         f"{step}/{horizon}",
         bpb,
-        _val_data(run),
+        str(facts.get("fingerprints", {}).get("val", "-"))[:8],  # bits per byte of different sets don't compare
         age,
         _size(run.path),
     )
 
 
-def _val_data(run: RunDirectory) -> str:
-    """The fingerprint of its validation set, shortened: bits per byte of different ones don't compare."""
+def _provenance(run: RunDirectory) -> dict[str, Any]:
     try:
-        return str(json.loads(run.provenance.read_text())["fingerprints"]["val"])[:8]
-    except (OSError, ValueError, KeyError):
-        return "-"
+        facts: dict[str, Any] = json.loads(run.provenance.read_text())
+        return facts
+    except (OSError, ValueError):
+        return {}
+
+
+def _comparable_from(facts: Mapping[str, Any]) -> int:
+    """The step from which on a run's evaluations read the validation set of today."""
+    for attempt in (facts, *reversed(facts.get("earlier", []))):
+        change = attempt.get("other_data", {})
+        if "val" in change.get("before", {}):
+            return int(change["from_step"])
+    return 0
 
 
 def _age(seconds: float) -> str:

@@ -107,6 +107,7 @@ def _open(reference: str, runs_dir: Path) -> tuple[Tokenizer, Experiment]:
     """The tokenizer of an experiment file (made now if it isn't in the cache) or of a run."""
     from nanochat_core.build import build_source
     from nanochat_core.load import load
+    from nanochat_core.needs import load_recorded
     from nanochat_core.plugins import load_plugins
     from nanochat_core.rundir import find_run
     from nanochat_core.tokenizers import load_tokenizer, make_tokenizer
@@ -117,7 +118,7 @@ def _open(reference: str, runs_dir: Path) -> tuple[Tokenizer, Experiment]:
         experiment = loaded.experiment
         return make_tokenizer(experiment.tokenizer, build_source(experiment.data), _say).tokenizer, experiment
     run = find_run(reference, runs_dir)
-    loaded = load(run.experiment, (), load_plugins())
+    loaded = load_recorded(run, load_plugins())
     _require([p for p in loaded.missing if p.key.startswith("tokenizer")])
     return load_tokenizer(loaded.experiment.tokenizer, run.tokenizer), loaded.experiment
 

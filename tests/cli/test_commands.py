@@ -172,6 +172,8 @@ def test_plan_for_gpus_that_are_not_here(tiny: Path) -> None:
     table = [line.split() for line in result.out[result.out.index("model.depth") :].splitlines()]
     assert [row[:3] for row in table[1:]] == [[d, b, a] for d in "12" for b, a in (("1", "4"), ("2", "2"), ("4", "1"))]
     assert all(row[4] == "yes" for row in table[1:])
+    kept = call("plan", tiny, "--set", "checkpoint.keep_last=1")
+    assert "disk: 3 checkpoints of 0.00 GiB, at most 2 at one time: 0.0 GiB\n" in kept.out
     unknown = call("plan", tiny, "--device", "h10")
     assert unknown.code == 2
     assert 'did you mean "h100"?' in unknown.err

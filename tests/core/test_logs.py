@@ -108,12 +108,18 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux")
 def test_a_logger_gives_way_to_training(run: Run) -> None:
+    autogroup = Path("/proc/self/autogroup")
+    own = autogroup.read_text() if autogroup.exists() else ""
     run.start().train(0)
     wait_for(lambda: len(run.told) == 1)
     process = Path(f"/proc/{run.lines[0]['pid']}")
-    assert {os.getpriority(os.PRIO_PROCESS, int(thread.name)) for thread in process.glob("task/*")} == {19}
+    threads = [int(thread.name) for thread in process.glob("task/*")]
+    assert {os.getpriority(os.PRIO_PROCESS, thread) for thread in threads} == {19}
+    assert {os.sched_getscheduler(thread) for thread in threads} == {os.SCHED_IDLE}
+    assert os.getsid(int(process.name)) == os.getsid(0)  # in another session it would not give way
+    assert os.getpgid(int(process.name)) != os.getpgid(0)  # a Ctrl-C is not for it
     if (process / "autogroup").exists():
-        assert (process / "autogroup").read_text().split()[-1] == "19"
+        assert (process / "autogroup").read_text() == own
     run.finish()
 
 

@@ -10,7 +10,7 @@ from support import Site, call, losses, only_run
 
 from nanochat_core import ConfigError
 from nanochat_core.load import load
-from nanochat_core.plan import Planned, format_plan, make_plan
+from nanochat_core.plan import Planned, format_plan, make_plan, plan_batches
 from nanochat_core.plugins import load_plugins
 
 MODELS = """
@@ -66,6 +66,18 @@ def test_activations_are_what_is_kept_and_what_is_computed_again(tiny: Path) -> 
     assert kept > 6 * (8 + 800) * position  # what enters a block, and what tanh gives
     assert again > (6 * 8 + 800) * position  # what enters each block, and what one of them keeps
     assert again < kept - 4 * 800 * position
+
+
+@pytest.mark.usefixtures("stacks")
+@pytest.mark.parametrize("model", ["gpt", "stack"])
+def test_what_a_table_says_is_what_a_plan_of_that_size_says(tiny: Path, model: str) -> None:
+    settings = (f"model.plugin={model}", "train.max_seq_len=32", "train.total_batch_size=256")
+    _, table = plan_batches(load(tiny, settings, load_plugins()), 1, torch.device("cpu"))
+    assert list(table) == [1, 2, 4, 8]
+    for rows, memory in table.items():
+        assert plan(tiny, *settings, f"train.device_batch_size={rows}").plan.memory == memory
+    more, less = (table[rows]["activations"] for rows in (4, 2))
+    assert 1.5 * less < more <= 2 * less
 
 
 @pytest.mark.usefixtures("stacks")

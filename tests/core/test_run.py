@@ -392,10 +392,18 @@ def test_another_validation_set_alone_leaves_training_as_it_is(
 ) -> None:
     shutil.copy(elsewhere / "shard_00001.parquet", elsewhere / "shard_00002.parquet")
     (elsewhere / "shard_00001.parquet").unlink()
+    started = time.time()
     allowed = resume(copy, "--set", f"data.path={elsewhere}", "--allow-other-data")
     assert allowed.code == 0, allowed.err
     assert "from step 8 on the val data are not those" in allowed.out
     assert losses(copy.path) == losses(trained.path)
+    # What was found on the old set, step 8 included, does not count in the list of runs, whatever comes later.
+    records = [{**r, "val/bpb": 0.5} if "val/bpb" in r and r["time"] < started else r for r in ledger(copy.path)]
+    (copy.path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert [r["step"] for r in records if r.get("val/bpb") == 0.5] == [0, 4, 8]
+    assert resume(copy, "--set", f"data.path={elsewhere}").code == 0
+    best = min(r["val/bpb"] for r in records if "val/bpb" in r and r["time"] > started)
+    assert f"  {best:.4f}  " in call("runs", "--runs-dir", copy.runs).out
 
 
 def test_another_tokenizer_is_never_allowed(copy: Trained) -> None:

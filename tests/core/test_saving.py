@@ -20,7 +20,7 @@ from nanochat_core.checkpoint import (
     save_checkpoint,
     verify,
 )
-from nanochat_core.saving import Saver, steps_to_delete
+from nanochat_core.saving import Saver, most_at_once, steps_to_delete
 from nanochat_core.schema import Checkpoint
 from nanochat_core.state import TrainState
 from nanochat_core.upgrades import ModelRecord
@@ -49,6 +49,36 @@ def test_which_are_kept(options: dict[str, object], scores: dict[int, float], ke
     doomed = steps_to_delete(steps, scores, Checkpoint(**options))  # type: ignore[arg-type]
     assert set(steps) - set(doomed) == kept
     assert doomed == sorted(doomed)
+
+
+@pytest.mark.parametrize(
+    ("options", "most"),
+    [
+        ({}, 12),
+        ({"keep_last": 1}, 2),
+        ({"keep_last": 3}, 4),
+        ({"keep_last": 99}, 12),
+        ({"keep_every": 40}, 4),  # 40, 80, 110, 120
+        ({"keep_last": 2, "keep_every": 50}, 4),  # 50, 100 and 110, 120
+        ({"keep_best": 2}, 4),
+        ({"keep_last": 2, "keep_every": 50, "keep_best": 3}, 7),
+    ],
+)
+@pytest.mark.parametrize("end", [115, 120])
+def test_how_many_there_are_at_one_time(options: dict[str, int], most: int, end: int) -> None:
+    """Scores rise, so that the oldest are the best; but those that are kept anyway are worse."""
+    steps, found, there = [*range(10, end, 10), end], 0, list[int]()
+    asked = Checkpoint(save_every=10, **options)  # type: ignore[arg-type]
+    scores = {step: step + 1000.0 * (step % (asked.keep_every or 1000) == 0) for step in steps}
+    for step in steps:
+        there.append(step)
+        found = max(found, len(there))
+        there = [each for each in there if each not in steps_to_delete(there, scores, asked)]
+    assert most_at_once(len(steps), asked) == found == most
+
+
+def test_one_that_is_only_saved_at_the_end() -> None:
+    assert most_at_once(1, Checkpoint(keep_last=2)) == most_at_once(1, Checkpoint(keep_every=7)) == 1
 
 
 numbers = st.none() | st.integers(1, 6)

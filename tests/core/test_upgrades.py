@@ -119,6 +119,16 @@ def test_a_new_version_reads_older_ones_through_its_upgrade(made: Made) -> None:
     assert made.look() == made.before
 
 
+def test_commands_that_need_no_weights_know_its_options_too(made: Made) -> None:
+    made.site.change("made-up", SECOND)  # which has no option "gain"
+    shown = call("tokenizer", "show", "tiny", "one", "--runs-dir", made.runs)
+    assert shown.code == 0, shown.err
+    sent = call("log-sync", "tiny", "--to", "csv", "--runs-dir", made.runs)
+    assert sent.code == 0, sent.err
+    told = json.loads((made.path / "csv" / "run.json").read_text())["experiment"]["model"]
+    assert told == {"plugin": "bigram", "scale": 2.0, "shape": [8]}
+
+
 def test_a_checkpoint_of_the_first_format_takes_the_options_of_its_run(made: Made) -> None:
     made.edit(version=1, model=None)
     made.site.change("made-up", release(default=7.0))
