@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Literal
+from typing import Literal, NoReturn
 
 import attrs
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nanochat_core.checkpoint import CheckpointContent, list_checkpoints, model_tensors
 from nanochat_core.diagnosis import describe_batch, summarize
-from nanochat_core.distributed import World
+from nanochat_core.distributed import OtherRankFailed, World
 from nanochat_core.errors import DataError, NanochatError, OutOfMemory, is_out_of_memory
 from nanochat_core.evaluate import Evaluations, EvaluationStopped
 from nanochat_core.hardware import peak_flops, peak_memory_mib
@@ -106,10 +106,8 @@ class Trainer:
                 if step is None and self.world.size == 1:
                     return self._preempted()
                 data_wait = time.perf_counter() - waiting
-                before = rng_state(self.world.device) if self.world.size > 1 else {}  # microseconds
                 stopping = self._train_step(step, data_wait, started, self.stop.signal is not None)
                 if stopping is None:
-                    restore_rng(before, self.world.device)
                     return self._preempted()
                 profiler.step()
                 at_end = state.step == horizon
@@ -155,8 +153,13 @@ class Trainer:
     def _train_step(self, step: Step | None, data_wait: float, started: float, stop: bool) -> bool | None:
         """One optimizer step and its ledger line. Returns whether any rank was asked to stop; None when one was while
         it waited for data: then the step counts for nothing. Such a rank has no ``step``, but does its part of what
-        ranks do together, for which others may wait already."""
+        ranks do together, for which others may wait already. So does one that runs out of memory.
+
+        Raises:
+            OutOfMemory: after saving what was trained before this step.
+        """
         state, train = self.state, self.experiment.train
+        rng, full = rng_state(self.world.device), None
         multipliers = self._multipliers()
         if self._is_scaled and step is not None:
             state.begin_loss_scale(step.batches[0].ids_BT.numel())
@@ -164,18 +167,23 @@ class Trainer:
         loss_sum = torch.zeros((), device=self.world.device)
         tokens = 0
         batches = step.batches if step is not None else []
-        if not batches:
-            self.optimizer.begin_reduce()
+        is_last = not batches
         for index, batch in enumerate(batches):
             tokens += int((batch.targets_BT != IGNORED).sum())
-            batch = batch.to(self.world.device)
-            if index == len(batches) - 1:
+            is_last = index == len(batches) - 1
+            if is_last:
                 self.optimizer.begin_reduce()
-            loss_sum += self._forward_backward(batch, loss_scale)
+            try:
+                loss_sum += self._forward_backward(batch.to(self.world.device), loss_scale)
+            except OutOfMemory as error:
+                full = error
+                break
+        if not batches or not is_last:
+            self.optimizer.begin_reduce()
         norm_of_sums = self.optimizer.reduce()
         ends, lost, epoch = (step.is_last, step.cropped + step.dropped, step.epoch) if step is not None else (0, 0, 0)
         counts = torch.tensor(
-            [tokens, stop, step is None, ends, lost, epoch / self.world.size],
+            [tokens, stop, step is None, full is not None, ends, lost, epoch / self.world.size],
             dtype=self._sum_dtype,
             device=loss_sum.device,
         )
@@ -183,9 +191,12 @@ class Trainer:
         self.world.all_reduce(sums)
         # the one synchronisation of device and host in a step
         everything = torch.cat([sums, norm_of_sums.to(sums.dtype).reshape(1)]).tolist()
-        total_loss, total_tokens, stops, without, ends, lost, epoch, norm = everything
-        if without or step is None:
+        total_loss, total_tokens, stops, without, no_memory, ends, lost, epoch, norm = everything
+        if without or no_memory or step is None:
             self.optimizer.discard()
+            restore_rng(rng, self.world.device)
+            if no_memory:
+                self._end_out_of_memory(full)
             return None
         loss_mean, norm = total_loss / total_tokens, norm / total_tokens / loss_scale
         finite = abs(loss_mean) < float("inf") and norm < float("inf")  # False for NaN too
@@ -217,7 +228,7 @@ class Trainer:
         """The summed loss of a micro-batch; its gradients, times ``loss_scale``, are added.
 
         Raises:
-            OutOfMemory: after saving what was trained so far, unless there are other ranks, which wait for this one.
+            OutOfMemory: parameters and moments are those of the last step.
         """
         try:
             loss = self._loss(batch.ids_BT, batch.targets_BT)
@@ -227,12 +238,18 @@ class Trainer:
             if not is_out_of_memory(error):
                 raise
             said = str(error)
-        # Here the traceback is gone, and the activations with it; parameters and moments are those of the last step.
-        if self.world.size == 1:
-            self.optimizer.discard()
-            if self._steps_here and self._saved != self.state.step:
-                self.save()
+        # Here the traceback is gone, and the activations with it.
         raise OutOfMemory(self.plan, f"training step {self.state.step}", said)
+
+    def _end_out_of_memory(self, error: OutOfMemory | None) -> NoReturn:
+        """Save what was trained, and end. Called on all ranks, with the error of this one."""
+        if self._steps_here and self._saved != self.state.step:
+            self.save()
+        self._finish_saving()
+        if error is None:
+            self.logs.note(f"another rank is out of memory in step {self.state.step}")
+            raise OtherRankFailed(OutOfMemory.exit_code)
+        raise error
 
     def _loss(self, ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
         dtype = getattr(torch, self.plan.dtype)

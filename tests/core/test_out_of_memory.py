@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from processes import Process
 from support import Site, call, losses, only_run
 
 GREEDY = """
@@ -54,3 +55,23 @@ def test_other_errors_stay_what_they_are(site: Site, tiny: Path, tmp_path: Path)
     site.add("made-up", f"LIMIT = 1\n{GREEDY.replace('FAIL', 'torch.ones(2) @ torch.ones(3)')}")
     with pytest.raises(RuntimeError, match="size"):
         call("run", tiny, "--runs-dir", tmp_path / "runs", *OPTIONS)
+
+
+@pytest.mark.parametrize("micro_batch", [0, 1])
+def test_out_of_memory_on_one_of_two_ranks_saves_and_ends_both(
+    site: Site, tiny: Path, tmp_path: Path, micro_batch: int
+) -> None:
+    """In the first or the last micro-batch of a rank's step, where sums over ranks have begun."""
+    where = "if __import__('os').environ.get('RANK') == '1': " + TOO_MUCH
+    site.add("made-up", f"LIMIT = {2 * 5 + micro_batch}\n{GREEDY.replace('FAIL', where)}")
+    runs = tmp_path / "runs"
+    options = (*OPTIONS, "--set", "train.device_batch_size=2")
+    with Process.run(tiny, "--runs-dir", runs, "--nproc", 2, *options, site=site.directory) as process:
+        code, _, err = process.end()
+    assert code == 4, err
+    assert err.count("out of memory while training step 5") == 1
+    assert err.startswith("rank 1: out of memory")
+    assert "Traceback" not in err
+    run = only_run(runs)
+    assert {path.name for path in (run / "checkpoints").glob("step_*")} == {"step_000004", "step_000005"}
+    assert list(losses(run)) == list(range(5))
