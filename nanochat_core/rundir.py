@@ -198,7 +198,8 @@ def _remove_dead_start(run: RunDirectory) -> None:
     try:
         run.path.rmdir()  # killed before it had a lock
     except OSError:
-        with contextlib.suppress(OSError), (run.path / LOCK).open("r+") as handle:
+        # Its lock may be missing: another start was killed while it deleted this one.
+        with contextlib.suppress(OSError), (run.path / LOCK).open("a") as handle:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not run.ledger.exists():
                 remove(run.path)

@@ -66,6 +66,7 @@ def test_directories_without_an_experiment_are_no_runs(tmp_path: Path) -> None:
 
 def test_what_killed_starts_left_goes_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "x" / "20200101-000000-000000").mkdir(parents=True)  # killed before it had a lock
+    (tmp_path / "x" / "20200102-000000-000000" / "tokenizer").mkdir(parents=True)  # killed while it was deleted
     (tmp_path / "x" / "notes").mkdir()
     killed, lock = create_run(tmp_path, "x")
     lock.close()
