@@ -116,7 +116,8 @@ def test_killed_in_every_phase(tmp_path: Path, asynchronous: bool) -> None:
     campaign = Campaign(file, tmp_path / "killed", place.run(), seed=asynchronous)
 
     def counts(phase: str) -> bool:
-        return not asynchronous or any(word in phase for word in ("step", "saving", "status", "metrics.jsonl", "the end"))
+        concerned = ("step", "saving", "status", "metrics.jsonl", "the end")
+        return not asynchronous or any(word in phase for word in concerned)
 
     queue = [[point] for point in points(launch, random.Random(asynchronous)) if counts(point.phase)]
     known = {key for key in launch.counts() if counts(key[1])}
