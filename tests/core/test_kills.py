@@ -210,7 +210,7 @@ def test_told_to_stop_a_few_times(short: tuple[Path, Place, Launch], tmp_path: P
 @pytest.mark.slow
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["at once", "in the background"])
 def test_told_to_stop_in_every_part_of_saving_and_evaluating(tmp_path: Path, asynchronous: bool) -> None:
-    file, whole, launch = uninterrupted(tmp_path, asynchronous, steps=36)
+    file, whole, launch = uninterrupted(tmp_path, asynchronous, steps=240)
     place = Place(file, tmp_path / "stopped")
     phases = [
         (rank, phase)
