@@ -21,7 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from nanochat_core.checkpoint import latest_checkpoint, load_checkpoint
+from nanochat_core.runs.checkpoint import latest_checkpoint, load_checkpoint
 
 EXPERIMENT = """
 [tokenizer]
@@ -52,8 +52,8 @@ ARMS = {
 PROBE = """
 import json, sys, time
 from nanochat_core.cli import main
-from nanochat_core.logs import Logs
-from nanochat_core.trainer import Trainer
+from nanochat_core.loggers.run_log import Logs
+from nanochat_core.training.trainer import Trainer
 points, record, finish = [], Logs.record, Trainer._finish_saving
 def measured(self, step, values):
     record(self, step, values)

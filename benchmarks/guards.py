@@ -31,16 +31,16 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 import torch
 
-from nanochat_core.board import Board
-from nanochat_core.distributed import World
-from nanochat_core.failures import Failures
-from nanochat_core.interfaces import IGNORED
-from nanochat_core.loader import Step
-from nanochat_core.prepare import prepare
-from nanochat_core.run import _Session
-from nanochat_core.stopping import StopRequest
-from nanochat_core.trainer import Trainer
-from nanochat_core.watchdog import Watchdog
+from nanochat_core.data.loader import Step
+from nanochat_core.distributed.failures import Failures
+from nanochat_core.distributed.signals import StopRequest
+from nanochat_core.distributed.store import Board
+from nanochat_core.distributed.watchdog import Watchdog
+from nanochat_core.distributed.world import World
+from nanochat_core.interfaces.model import IGNORED
+from nanochat_core.training.prepare import prepare
+from nanochat_core.training.session import _Session
+from nanochat_core.training.trainer import Trainer
 
 EXPERIMENT = """
 [tokenizer]

@@ -21,8 +21,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from nanochat_core.load import load
-from nanochat_core.plugins import load_plugins
+from nanochat_core.config.load import load
+from nanochat_core.plugins.discovery import load_plugins
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 

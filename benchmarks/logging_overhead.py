@@ -86,9 +86,9 @@ PROBE = """
 import contextlib, json, os, signal, sys, time
 from pathlib import Path
 from nanochat_core.cli import main
-from nanochat_core.follower import Progress, family, progress_file
-from nanochat_core.ledger import Ledger
-from nanochat_core.logs import Logs
+from nanochat_core.loggers.worker import Progress, family, progress_file
+from nanochat_core.runs.ledger import Ledger
+from nanochat_core.loggers.run_log import Logs
 
 out, starting, seconds, count, *arguments = sys.argv[1:]
 record, unfollowed, windows, begun = Logs.record, Ledger(Path(out + ".jsonl")), [], time.perf_counter()

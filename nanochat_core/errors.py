@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 if TYPE_CHECKING:
-    from nanochat_core.plan import Plan
+    from nanochat_core.planning.plan import Plan
 
 
 class NanochatError(Exception):

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 from support import assert_same_end, losses, metrics
 
-from nanochat_core.checkpoint import verify
+from nanochat_core.runs.checkpoint import verify
 
 KILLER = Path(__file__).parent / "killer"
 SECONDS = 600  # a launch takes a few; the machine may be busy with other things

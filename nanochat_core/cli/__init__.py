@@ -81,7 +81,7 @@ def _plugin_commands(arguments: Sequence[str], modules: dict[str, str]) -> dict[
     """Summaries of commands that plugins add; their modules are put in. Plugins are loaded only when it matters."""
     if not arguments or arguments[0] in modules or arguments[0] == "--version":
         return {}
-    from nanochat_core.plugins import load_plugins
+    from nanochat_core.plugins.discovery import load_plugins
 
     plugins = load_plugins()
     for failure in plugins.failures:

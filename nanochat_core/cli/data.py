@@ -12,8 +12,8 @@ from nanochat_core.cli import positive
 from nanochat_core.errors import ConfigError, NanochatError, Problem
 
 if TYPE_CHECKING:
-    from nanochat_core.interfaces import DataSource
-    from nanochat_core.load import LoadedExperiment
+    from nanochat_core.config.load import LoadedExperiment
+    from nanochat_core.interfaces.model import DataSource
 
 BYTES_A_TOKEN = 4.2  # of English text and a vocabulary of some ten thousand tokens
 SAMPLES = 200  # documents read to estimate the length of all
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace, _: Sequence[str]) -> int:
-    from nanochat_core.load import add_places
+    from nanochat_core.config.load import add_places
 
     overrides = [*options.overrides, *([f"data.shards={options.shards}"] if options.shards else [])]
     if options.source:
@@ -62,8 +62,8 @@ def _act(options: argparse.Namespace, source: DataSource, loaded: LoadedExperime
 
 
 def _load(file: Path, overrides: Sequence[str]) -> LoadedExperiment:
-    from nanochat_core.load import load
-    from nanochat_core.plugins import load_plugins
+    from nanochat_core.config.load import load
+    from nanochat_core.plugins.discovery import load_plugins
 
     loaded = load(file, overrides, load_plugins())
     needed = [problem for problem in loaded.missing if problem.key.split(".")[0] == "data"]
@@ -73,9 +73,9 @@ def _load(file: Path, overrides: Sequence[str]) -> LoadedExperiment:
 
 
 def _named_source(name: str, overrides: Sequence[str]) -> DataSource:
-    from nanochat_core.load import parse_override
-    from nanochat_core.plugins import load_plugins
-    from nanochat_core.schema import Choice, EntryKeys, Mismatch, converter
+    from nanochat_core.config.load import parse_override
+    from nanochat_core.config.schema import Choice, EntryKeys, Mismatch, converter
+    from nanochat_core.plugins.discovery import load_plugins
 
     plugins = load_plugins()
     registry = plugins["data_source"]
@@ -100,8 +100,8 @@ def _named_source(name: str, overrides: Sequence[str]) -> DataSource:
 
 
 def _build(choice: Any) -> DataSource:
-    from nanochat_core.interfaces import DataContext
-    from nanochat_core.paths import cache_dir
+    from nanochat_core.files import cache_dir
+    from nanochat_core.interfaces.model import DataContext
 
     source: DataSource = choice.build(DataContext(cache_dir=cache_dir()))
     return source
@@ -158,8 +158,8 @@ def _estimates(text_bytes: int, samples: Sequence[str], loaded: LoadedExperiment
     tokens = text_bytes / per_token
     print(f"training text: {_bytes(text_bytes)}, about {tokens:,.0f} tokens ({how})")
     if loaded is not None and not [p for p in loaded.missing if p.key.split(".")[0] != "loggers"]:
-        from nanochat_core.distributed import pick_device
-        from nanochat_core.plan import make_plan
+        from nanochat_core.distributed.world import pick_device
+        from nanochat_core.planning.plan import make_plan
 
         plan = make_plan(loaded, 1, pick_device(0)).plan
         print(f"the run trains on {plan.total_tokens:,} tokens: about {plan.total_tokens / max(tokens, 1):.2f} epochs")
@@ -167,7 +167,7 @@ def _estimates(text_bytes: int, samples: Sequence[str], loaded: LoadedExperiment
 
 def _measure(choice: Any, samples: Sequence[str]) -> float:
     """Bytes a token."""
-    from nanochat_core.interfaces import Tokenizer, TokenizerContext
+    from nanochat_core.interfaces.model import Tokenizer, TokenizerContext
 
     tokenizer: Tokenizer = choice.build(TokenizerContext(documents=lambda: iter(samples)))
     tokens = sum(len(tokenizer.encode(text)) + 1 for text in samples)

@@ -12,7 +12,7 @@ from nanochat_core.cli import add_runs_dir, positive
 from nanochat_core.errors import CheckpointError, ConfigError, DataError, Problem
 
 if TYPE_CHECKING:
-    from nanochat_core.evaluation_files import Stored
+    from nanochat_core.evaluation.results import Stored
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,16 +47,16 @@ def main(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         a, b = options.compare
         return _compare(a, b, options.evaluators, options.runs_dir, options.allow_other_data)
     if options.nproc > 1 and "WORLD_SIZE" not in os.environ:
-        from nanochat_core.launch import launch
+        from nanochat_core.distributed.launcher import launch
 
         return launch(arguments, options.nproc)
-    from nanochat_core.evaluate_model import evaluate_model
+    from nanochat_core.evaluation.standalone import evaluate_model
 
     return evaluate_model(options.target, options.evaluators, options.overrides, options.runs_dir)
 
 
 def _compare(a: str, b: str, names: Sequence[str], runs_dir: Path, allow_other_data: bool) -> int:
-    from nanochat_core.evaluation_files import compare, format_comparison, other_data
+    from nanochat_core.evaluation.results import compare, format_comparison, other_data
 
     before, after = _stored(a, runs_dir), _stored(b, runs_dir)
     common = [name for name in before if name in after and (not names or name in names)]
@@ -102,8 +102,8 @@ def _compare(a: str, b: str, names: Sequence[str], runs_dir: Path, allow_other_d
 
 def _stored(reference: str, runs_dir: Path) -> dict[str, Stored]:
     """Evaluations by entry: of a run or of a checkpoint's run the newest, or one directory."""
-    from nanochat_core.evaluation_files import FACTS, find_evaluations, read_evaluation
-    from nanochat_core.rundir import find_run
+    from nanochat_core.evaluation.results import FACTS, find_evaluations, read_evaluation
+    from nanochat_core.runs.directory import find_run
 
     path = Path(reference)
     if (path / FACTS).is_file():

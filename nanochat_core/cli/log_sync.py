@@ -25,16 +25,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace, _: Sequence[str]) -> int:
+    from nanochat_core.config.load import to_tables
+    from nanochat_core.config.schema import LoggerKeys
     from nanochat_core.errors import CheckpointError, ConfigError, PluginError
-    from nanochat_core.follower import Job, Progress, progress_file
-    from nanochat_core.ledger import read_ledger
-    from nanochat_core.load import to_tables
-    from nanochat_core.logger import LoggerContext
-    from nanochat_core.logger_process import LoggerProcess
-    from nanochat_core.needs import load_recorded
-    from nanochat_core.plugins import load_plugins
-    from nanochat_core.rundir import find_run
-    from nanochat_core.schema import LoggerKeys
+    from nanochat_core.interfaces.logger import LoggerContext
+    from nanochat_core.loggers.process import LoggerProcess
+    from nanochat_core.loggers.worker import Job, Progress, progress_file
+    from nanochat_core.plugins.discovery import load_plugins
+    from nanochat_core.runs.directory import find_run
+    from nanochat_core.runs.ledger import read_ledger
+    from nanochat_core.runs.restore import load_recorded
 
     run = find_run(options.run, options.runs_dir)
     status = run.read_status()

@@ -11,9 +11,9 @@ from nanochat_core.cli import above_zero, add_experiment, positive
 from nanochat_core.errors import ConfigError, NanochatError, Problem, did_you_mean
 
 if TYPE_CHECKING:
-    from nanochat_core.devices import DeviceSpec
-    from nanochat_core.plan import Planned
-    from nanochat_core.schema import Experiment
+    from nanochat_core.config.schema import Experiment
+    from nanochat_core.hardware.devices import DeviceSpec
+    from nanochat_core.planning.plan import Planned
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,16 +40,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace, _: Sequence[str]) -> int:
-    from nanochat_core.load import load
-    from nanochat_core.plugins import load_plugins
+    from nanochat_core.config.load import load
+    from nanochat_core.plugins.discovery import load_plugins
 
     loaded = load(options.file, options.overrides, load_plugins())
     blocking = [p for p in loaded.missing if p.key.split(".")[0] in ("tokenizer", "model", "optimizer")]
     if blocking:
         loaded.require_all()
-    from nanochat_core.devices import DeviceSpec
-    from nanochat_core.distributed import pick_device
-    from nanochat_core.plan import format_plan, plan_batches, time_training
+    from nanochat_core.distributed.world import pick_device
+    from nanochat_core.hardware.devices import DeviceSpec
+    from nanochat_core.planning.plan import format_plan, plan_batches, time_training
 
     here = pick_device(0)
     device = here if options.device is None else _known(options.device)
@@ -101,7 +101,7 @@ def _variation(text: str) -> tuple[str, list[str]]:
 
 
 def _known(name: str) -> DeviceSpec:
-    from nanochat_core.devices import KNOWN_DEVICES
+    from nanochat_core.hardware.devices import KNOWN_DEVICES
 
     if name.lower() not in KNOWN_DEVICES:
         known = f"{', '.join(KNOWN_DEVICES)} are known{did_you_mean(name.lower(), KNOWN_DEVICES)}"
@@ -138,7 +138,7 @@ def _table(
 
 def _disk(planned: Planned) -> str:
     """What checkpoints take."""
-    from nanochat_core.saving import most_at_once
+    from nanochat_core.runs.saver import most_at_once
 
     size, count, options = (
         planned.plan.checkpoint_bytes / 2**30,
@@ -157,7 +157,7 @@ def _disk(planned: Planned) -> str:
 
 def _data(experiment: Experiment) -> list[str]:
     """The set that results will be measured on, and what is not here yet, as far as the source can say."""
-    from nanochat_core.build import build_source
+    from nanochat_core.training.build import build_source
 
     lines = []
     try:

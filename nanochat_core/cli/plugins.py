@@ -10,10 +10,10 @@ from pathlib import Path
 
 import attrs
 
+from nanochat_core.config.schema import RESERVED, EntryKeys, fields_of, type_name
 from nanochat_core.errors import PluginError, did_you_mean
-from nanochat_core.plugins import Plugins, load_plugins
-from nanochat_core.registry import KINDS, Entry
-from nanochat_core.schema import RESERVED, EntryKeys, fields_of, type_name
+from nanochat_core.plugins.discovery import Plugins, load_plugins
+from nanochat_core.plugins.registry import KINDS, Entry
 
 SLOW_SECONDS = 0.2  # of one plugin's import
 
@@ -62,7 +62,7 @@ def _kind(text: str) -> str:
 
 def _new(arguments: Sequence[str]) -> int:
     """``nanochat plugins new KIND NAME [DIR]``."""
-    from nanochat_core.scaffold import write_package
+    from nanochat_core.plugins.scaffold import write_package
 
     if len(arguments) not in (2, 3):
         raise PluginError("write: nanochat plugins new KIND NAME [DIR], as in: nanochat plugins new evaluator top-k")

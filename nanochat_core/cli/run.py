@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 
 from nanochat_core.cli import add_experiment, add_runs_dir, positive
+from nanochat_core.distributed.signals import PREEMPTED_EXIT_CODE, Stopped, StopRequest
 from nanochat_core.errors import ConfigError, Problem
-from nanochat_core.stopping import PREEMPTED_EXIT_CODE, Stopped, StopRequest
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,8 +39,8 @@ def _reference(text: str) -> str:
 
 
 def main(options: argparse.Namespace, arguments: Sequence[str]) -> int:
-    from nanochat_core.load import load
-    from nanochat_core.plugins import load_plugins
+    from nanochat_core.config.load import load
+    from nanochat_core.plugins.discovery import load_plugins
 
     if options.allow_other_data and options.resume is None:
         raise ConfigError([Problem("", "goes with --resume: a fresh run has no data yet", "--allow-other-data")])
@@ -48,13 +48,13 @@ def main(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     if not is_worker:  # before torch is imported: a typo costs no seconds
         load(options.file, options.overrides, load_plugins()).require_all()
     if options.nproc > 1 and not is_worker:
-        from nanochat_core.launch import launch
+        from nanochat_core.distributed.launcher import launch
 
         return launch(arguments, options.nproc)
     with StopRequest() as stop:
         try:
             with stop.interruptible():
-                from nanochat_core.run import run_experiment
+                from nanochat_core.training.session import run_experiment
             return run_experiment(
                 options.file, options.overrides, options.runs_dir, options.resume, options.allow_other_data, stop
             )

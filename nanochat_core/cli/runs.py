@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from nanochat_core.cli import add_runs_dir
-from nanochat_core.ledger import read_ledger
-from nanochat_core.rundir import RunDirectory, all_runs
+from nanochat_core.runs.directory import RunDirectory, all_runs
+from nanochat_core.runs.ledger import read_ledger
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -46,7 +46,7 @@ def test_what_can_not_be_sent_is_said(trained: Trained, arguments: tuple[str, ..
 
 
 def test_a_run_in_training_is_left_to_its_own_loggers(trained: Trained) -> None:
-    from nanochat_core.rundir import RunDirectory
+    from nanochat_core.runs.directory import RunDirectory
 
     with RunDirectory(trained.path).lock():
         code, said = sync(trained, "--to", "csv")

@@ -10,14 +10,14 @@ import pytest
 import torch
 from support import call, losses, only_run
 
-from nanochat_core.batch_size import divisors, largest_that_fits, sizes
-from nanochat_core.devices import GIB, KNOWN_DEVICES, DeviceSpec
-from nanochat_core.distributed import World
+from nanochat_core.config.load import load
+from nanochat_core.distributed.world import World
 from nanochat_core.errors import OutOfMemory
-from nanochat_core.load import load
-from nanochat_core.plan import Planned, format_plan, make_plan
-from nanochat_core.plugins import load_plugins
-from nanochat_core.probe import settle_batch_size
+from nanochat_core.hardware.devices import GIB, KNOWN_DEVICES, DeviceSpec
+from nanochat_core.planning.batch_size import divisors, largest_that_fits, sizes
+from nanochat_core.planning.plan import Planned, format_plan, make_plan
+from nanochat_core.planning.probe import settle_batch_size
+from nanochat_core.plugins.discovery import load_plugins
 
 AUTO = "train.device_batch_size=auto"
 CPU = torch.device("cpu")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from nanochat_core import cast
-from nanochat_core.casting import weights_at_rest
+from nanochat_core.hardware.casting import weights_at_rest
 
 BF16 = torch.bfloat16
 

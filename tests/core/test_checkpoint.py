@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from nanochat_core import CheckpointError
-from nanochat_core.checkpoint import (
+from nanochat_core.runs.checkpoint import (
     CheckpointContent,
     latest_checkpoint,
     load_checkpoint,
@@ -21,8 +21,8 @@ from nanochat_core.checkpoint import (
     save_checkpoint,
     verify,
 )
-from nanochat_core.state import TrainState
-from nanochat_core.upgrades import ModelRecord
+from nanochat_core.runs.state import TrainState
+from nanochat_core.runs.upgrades import ModelRecord
 
 
 def content(step: int) -> CheckpointContent:

@@ -13,7 +13,7 @@ import torch.distributed
 from killing import Place, write_killed
 from support import Result, assert_same_end, losses
 
-from nanochat_core.checkpoint import verify
+from nanochat_core.runs.checkpoint import verify
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 

@@ -29,7 +29,7 @@ from nanochat_core import (
     Multipliers,
     TorchOptimizer,
 )
-from nanochat_core.plugins import load_plugins
+from nanochat_core.plugins.discovery import load_plugins
 from nanochat_core.testing import check_data_source, check_evaluator, check_logger, check_model, check_optimizer
 from nanochat_csv.config import CSVConfig
 from nanochat_csv.logger import CSV

@@ -17,8 +17,9 @@ from ranks import on_ranks
 from support import ROOT, Site, call, ledger, losses, only_run, write_experiment
 
 from nanochat_core import Evaluation, Evaluator, Model, World
-from nanochat_core.evaluate import EvaluationFailed, EvaluationWorld, evaluate, inference
-from nanochat_core.evaluation_files import (
+from nanochat_core.config.schema import Choice, EvaluatorKeys
+from nanochat_core.evaluation.evaluate import EvaluationFailed, EvaluationWorld, evaluate, inference
+from nanochat_core.evaluation.results import (
     Stored,
     bootstrap_means,
     compare,
@@ -28,7 +29,6 @@ from nanochat_core.evaluation_files import (
     sign_test,
     write_evaluation,
 )  # fmt: skip
-from nanochat_core.schema import Choice, EvaluatorKeys
 
 CPU = torch.device("cpu")
 
@@ -111,7 +111,7 @@ def test_training_does_not_notice_evaluations(tmp_path, shards, site: Site):
 def test_evaluations_do_not_compile_training_anew():
     """Shapes change all the time in an evaluation, and the compiled training step is left alone."""
     from nanochat_core import ModelContext, score_choices, token_spans
-    from nanochat_core.plugins import load_plugins
+    from nanochat_core.plugins.discovery import load_plugins
 
     entry = load_plugins()["model"].get("gpt")
     assert entry is not None

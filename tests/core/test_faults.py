@@ -17,7 +17,7 @@ from processes import Process
 from safetensors.torch import load_file
 from support import Site, Trained, assert_same_end, call, ledger, losses, metrics, only_run
 
-from nanochat_core.checkpoint import verify
+from nanochat_core.runs.checkpoint import verify
 
 FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json", "manifest.json")
 

@@ -37,8 +37,8 @@ def test_public_names_are_there() -> None:
 def test_finding_plugins_and_reading_experiments_needs_no_torch() -> None:
     code = (
         "import sys\n"
-        "from nanochat_core.load import load\n"
-        "from nanochat_core.plugins import load_plugins\n"
+        "from nanochat_core.config.load import load\n"
+        "from nanochat_core.plugins.discovery import load_plugins\n"
         f"load({str(ROOT / 'experiments' / 'quickstart.toml')!r}, (), load_plugins()).require_all()\n"
         "assert 'torch' not in sys.modules\n"
     )

@@ -12,7 +12,7 @@ import pytest
 from fixtures.install import install_fixture
 from support import BROKEN, ROOT, THIRD_PARTY, Site, call, only_run, spawn, write_experiment
 
-from nanochat_core.plugins import load_plugins, version_fits
+from nanochat_core.plugins.discovery import load_plugins, version_fits
 
 SLOW = ROOT / "tests" / "fixtures" / "slow" / "nanochat-slow-import"
 REASONS = {

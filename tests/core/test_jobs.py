@@ -17,7 +17,7 @@ import torch.distributed
 from processes import Process
 from support import ROOT, Site, assert_same_end, ledger, only_run, spawn, write_experiment
 
-from nanochat_core.checkpoint import verify
+from nanochat_core.runs.checkpoint import verify
 
 pytestmark = [
     pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo"),

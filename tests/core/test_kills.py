@@ -17,7 +17,7 @@ import torch.distributed
 from killing import SAVE_EVERY, Launch, Place, Point, write_killed
 from support import assert_same_end
 
-from nanochat_core.checkpoint import verify
+from nanochat_core.runs.checkpoint import verify
 
 pytestmark = [
     pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo"),

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from nanochat_core.ledger import Ledger, read_ledger, rewind_ledger
+from nanochat_core.runs.ledger import Ledger, read_ledger, rewind_ledger
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from nanochat_core import ConfigError
-from nanochat_core.load import LoadedExperiment, dump, load, parse_override
-from nanochat_core.plugins import Plugins, load_plugins
+from nanochat_core.config.load import LoadedExperiment, dump, load, parse_override
+from nanochat_core.plugins.discovery import Plugins, load_plugins
 
 PLUGINS = load_plugins()
 

@@ -20,9 +20,9 @@ import torch
 from nanochat_bytes.config import BytesConfig
 from nanochat_bytes.tokenizer import build
 from nanochat_core import DataError, TokenizerContext
-from nanochat_core.interfaces import IGNORED, Batch
-from nanochat_core.loader import Step, TrainLoader, ValidationRows
-from nanochat_core.packing import Cursor, Encoder
+from nanochat_core.data.loader import Step, TrainLoader, ValidationRows
+from nanochat_core.data.packing import Cursor, Encoder
+from nanochat_core.interfaces.model import IGNORED, Batch
 
 TOKENIZER = build(BytesConfig(), TokenizerContext(documents=list))
 T = 16

@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat_core.locate import line_numbers
+from nanochat_core.config.toml_lines import line_numbers
 
 TEXT = '''# a comment with [brackets] and key = 1
 

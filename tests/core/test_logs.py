@@ -16,9 +16,9 @@ from logging_run import Run, wait_for
 from support import ROOT, Site, losses, only_run
 
 from nanochat_core import LoggerContext
-from nanochat_core.ledger import rewind_ledger
-from nanochat_core.plugins import load_plugins
-from nanochat_core.schema import Choice, LoggerKeys
+from nanochat_core.config.schema import Choice, LoggerKeys
+from nanochat_core.plugins.discovery import load_plugins
+from nanochat_core.runs.ledger import rewind_ledger
 
 MOODY = ROOT / "tests" / "fixtures" / "loggers" / "nanochat-moody-logger"
 
@@ -180,7 +180,9 @@ def test_a_line_that_is_not_whole_yet_waits(run: Run) -> None:
 
 
 def test_the_processes_import_no_torch(run: Run) -> None:
-    program = "import sys, nanochat_core.follower, nanochat_core; nanochat_core.Logger; print('torch' in sys.modules)"
+    program = (
+        "import sys, nanochat_core.loggers.worker, nanochat_core; nanochat_core.Logger; print('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

@@ -80,7 +80,7 @@ MODELS = [Deep, Tied, OnlyLogits, FrozenHead]
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nanochat_core.loss.chunk_rows", lambda *_: 8)
+    monkeypatch.setattr("nanochat_core.interfaces.loss.chunk_rows", lambda *_: 8)
 
 
 def batch() -> tuple[Tensor, Tensor]:

@@ -9,9 +9,9 @@ import torch
 from support import Site, call, losses, only_run
 
 from nanochat_core import ConfigError
-from nanochat_core.load import load
-from nanochat_core.plan import Planned, format_plan, make_plan, plan_batches
-from nanochat_core.plugins import load_plugins
+from nanochat_core.config.load import load
+from nanochat_core.planning.plan import Planned, format_plan, make_plan, plan_batches
+from nanochat_core.plugins.discovery import load_plugins
 
 MODELS = """
 import torch

@@ -11,8 +11,8 @@ import pytest
 import torch
 from support import Site, assert_same_end, call, ledger, losses, only_run, write_experiment
 
-from nanochat_core.packing import BestFitLane, StreamLane
-from nanochat_core.state import TrainState
+from nanochat_core.data.packing import BestFitLane, StreamLane
+from nanochat_core.runs.state import TrainState
 
 
 def run(file: Path, runs: Path, *settings: str) -> tuple[Path, str]:

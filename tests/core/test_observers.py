@@ -8,7 +8,7 @@ import pytest
 from fixtures.install import install_fixture
 from support import ROOT, Site, Trained, call, losses, only_run, write_experiment
 
-from nanochat_core.plugins import load_plugins
+from nanochat_core.plugins.discovery import load_plugins
 
 DIARY = ROOT / "tests" / "fixtures" / "observers" / "nanochat-diary"
 

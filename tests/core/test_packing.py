@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from nanochat_bytes.config import BytesConfig
 from nanochat_bytes.tokenizer import build
 from nanochat_core import CheckpointError, DataError, TokenizerContext
-from nanochat_core.interfaces import IGNORED
-from nanochat_core.packing import BestFitLane, Cursor, Encoder, StreamLane, best_fit, join, lanes, validation_rows
+from nanochat_core.data.packing import BestFitLane, Cursor, Encoder, StreamLane, best_fit, join, lanes, validation_rows
+from nanochat_core.interfaces.model import IGNORED
 
 TOKENIZER = build(BytesConfig(), TokenizerContext(documents=list))
 

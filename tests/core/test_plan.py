@@ -10,9 +10,9 @@ import torch
 from support import ROOT, Site
 
 from nanochat_core import ConfigError
-from nanochat_core.load import load
-from nanochat_core.plan import Planned, format_plan, make_plan
-from nanochat_core.plugins import load_plugins
+from nanochat_core.config.load import load
+from nanochat_core.planning.plan import Planned, format_plan, make_plan
+from nanochat_core.plugins.discovery import load_plugins
 
 PLUGINS = load_plugins()
 CPU = torch.device("cpu")

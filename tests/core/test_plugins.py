@@ -10,7 +10,7 @@ from support import BROKEN, THIRD_PARTY, Site
 
 import nanochat_core
 from nanochat_core import PluginError
-from nanochat_core.plugins import Failure, Plugins, load_plugins
+from nanochat_core.plugins.discovery import Failure, Plugins, load_plugins
 
 
 def offered(plugins: Plugins) -> set[tuple[str, str]]:

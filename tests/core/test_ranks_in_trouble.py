@@ -21,7 +21,7 @@ import os, time
 from pathlib import Path
 import torch
 from nanochat_core import DataError, DataSource, Evaluation, Evaluator
-from nanochat_core.optimizer_contract import TinyModel
+from nanochat_core.testing.optimizer import TinyModel
 
 def trouble(file, where):
     """What the file asks for: whose rank, where, and what."""

@@ -8,7 +8,7 @@ from ranks import on_ranks
 from torch import Tensor, nn
 
 from nanochat_core import GradientReducer, Multipliers, TorchOptimizer, World
-from nanochat_core.reduction import global_norm
+from nanochat_core.training.gradients import global_norm
 
 ALONE = World(0, 1, torch.device("cpu"))
 

@@ -18,10 +18,10 @@ import torch
 from safetensors.torch import load_file
 from support import Site, Trained, call, ledger, losses, metrics, only_run, write_shards
 
-from nanochat_core.checkpoint import load_state
-from nanochat_core.load import load
-from nanochat_core.plugins import load_plugins
-from nanochat_core.rundir import RunDirectory
+from nanochat_core.config.load import load
+from nanochat_core.plugins.discovery import load_plugins
+from nanochat_core.runs.checkpoint import load_state
+from nanochat_core.runs.directory import RunDirectory
 
 METRICS = {
     "train/loss", "train/lrm", "train/dt", "train/tok_per_sec", "train/mfu", "train/grad_norm", "train/epoch",

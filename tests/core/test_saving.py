@@ -14,16 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import Site, Trained, assert_same_end, call, losses, metrics, only_run
 
-from nanochat_core.checkpoint import (
+from nanochat_core.config.schema import Checkpoint
+from nanochat_core.runs.checkpoint import (
     CheckpointContent,
     remove_leftovers,
     save_checkpoint,
     verify,
 )
-from nanochat_core.saving import Saver, most_at_once, steps_to_delete
-from nanochat_core.schema import Checkpoint
-from nanochat_core.state import TrainState
-from nanochat_core.upgrades import ModelRecord
+from nanochat_core.runs.saver import Saver, most_at_once, steps_to_delete
+from nanochat_core.runs.state import TrainState
+from nanochat_core.runs.upgrades import ModelRecord
 
 # ------------------------------------------------------------------------------------------------------- what is kept
 

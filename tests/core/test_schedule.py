@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat_core.schedule import lr_multiplier, phases
-from nanochat_core.schema import Schedule
+from nanochat_core.config.schema import Schedule
+from nanochat_core.planning.schedule import lr_multiplier, phases
 
 
 def values(schedule: Schedule, num_iterations: int) -> list[float]:

@@ -9,10 +9,10 @@ import attrs
 import pytest
 
 from nanochat_core import ConfigError, PluginError, above, at_least, between, one_of, option
-from nanochat_core.load import dump, load
-from nanochat_core.plugins import Plugins
-from nanochat_core.registry import KINDS, Registrar
-from nanochat_core.schema import check_config_class
+from nanochat_core.config.load import dump, load
+from nanochat_core.config.schema import check_config_class
+from nanochat_core.plugins.discovery import Plugins
+from nanochat_core.plugins.registry import KINDS, Registrar
 
 
 @attrs.frozen

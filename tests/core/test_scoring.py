@@ -27,8 +27,8 @@ from nanochat_core import (
     score_spans,
     token_spans,
 )
-from nanochat_core.evaluate import EvaluationWorld
-from nanochat_core.plugins import load_plugins
+from nanochat_core.evaluation.evaluate import EvaluationWorld
+from nanochat_core.plugins.discovery import load_plugins
 
 CPU = torch.device("cpu")
 V = 40

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from nanochat_bytes.config import BytesConfig
 from nanochat_bytes.tokenizer import build
 from nanochat_core import TokenizerContext, Tokens
-from nanochat_core.loader import TrainLoader
-from nanochat_core.token_cache import TokenCache, open_cache
+from nanochat_core.data.loader import TrainLoader
+from nanochat_core.data.token_cache import TokenCache, open_cache
 
 TOKENIZER = build(BytesConfig(), TokenizerContext(documents=list))
 

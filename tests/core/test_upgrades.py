@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from support import Result, Site, Trained, assert_same_end, call, losses, metrics, only_run
 
-from nanochat_core.checkpoint import verify
-from nanochat_core.plugins import load_plugins
+from nanochat_core.plugins.discovery import load_plugins
+from nanochat_core.runs.checkpoint import verify
 
 # A release of a model: {gain} and {head} are the names of an option and a parameter, {default} the option's default.
 RELEASE = """

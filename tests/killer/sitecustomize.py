@@ -186,8 +186,8 @@ if "RANK" in os.environ and "NANOCHAT_KILLER" in os.environ and sys.orig_argv[1:
 
     # these take names from what is traced above
     import nanochat_bpe.tokenizer
-    import nanochat_core.evaluate
-    import nanochat_core.prepare
+    import nanochat_core.evaluation.evaluate
+    import nanochat_core.training.prepare
 
     def traced(name: str, function, phase=None):  # type: ignore[no-untyped-def]
         @functools.wraps(function)
@@ -221,7 +221,7 @@ if "RANK" in os.environ and "NANOCHAT_KILLER" in os.environ and sys.orig_argv[1:
 
     real_documents = nanochat_bpe.tokenizer._training_text
     nanochat_bpe.tokenizer._training_text = traced_documents
-    nanochat_core.prepare.make_plan = traced("plan", nanochat_core.prepare.make_plan)
-    nanochat_core.evaluate.evaluate = traced(
-        "evaluate", nanochat_core.evaluate.evaluate, lambda choice, *_: f"evaluate {choice.name}"
+    nanochat_core.training.prepare.make_plan = traced("plan", nanochat_core.training.prepare.make_plan)
+    nanochat_core.evaluation.evaluate.evaluate = traced(
+        "evaluate", nanochat_core.evaluation.evaluate.evaluate, lambda choice, *_: f"evaluate {choice.name}"
     )

@@ -52,7 +52,7 @@ def logged(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _installed(name: str) -> bool:
-    from nanochat_core.plugins import load_plugins
+    from nanochat_core.plugins.discovery import load_plugins
 
     entry = load_plugins()["logger"].get(name)
     return entry is not None and not entry.missing()

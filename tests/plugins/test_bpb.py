@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from nanochat_core import IGNORED, Batch, Cache, DataError, EvaluatorContext, Model, Tokenizer, Tokens, World
-from nanochat_core.distributed import join_world, leave_world
-from nanochat_core.plugins import load_plugins
+from nanochat_core.distributed.world import join_world, leave_world
+from nanochat_core.plugins.discovery import load_plugins
 
 BYTES = (1, 2, 3, 4, 0)  # bytes of tokens 0..4; the last is bos
 WORLD = World(rank=0, size=1, device=torch.device("cpu"))

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from nanochat_core import LoggerContext
-from nanochat_core.plugins import load_plugins
+from nanochat_core.plugins.discovery import load_plugins
 
 STEP = {
     "step": 42,

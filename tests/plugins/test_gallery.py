@@ -13,7 +13,7 @@ import pytest
 from fixtures.install import install_fixture
 from support import ROOT, Site, call, losses, metrics, only_run, write_experiment
 
-from nanochat_core.scaffold import write_package
+from nanochat_core.plugins.scaffold import write_package
 
 DOCS = ROOT / "docs" / "plugins"
 GALLERY = ROOT / "tests" / "fixtures" / "gallery"

@@ -23,7 +23,7 @@ from nanochat_core import (
     score_spans,
     token_spans,
 )
-from nanochat_core.plugins import load_plugins
+from nanochat_core.plugins.discovery import load_plugins
 from nanochat_dclm_core.bundle import open_bundle
 from nanochat_dclm_core.prompts import chosen_examples, prompts, shots
 

@@ -259,7 +259,7 @@ def test_threads_and_sources_share_the_downloads(server: HubServer, tmp_path: Pa
 # Importing torch takes seconds, so one process does it, and is copied for each command.
 STARTER = """
 import contextlib, json, os, signal, sys
-import nanochat_core.interfaces, nanochat_core.cli.data, nanochat_core.load, nanochat_parquet.hub_source
+import nanochat_core.interfaces.model, nanochat_core.cli.data, nanochat_core.config.load, nanochat_parquet.hub_source
 from nanochat_core.cli import main
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 for line in sys.stdin:

@@ -11,10 +11,10 @@ from lm_eval_tasks import ROWS, write_task
 from ranks import on_ranks
 
 from nanochat_core import EvaluatorContext, Model, ModelContext, Tokenizer, World
-from nanochat_core.evaluate import EvaluationWorld
-from nanochat_core.plugins import load_plugins
-from nanochat_core.schema import Choice, EntryKeys
-from nanochat_core.tokenizers import build_tokenizer
+from nanochat_core.config.schema import Choice, EntryKeys
+from nanochat_core.data.tokenizer_cache import build_tokenizer
+from nanochat_core.evaluation.evaluate import EvaluationWorld
+from nanochat_core.plugins.discovery import load_plugins
 
 pytest.importorskip("lm_eval", reason="the optional library lm-eval is not installed")
 CPU = torch.device("cpu")

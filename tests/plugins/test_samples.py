@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nanochat_core import Cache, EvaluatorContext, Model, Tokenizer, Tokens, World
-from nanochat_core.plugins import load_plugins
+from nanochat_core.plugins.discovery import load_plugins
 
 BOS = 128
 

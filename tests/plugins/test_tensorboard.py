@@ -8,7 +8,7 @@ import pytest
 from support import losses, metrics
 
 from nanochat_core import LoggerContext
-from nanochat_core.plugins import load_plugins
+from nanochat_core.plugins.discovery import load_plugins
 
 pytest.importorskip("tensorboard")
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -20,8 +20,8 @@ from logging_run import Run, wait_for
 from support import ROOT, call, ledger, losses, metrics, only_run, write_experiment
 from wandb_server import WandbServer, serve
 
-from nanochat_core.ledger import rewind_ledger
-from nanochat_core.plugins import load_plugins
+from nanochat_core.plugins.discovery import load_plugins
+from nanochat_core.runs.ledger import rewind_ledger
 
 pytest.importorskip("wandb")
 

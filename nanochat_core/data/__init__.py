@@ -1,0 +1,1 @@
+"""From documents to batches: tokenizing, packing into rows, caching and loading."""

@@ -1,0 +1,145 @@
+"""What tokenizers share that know the bytes of each of their tokens, for plugin authors."""
+
+from __future__ import annotations
+
+import json
+import threading
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+import numpy as np
+
+from nanochat_core.data.texts import SPECIAL_TOKENS
+from nanochat_core.errors import CheckpointError, ConfigError
+from nanochat_core.interfaces.model import Tokenizer, Tokens
+
+Thing = TypeVar("Thing")
+
+# Every kind of character that a split pattern has to take a side on, and that normalisation changes.
+PROBE = "It's 12345 wörter, 漢字 -- \t (x_1 != y)\r\n\n  end \u0041\u030a \ufb01\u2460 \x00 🙂  "
+
+
+def special_tokens_from(first: int, own: Mapping[str, int] | None = None) -> dict[str, int]:
+    """Ids of the special tokens, counted from ``first`` on; with those of an encoding that brings its ``own``. One
+    that brings ``<|bos|>`` gets no others."""
+    if own is not None and "<|bos|>" in own:
+        return dict(own)
+    return {**(own or {}), **{name: first + i for i, name in enumerate(SPECIAL_TOKENS)}}
+
+
+class PerThread(Generic[Thing]):
+    """An object of its own for each thread, made when the thread first asks for it.
+
+    For encoders with compiled regular expressions: Rust's ``regex`` keeps its working memory for the thread that
+    matches first and lends others some behind a lock, which costs tiktoken a third more time for a text.
+    """
+
+    def __init__(self, make: Callable[[], Thing]) -> None:
+        self._make, self._local = make, threading.local()
+
+    def get(self) -> Thing:
+        found: Thing | None = getattr(self._local, "found", None)
+        if found is None:
+            found = self._local.found = self._make()
+        return found
+
+
+class TableTokenizer(Tokenizer):
+    """A tokenizer that is a table of tokens, besides how it encodes. A subclass gives ``encode_array``,
+    ``fingerprint``, ``files``, and ``__reduce__`` where its parts can't be pickled.
+
+    Args:
+        tokens: bytes of the ordinary tokens by id; empty for ids that mean nothing.
+        special: ids of the special tokens.
+    """
+
+    format: ClassVar[str]  # name and version of what ``save`` writes
+    settings_file: ClassVar[str] = "tokenizer.json"
+
+    def __init__(self, tokens: Sequence[bytes], special: Mapping[str, int]) -> None:
+        size = max(len(tokens), *(i + 1 for i in special.values()))
+        self._special = dict(special)
+        self._bytes = [*tokens, *[b""] * (size - len(tokens))]
+        self._spelt = dict(enumerate(self._bytes)) | {i: n.encode() for n, i in special.items()}
+
+    @abstractmethod
+    def encode_array(self, text: str) -> Tokens:
+        """``encode`` as an array of integers."""
+
+    @abstractmethod
+    def files(self) -> Mapping[str, bytes]:
+        """Content of what ``save`` writes beside the settings, by file name."""
+
+    def settings(self) -> Mapping[str, Any]:
+        """What else stands in the settings."""
+        return {}
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self._bytes)
+
+    @property
+    def special_tokens(self) -> Mapping[str, int]:
+        return self._special
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self.encode_array(text).tolist()
+        return ids
+
+    def encode_documents(self, texts: Sequence[str]) -> list[Tokens]:
+        bos = np.array([self.bos_id], dtype=np.int32)
+        return [np.concatenate((bos, self.encode_array(text))) for text in texts]
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        return b"".join([self._spelt[i] for i in ids])
+
+    def token_bytes(self) -> Tokens:
+        sizes = np.array([len(token) for token in self._bytes], dtype=np.int32)
+        sizes[list(self._special.values())] = 0
+        return sizes
+
+    def keeps_text(self) -> bool:
+        """Whether an awkward text comes back as it was."""
+        return self.decode(self.encode(PROBE)) == PROBE
+
+    def save(self, directory: Path) -> None:
+        """Write ``files``, and the settings: format, sizes, special tokens and fingerprint, as JSON."""
+        for name, content in self.files().items():
+            (directory / name).write_bytes(content)
+        settings = {
+            "format": self.format,
+            "vocab_size": self.vocab_size,
+            "special_tokens": self._special,
+            **self.settings(),
+            "fingerprint": self.fingerprint,
+        }
+        text = json.dumps(settings, indent=2) + "\n"
+        (directory / self.settings_file).write_text(text, encoding="utf-8", newline="\n")
+
+
+Made = TypeVar("Made", bound=TableTokenizer)
+
+
+def load_table_tokenizer(kind: type[Made], directory: Path, make: Callable[[Mapping[str, Any]], Made]) -> Made:
+    """The tokenizer that ``save`` wrote to ``directory``.
+
+    Args:
+        make: gives it from the settings; it reads the other files, and may raise what reading and parsing raise.
+
+    Raises:
+        CheckpointError: when a file is missing or damaged, or they don't belong together.
+    """
+    try:
+        settings = json.loads((directory / kind.settings_file).read_text(encoding="utf-8"))
+        if settings["format"] != kind.format:
+            raise ValueError(f"its format is {settings['format']!r}, this version reads {kind.format!r}")
+        tokenizer = make(settings)
+        if tokenizer.fingerprint != settings.get("fingerprint", tokenizer.fingerprint):  # early ones of bytes had none
+            raise ValueError("the files don't belong together: their fingerprint is another")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ConfigError) as error:
+        raise CheckpointError(
+            f"the tokenizer in {directory} can't be read ({error}); restore its files, or start a new run"
+        ) from error
+    return tokenizer

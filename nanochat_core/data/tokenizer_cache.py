@@ -1,0 +1,175 @@
+"""Making a run's tokenizer. A finished one is kept in the cache under the hash of all that it was made from, so that
+experiments with equal settings share it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from nanochat_core.config.schema import Choice, to_plain
+from nanochat_core.errors import CheckpointError, PluginError
+from nanochat_core.files import cache_dir
+from nanochat_core.interfaces.model import DataSource, Tokenizer, TokenizerContext
+from nanochat_core.runs.checkpoint import sync
+from nanochat_core.runs.directory import remove, write_atomic
+
+FORMAT = 1  # of what stands in the cache; another number makes every tokenizer anew
+READ_AT_ONCE = 256  # documents
+
+
+@attrs.frozen
+class MadeTokenizer:
+    """A tokenizer and where the cache has it.
+
+    Args:
+        seconds: what making it took; 0 when it was there already.
+    """
+
+    tokenizer: Tokenizer
+    directory: Path
+    seconds: float
+
+    def copy_to(self, directory: Path) -> None:
+        """Copy its files to ``directory``, which appears whole."""
+        partial = directory.with_name(f".{directory.name}.{secrets.token_hex(4)}")
+        shutil.copytree(self.directory, partial)
+        for path in partial.rglob("*"):
+            sync(path)  # without it no checkpoint is of use
+        partial.rename(directory)
+
+
+def make_tokenizer(choice: Choice, source: DataSource, report: Callable[[str], None] = print) -> MadeTokenizer:
+    """The tokenizer of an experiment: from the cache, or trained now. Processes that want the same one train it once.
+
+    Raises:
+        PluginError: when the factory doesn't keep its contract.
+        NanochatError: what the factory says of its options or of the data.
+    """
+    parts = made_from(choice, source)
+    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+    directory = cache_dir() / "tokenizers" / key
+    found = _find(choice, directory, report)
+    if found is not None:
+        return MadeTokenizer(found, directory, 0.0)
+    directory.parent.mkdir(exist_ok=True)
+    with _locked(directory.with_suffix(".lock"), report):
+        found = _find(choice, directory, report)  # another process may have made it meanwhile
+        if found is not None:
+            return MadeTokenizer(found, directory, 0.0)
+        for leftover in (*directory.parent.glob(f"{key}.*/"), *directory.parent.glob(f".{key}.*")):
+            remove(leftover)  # of a process that was killed
+        report("building the tokenizer")
+        start = time.perf_counter()
+        _train(choice, source, directory, parts)
+        return MadeTokenizer(load_tokenizer(choice, directory), directory, time.perf_counter() - start)
+
+
+def made_from(choice: Choice, source: DataSource) -> dict[str, Any]:
+    """Everything that decides what a tokenizer becomes; of files that options name, the content."""
+    entry = choice.entry
+    assert entry is not None, "load() refuses experiments with unknown plugins"
+    options = to_plain(choice.config)
+    files = {name: _digest(value) for name, value in options.items() if isinstance(value, str)}
+    return {
+        "format": FORMAT,
+        "plugin": f"{entry.distribution} {entry.version}: {entry.factory}",
+        "libraries": {name: _version(name) for name in entry.requires},
+        "options": {name: files.get(name) or value for name, value in options.items()},
+        "documents": source.fingerprint("train"),
+    }
+
+
+def _digest(path: str) -> str | None:
+    """Hash of the file at ``path``, None if there is no such file."""
+    try:
+        with Path(path).open("rb") as file:
+            return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+    except (OSError, ValueError):  # a text that is no file name
+        return None
+
+
+def _version(module: str) -> str:
+    try:
+        return importlib.metadata.version(module)
+    except importlib.metadata.PackageNotFoundError:  # a module that is named otherwise than its package
+        return "unknown"
+
+
+def _find(choice: Choice, directory: Path, report: Callable[[str], None]) -> Tokenizer | None:
+    """The tokenizer in the cache. A damaged one is removed."""
+    if not directory.is_dir():
+        return None
+    try:
+        return load_tokenizer(choice, directory)
+    except CheckpointError as error:
+        report(f"the tokenizer in the cache is damaged and is made anew ({error})")
+        shutil.rmtree(directory, ignore_errors=True)
+        return None
+
+
+def _train(choice: Choice, source: DataSource, directory: Path, parts: dict[str, Any]) -> None:
+    def documents() -> Iterable[str]:
+        train = source.documents("train")
+        for start in range(0, len(train), READ_AT_ONCE):
+            yield from train[start : start + READ_AT_ONCE]
+
+    tokenizer = _build(choice, TokenizerContext(documents=documents))
+    partial = directory.with_name(f"{directory.name}.{secrets.token_hex(4)}")
+    partial.mkdir()
+    try:
+        tokenizer.save(partial)
+        write_atomic(directory.with_suffix(".json"), json.dumps(parts, indent=1) + "\n")
+        partial.rename(directory)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+@contextlib.contextmanager
+def _locked(path: Path, report: Callable[[str], None]) -> Iterator[None]:
+    """Hold the lock at ``path``; it is released when this process ends, however it ends."""
+    with path.open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            report("another process is building the same tokenizer; waiting for it")
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def load_tokenizer(choice: Choice, directory: Path) -> Tokenizer:
+    """A tokenizer that was saved in ``directory``."""
+
+    def no_documents() -> Iterable[str]:
+        raise PluginError(f"tokenizer {choice.plugin!r} asks for documents although context.saved is given")
+
+    return _build(choice, TokenizerContext(documents=no_documents, saved=directory))
+
+
+def build_tokenizer(choice: Choice) -> Tokenizer:
+    """A tokenizer that needs no training."""
+
+    def no_documents() -> Iterable[str]:
+        raise PluginError(f"tokenizer {choice.plugin!r} asks for documents; it can only be made from an experiment")
+
+    return _build(choice, TokenizerContext(documents=no_documents))
+
+
+def _build(choice: Choice, context: TokenizerContext) -> Tokenizer:
+    tokenizer = choice.build(context)
+    if not isinstance(tokenizer, Tokenizer):
+        raise PluginError(f"the factory of tokenizer {choice.plugin!r} must return a nanochat_core.Tokenizer")
+    if "<|bos|>" not in tokenizer.special_tokens:
+        raise PluginError(f"tokenizer {choice.plugin!r} has no special token <|bos|>, which must lead every document")
+    return tokenizer

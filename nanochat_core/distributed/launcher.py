@@ -1,0 +1,135 @@
+"""``--nproc N``: one worker process a device on this machine. Several machines are torchrun's business."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any
+
+import attrs
+
+from nanochat_core.distributed.signals import PREEMPTED_EXIT_CODE, SAME_SECONDS
+from nanochat_core.distributed.store import Board, Failure
+from nanochat_core.distributed.watchdog import PIPE
+from nanochat_core.runs.directory import rank_log_name
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+GRACE_SECONDS = 30.0  # what other workers get to end by themselves after one has failed; see also the watchdog's
+NOW_SECONDS = 2.0  # the same after a second signal
+
+
+def launch(arguments: Sequence[str], nproc: int) -> int:
+    """Run ``python -m nanochat_core ARGUMENTS`` in ``nproc`` worker processes; returns the first failure's exit code.
+
+    SIGTERM, SIGINT and SIGUSR1 are passed on to every worker, which may then take as long as it needs to save; a second
+    one ends them. Workers notice when this process dies, and stop as if told by a signal. Only rank 0 writes to the
+    terminal's stdout.
+    """
+    from torch.distributed import TCPStore
+
+    # This process holds the rendezvous store on a port the system picked, so that two launches never collide.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    read_end, write_end = os.pipe()  # ours closes with us, however we end
+    threads = str(max((os.cpu_count() or 1) // nproc, 1))
+    launcher = _Launcher(Board(store), has_logs=arguments[0] == "run")
+    before: dict[int, Any] = {n: signal.signal(n, launcher.relay) for n in SIGNALS}
+    try:
+        for rank in range(nproc):
+            environment = {
+                "OMP_NUM_THREADS": threads,
+                **os.environ,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(nproc),
+                "LOCAL_WORLD_SIZE": str(nproc),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(store.port),
+                "TORCHELASTIC_USE_AGENT_STORE": "True",
+                PIPE: str(read_end),
+            }
+            # A session of its own: a Ctrl-C in the terminal reaches workers once, through us.
+            launcher.workers.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "nanochat_core", *arguments],
+                    env=environment,
+                    stdout=None if rank == 0 else subprocess.DEVNULL,
+                    start_new_session=True,
+                    pass_fds=(read_end,),
+                )
+            )
+        return launcher.wait()
+    finally:
+        launcher.send(signal.SIGKILL)
+        for worker in launcher.workers:
+            worker.wait()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(read_end)
+        os.close(write_end)
+
+
+@attrs.define
+class _Launcher:
+    """The workers, in rank order, and what they have been told."""
+
+    board: Board
+    has_logs: bool  # ranks write some, in a run directory
+    workers: list[subprocess.Popen[bytes]] = attrs.field(factory=list)
+    signalled: float | None = None  # when the first signal was passed on
+    deadline: float = float("inf")  # when those that are left are killed
+
+    def relay(self, number: int, _: FrameType | None) -> None:
+        now = time.monotonic()
+        self.send(number)
+        if self.signalled is None:
+            self.signalled = now
+        elif now > self.signalled + SAME_SECONDS:  # a worker that waits for another one hears no signal
+            self.deadline = min(self.deadline, now + NOW_SECONDS)
+
+    def send(self, number: int) -> None:
+        for worker in self.workers:
+            if worker.poll() is None:
+                worker.send_signal(number)
+
+    def wait(self) -> int:
+        """Wait for all workers. After a failure the others get a grace period. Returns the exit code: that of the first
+        failure, else that of a stop, else 0."""
+        failed, codes = 0, dict[int, int]()
+        while len(codes) < len(self.workers):
+            for rank, worker in enumerate(self.workers):
+                if rank in codes or worker.poll() is None:
+                    continue
+                # A worker killed by signal N has returncode -N; a shell would say 128 + N.
+                codes[rank] = code = worker.returncode if worker.returncode >= 0 else 128 - worker.returncode
+                if code in (0, PREEMPTED_EXIT_CODE) or failed:
+                    continue
+                failed = code
+                # Others that find their connections broken are not the first, and wait no longer.
+                first = self.board.mark_failure(Failure(rank, code))
+                if worker.returncode < 0 and self.signalled is None and first.rank == rank:
+                    log = f"; what it said last is in {rank_log_name(rank)} of the run directory" * self.has_logs
+                    print(_obituary(rank, -worker.returncode) + log, file=sys.stderr, flush=True)
+                self.deadline = min(self.deadline, time.monotonic() + GRACE_SECONDS)
+            if time.monotonic() > self.deadline:
+                self.send(signal.SIGKILL)
+            time.sleep(0.05)
+        return failed or max(codes.values())
+
+
+def _obituary(rank: int, number: int) -> str:
+    try:
+        name = signal.Signals(number).name
+    except ValueError:
+        name = f"signal {number}"
+    why = "a crash in native code, or a plugin that sent it"
+    if number == signal.SIGKILL:
+        why = "mostly because the machine was out of memory (dmesg tells): use fewer workers, or a smaller "
+        why += "train.device_batch_size"
+    elif number in SIGNALS:
+        why = "somebody sent it to this process alone"
+    return f"rank {rank} was killed by {name}, {why}"

@@ -1,0 +1,232 @@
+"""A thread in each rank that looks after it: reports stalls, and ends a process that waits for what will not come."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import linecache
+import os
+import select
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Collection
+from types import FrameType
+
+import attrs
+
+from nanochat_core.distributed.store import Board
+
+PIPE = "NANOCHAT_LAUNCHER_PIPE"  # file descriptor of a pipe whose other end our launcher holds as long as it lives
+LOOK_SECONDS = 0.5
+# What a rank gets to end by itself once another has failed. The main rank may be saving, or telling its loggers.
+MAIN_GRACE, OTHERS_GRACE = 20.0, 5.0
+POST_SECONDS = 3.0  # what ranks get to say where they are
+
+
+@attrs.frozen
+class Whereabouts:
+    """What the main thread is doing.
+
+    Args:
+        text: for people.
+        waits: for other ranks, or perhaps for them.
+    """
+
+    text: str
+    waits: bool = False
+
+
+class Watchdog:
+    """Runs from when it is entered until it is left.
+
+    - A stall is reported, on the main rank with what every rank is doing, and the stacks of every thread go to each
+      rank's log. Again at doubling intervals, and when it is over.
+    - Once another rank has failed, and this process does not end by itself, it is ended.
+    - When our launcher dies this process gets a SIGTERM.
+
+    Args:
+        rank, size: of this process, and of the world.
+        board: what ranks say to each other.
+    """
+
+    def __init__(self, rank: int, size: int, board: Board) -> None:
+        self.rank, self.size, self.board = rank, size, board
+        self._pipe = int(pipe) if (pipe := os.environ.pop(PIPE, "")) else None
+        self._deadline: tuple[float, int] | None = None  # when to end the process, and its exit code
+        self._beat = ("", time.monotonic())
+        self._stalled: tuple[str, float] | None = None  # the beat after which a stall was reported
+        self._patience = self._next = float("inf")
+        self._report: Callable[[str], None] = lambda line: None
+        self._note: Callable[[str], None] = lambda line: None
+        self._packages: Collection[str] = ()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def beat(self, doing: str) -> None:
+        """Something was done, and something new begins: ``after step 8``, ``in evaluation core``. As good as free."""
+        self._beat = (doing, time.monotonic())
+
+    def report_stalls(
+        self, patience: float, packages: Collection[str], report: Callable[[str], None], note: Callable[[str], None]
+    ) -> None:
+        """From now on, report when no ``beat`` comes.
+
+        Args:
+            patience: seconds.
+            packages: top-level modules whose code is named as the place; the core's own is known.
+            report: tells people a line; ``note``: writes one to this rank's log. Both are called in another thread.
+        """
+        self._packages, self._report, self._note = {"nanochat_core", *packages}, report, note
+        self.beat("at the start")
+        self._patience = self._next = patience
+
+    def stop_watching(self) -> None:
+        """The run is over."""
+        self._patience = self._next = float("inf")
+
+    def end_within(self, seconds: float, code: int) -> None:
+        """End the process with this exit code if it is still there then."""
+        self._deadline = time.monotonic() + seconds, code
+
+    # -- in the thread
+
+    def _watch(self) -> None:
+        while not self._ended.wait(min(LOOK_SECONDS, self._patience / 4)):
+            self._look_at_launcher()
+            self._look_at_others()
+            self._look_at_stall()
+
+    def _look_at_launcher(self) -> None:
+        if self._pipe is not None and select.select([self._pipe], [], [], 0)[0]:  # nobody writes: it has ended
+            self._pipe = None
+            self._note("the launcher has died: stopping as if told by a signal")
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+
+    def _look_at_others(self) -> None:
+        if self._deadline is None and (failure := self.board.failure()) is not None:
+            self.end_within(OTHERS_GRACE if self.rank else MAIN_GRACE, failure.code)
+        if self._deadline is not None and time.monotonic() > self._deadline[0]:
+            self._note(f"the process is ended with exit code {self._deadline[1]}; its stacks:\n{all_stacks()}")
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(Exception):
+                    stream.flush()
+            os._exit(self._deadline[1])
+
+    def _look_at_stall(self) -> None:
+        beat = self._beat
+        if self._stalled is not None and beat is not self._stalled:
+            self._next = self._patience
+            self.board.post(self.rank, "")
+            if self.rank == 0:
+                self._report(f"goes on after {beat[1] - self._stalled[1]:.0f} s")
+            self._stalled = None
+        silent = time.monotonic() - beat[1]
+        if silent < self._next:
+            return
+        self._stalled = beat
+        self._next *= 2
+        here = whereabouts(self._packages)
+        self.board.post(self.rank, json.dumps(attrs.astuple(here)))
+        self._note(f"no progress for {silent:.0f} s {beat[0]}; stacks:\n{all_stacks()}")
+        if self.rank == 0:
+            takes = (
+                f"{beat[0].removeprefix('in ')} takes" if beat[0].startswith("in ") else f"no progress {beat[0]} for"
+            )
+            self._report(f"{takes} {silent:.0f} s: {self._describe(here)}")
+
+    def _describe(self, here: Whereabouts) -> str:
+        """Where all ranks are; those that others wait for come first."""
+        if self.size == 1:
+            return here.text
+        found = {0: here}
+        end = time.monotonic() + POST_SECONDS
+        while len(found) < self.size and time.monotonic() < end:
+            for rank in set(range(self.size)) - found.keys():
+                if text := self.board.posted(rank):
+                    found[rank] = Whereabouts(*json.loads(text))
+            time.sleep(0.1)
+        missing = Whereabouts("says nothing")
+        groups: dict[Whereabouts, list[int]] = {}
+        for rank in range(self.size):
+            groups.setdefault(found.get(rank, missing), []).append(rank)
+        parts = sorted(groups.items(), key=lambda group: group[0].waits)
+        return "; ".join(f"{_ranks(ranks)}: {where.text}" for where, ranks in parts)
+
+
+def _ranks(ranks: list[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+
+
+# ---------------------------------------------------------------------------------------------------- stacks
+
+COMPILERS = ("torch._dynamo.convert_frame", "torch._inductor.compile_fx")
+
+
+def _stack(thread: threading.Thread) -> list[FrameType]:
+    """Innermost first."""
+    frame = sys._current_frames().get(thread.ident or 0)
+    stack = []
+    while frame is not None:
+        stack.append(frame)
+        frame = frame.f_back
+    return stack
+
+
+def all_stacks() -> str:
+    """The stacks of all threads but this."""
+    parts = []
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread():
+            lines = traceback.StackSummary.extract((f, f.f_lineno) for f in reversed(_stack(thread))).format()
+            parts.append(f"thread {thread.name}:\n{''.join(lines)}")
+    return "\n".join(parts)
+
+
+def _module(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", ""))
+
+
+def _place(stack: list[FrameType], packages: Collection[str], *, leave_out: str = "") -> FrameType | None:
+    """The innermost frame in one of the packages, without that module."""
+    own = (f for f in stack if _module(f).split(".")[0] in packages and _module(f) != leave_out)
+    return next(own, None)
+
+
+def _named(frame: FrameType | None) -> str:
+    if frame is None:
+        return "code of its own"
+    return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
+
+
+def whereabouts(packages: Collection[str]) -> Whereabouts:
+    """What the main thread is doing, seen from its stack and those of the threads that make data for it."""
+    stack = _stack(threading.main_thread())
+    if any(_module(f) == "nanochat_core.data.loader" and f.f_code.co_name == "__next__" for f in stack):
+        # Lanes may have threads of their own, for which the first waits.
+        threads = [t for t in threading.enumerate() if t.name.startswith("train-loader")]
+        places = [
+            _place(_stack(t), packages, leave_out="nanochat_core.data.loader")
+            for t in sorted(threads, key=lambda t: "lane" not in t.name)
+        ]
+        return Whereabouts(f"waits for training data: {_named(next((p for p in places if p is not None), None))}")
+    if any(_module(f) in COMPILERS for f in stack):
+        return Whereabouts("compiles the model")
+    caller = _place(stack, packages, leave_out="nanochat_core.distributed.world")
+    operation = next((f.f_code.co_name for f in stack if _module(f) == "torch.distributed.distributed_c10d"), None)
+    line = linecache.getline(stack[0].f_code.co_filename, stack[0].f_lineno) if stack else ""
+    if operation is not None or ".wait()" in line:
+        return Whereabouts(f"waits for the other ranks in {operation or 'a collective'} ({_named(caller)})", True)
+    if any(call in line for call in (".tolist()", ".item()", "synchronize(")):  # how a GPU's collectives are waited for
+        return Whereabouts(f"waits for the device, and perhaps for other ranks: {_named(caller)}", True)
+    return Whereabouts(f"is at {_named(caller)}")

@@ -1,0 +1,1 @@
+"""Evaluating models: what is due, scoring, sampling, results and their statistics."""

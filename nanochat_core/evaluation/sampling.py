@@ -1,0 +1,84 @@
+"""Sampling: continue a sequence of tokens, one token at a time, with a KV cache where the model has one."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from nanochat_core.errors import NanochatError
+from nanochat_core.interfaces.model import Model
+
+
+def generate(
+    model: Model,
+    ids: Sequence[int],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    seed: int = 42,
+    stop: Collection[int] = (),
+    vocab_size: int | None = None,
+) -> Iterator[int]:
+    """Yield the tokens that follow ``ids``, each as soon as it is known.
+
+    The model should be in eval mode. Gradients are off inside, and torch's global generators are left alone.
+
+    Args:
+        model: is asked for the logits of the last position only.
+        ids: the prompt, at least one token; bos leads a new document.
+        max_new_tokens: at most so many tokens come.
+        temperature: divides the logits before the softmax; 0 takes the likeliest token every time.
+        top_k: sample among the ``top_k`` likeliest tokens only; None among all. Nothing to choose at temperature 0.
+        seed: of a generator of its own, on the CPU: the same draws on every kind of device.
+        stop: tokens that end the text; they are not yielded.
+        vocab_size: number of tokens of the tokenizer, where the model's vocabulary is larger: others never come.
+
+    Raises:
+        NanochatError: for an empty prompt or an option out of range, at once, before the first token.
+    """
+    if not ids:
+        raise NanochatError("there is nothing to continue: give at least one token, such as the tokenizer's bos_id")
+    if temperature < 0:
+        raise NanochatError(f"temperature must be at least 0, not {temperature}")
+    if top_k is not None and top_k < 1:
+        raise NanochatError(f"top_k must be at least 1, not {top_k}: leave it out to sample among all tokens")
+    return _tokens(model, list(ids), max_new_tokens, temperature, top_k, seed, frozenset(stop), vocab_size)
+
+
+def _tokens(
+    model: Model,
+    ids: list[int],
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    seed: int,
+    stop: frozenset[int],
+    vocab_size: int | None,
+) -> Iterator[int]:
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    generator = torch.Generator().manual_seed(seed)
+    cache = model.new_cache(1, len(ids) + max_new_tokens) if max_new_tokens > 0 else None
+    unread = ids
+    for _ in range(max_new_tokens):
+        # Gradients go off around the computation, not around the yield: the caller's mode is none of our business.
+        # Not inference_mode: a table that the model makes lazily in here must still serve training later.
+        with torch.no_grad():
+            ids_BT = torch.tensor([unread], device=device)
+            logits_V = model.logits(model.hidden(ids_BT, cache)[:, -1])[0, :vocab_size]
+            token = _pick(logits_V.float().cpu(), temperature, top_k, generator)
+        if token in stop:
+            return
+        yield token
+        unread = [token] if cache is not None else [*unread, token]
+
+
+def _pick(logits_V: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> int:
+    if temperature == 0:
+        return int(logits_V.argmax())
+    best_K, ids_K = logits_V.topk(min(top_k or len(logits_V), len(logits_V)))
+    # The largest logit is taken off first, so that a tiny temperature can't overflow.
+    chosen = torch.multinomial(((best_K - best_K[0]) / temperature).softmax(-1), 1, generator=generator)
+    return int(ids_K[chosen])

@@ -1,0 +1,240 @@
+"""Evaluating a model that exists: a run's newest checkpoint, one checkpoint, or a model from elsewhere."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import attrs
+import torch
+
+from nanochat_core.config.load import LoadedExperiment, load, parse_override
+from nanochat_core.config.schema import Experiment
+from nanochat_core.data.tokenizer_cache import build_tokenizer
+from nanochat_core.distributed.failures import Failures
+from nanochat_core.distributed.store import Board
+from nanochat_core.distributed.watchdog import Watchdog
+from nanochat_core.distributed.world import OtherRankFailed, World, join_world, leave_world
+from nanochat_core.errors import CheckpointError, ConfigError, Problem
+from nanochat_core.evaluation.evaluate import EvaluationFailed, EvaluationWorld, evaluate
+from nanochat_core.evaluation.results import EXAMPLES, TABLE, write_evaluation
+from nanochat_core.interfaces.model import DataSource, Evaluation, ModelContext
+from nanochat_core.planning.plan import build_model
+from nanochat_core.plugins.discovery import Plugins, load_plugins
+from nanochat_core.runs.checkpoint import MANIFEST, load_state, verify
+from nanochat_core.runs.directory import RunDirectory, find_run
+from nanochat_core.runs.restore import load_run
+from nanochat_core.training.build import TrainedModel, build_evaluators, build_source, open_trained
+from nanochat_core.training.prepare import newest_checkpoint
+
+FAILED_EXIT_CODE = 1
+# What may differ from the run: nothing that the weights depend on.
+CHANGEABLE = ("evaluators.", "data.", "train.device_batch_size", "train.dtype")
+CHANGEABLE_ELSEWHERE = (*CHANGEABLE, "train.max_seq_len", "model.", "tokenizer.")
+# An experiment around a model from elsewhere. Its data are what bpb looks at unless --set says otherwise.
+ELSEWHERE = """
+[run]
+name = "elsewhere"
+[tokenizer]
+plugin = "{plugin}"
+path = {path}
+[model]
+plugin = "{plugin}"
+path = {path}
+[data]
+plugin = "python_docs"
+[optimizer]
+plugin = "adamw"
+[train]
+dtype = "float32"
+"""
+
+
+@attrs.frozen
+class Subject:
+    """What is to be evaluated.
+
+    Args:
+        label: for people.
+        run, checkpoint: of a run; None for a model from elsewhere.
+        plugin, path: of a model from elsewhere.
+        evaluations: where results go.
+        step: optimizer steps done.
+    """
+
+    label: str
+    evaluations: Path
+    step: int = 0
+    run: RunDirectory | None = None
+    checkpoint: Path | None = None
+    plugin: str = ""
+    path: str = ""
+
+
+def find_subject(target: str, runs_dir: Path) -> Subject:
+    """What ``target`` means: a run, a checkpoint's directory, or PLUGIN:PATH such as hf:gpt2.
+
+    Raises:
+        CheckpointError: when there is no such thing, or it is damaged.
+    """
+    path = Path(target)
+    if (path / MANIFEST).is_file():
+        checkpoint = path.resolve()
+        problem = verify(checkpoint)
+        if problem:
+            raise CheckpointError(f"{checkpoint}: {problem}; evaluate another checkpoint of the run")
+        return _of_run(RunDirectory(checkpoint.parents[1]), checkpoint)
+    plugin, colon, reference = target.partition(":")
+    if colon and plugin.isidentifier() and reference and not path.exists():
+        name = re.sub(r"[^\w.-]+", "_", reference).strip("_.")
+        return Subject(target, runs_dir / plugin / name / "evaluations", plugin=plugin, path=reference)
+    run = find_run(target, runs_dir)
+    return _of_run(run, newest_checkpoint(run))
+
+
+def _of_run(run: RunDirectory, checkpoint: Path) -> Subject:
+    return Subject(str(checkpoint), run.path / "evaluations", load_state(checkpoint).step, run, checkpoint)
+
+
+def load_subject(subject: Subject, names: Sequence[str], overrides: Sequence[str]) -> Experiment:
+    """The experiment around a subject, with only the evaluators that are asked for.
+
+    Args:
+        names: entries of the experiment, or names of evaluator plugins; none means all of the experiment.
+
+    Raises:
+        ConfigError: naming what can't be, or isn't installed.
+    """
+    allowed = CHANGEABLE if subject.run is not None else CHANGEABLE_ELSEWHERE
+    wrong = [key for key in (".".join(parse_override(text)[0]) for text in overrides) if not key.startswith(allowed)]
+    if wrong:
+        message = f"can't be changed for an evaluation; what can: {', '.join(allowed)}"
+        raise ConfigError([Problem(key, message, "--set") for key in wrong])
+    plugins = load_plugins()
+    known = {choice.name for choice in _load(subject, (), plugins).experiment.evaluators}
+    for name in dict.fromkeys(n for n in names if n not in known):
+        if plugins["evaluator"].get(name) is None:
+            hint = plugins["evaluator"].suggest(name)
+            message = f"neither an entry of the experiment ({', '.join(known) or 'none'}) nor a plugin{hint}"
+            raise ConfigError([Problem(name, message, "--evaluator")])
+        overrides = [f"evaluators.{name}.plugin={name}", *overrides]
+    loaded = _load(subject, overrides, plugins)
+    chosen = tuple(c for c in loaded.experiment.evaluators if not names or c.name in names)
+    if not chosen:
+        raise ConfigError([Problem("--evaluator", "name at least one, as in --evaluator core")])
+    needless = {"loggers", "optimizer", "data", "schedule"}
+    skipped = {f"evaluators.{c.name}" for c in loaded.experiment.evaluators if c not in chosen}
+    missing = [
+        problem
+        for problem in loaded.missing
+        if problem.key.split(".")[0] not in needless and ".".join(problem.key.split(".")[:2]) not in skipped
+    ]
+    if missing:
+        raise ConfigError(missing)
+    return attrs.evolve(loaded.experiment, evaluators=chosen)
+
+
+def _load(subject: Subject, overrides: Sequence[str], plugins: Plugins) -> LoadedExperiment:
+    if subject.run is not None and subject.checkpoint is not None:
+        return load_run(subject.run, subject.checkpoint, plugins, overrides)
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory, "elsewhere.toml")
+        file.write_text(ELSEWHERE.format(plugin=subject.plugin, path=f"'{subject.path}'"))
+        return load(file, overrides, plugins)
+
+
+def open_subject(subject: Subject, experiment: Experiment, device: torch.device) -> TrainedModel:
+    """The model and tokenizer of a subject."""
+    if subject.run is not None and subject.checkpoint is not None:
+        return open_trained(subject.run, subject.checkpoint, experiment, device)
+    tokenizer = build_tokenizer(experiment.tokenizer)
+    dtype: torch.dtype = getattr(torch, experiment.train.dtype)
+    context = ModelContext(tokenizer.vocab_size, experiment.train.max_seq_len, device, dtype)
+    model = build_model(experiment.model, context, torch.device("cpu")).to(device).eval()
+    if model.max_positions is not None and model.max_positions < experiment.train.max_seq_len:
+        experiment = attrs.evolve(experiment, train=attrs.evolve(experiment.train, max_seq_len=model.max_positions))
+    return TrainedModel(model, tokenizer, experiment, dtype, Path(subject.path))
+
+
+def evaluate_model(target: str, names: Sequence[str], overrides: Sequence[str], runs_dir: Path) -> int:
+    """Evaluate on this rank of the world that the environment describes. Returns the exit code: 1 when an evaluator
+    failed.
+
+    Raises:
+        NanochatError: when the user has to mend something. With several ranks nothing is raised: the first failure is
+            shown, and all ranks return its exit code.
+    """
+    world = join_world()
+    board = Board.open(world.size)
+    with Watchdog(world.rank, world.size, board):
+        try:
+            subject: Subject = world.on_main(lambda: find_subject(target, runs_dir))
+            experiment: Experiment = world.on_main(lambda: _checked(subject, names, overrides))
+            return _evaluate(subject, experiment, world)
+        except OtherRankFailed as failure:
+            return failure.exit_code
+        except Exception as error:
+            if world.size == 1:
+                raise
+            return Failures(world.rank, board).tell(error)
+        finally:
+            leave_world()
+
+
+def _checked(subject: Subject, names: Sequence[str], overrides: Sequence[str]) -> Experiment:
+    experiment = load_subject(subject, names, overrides)
+    print(f"evaluating {subject.label} with {', '.join(c.name for c in experiment.evaluators)}", flush=True)
+    return experiment
+
+
+def _evaluate(subject: Subject, experiment: Experiment, world: World) -> int:
+    trained = open_subject(subject, experiment, world.device)
+    guarded = EvaluationWorld.of(world)
+
+    @cache  # built when somebody asks for it
+    def source() -> DataSource:
+        return build_source(experiment.data)
+
+    evaluators = build_evaluators(
+        experiment.evaluators,
+        source,
+        cache(lambda split: source().fingerprint(split)),
+        trained.tokenizer,
+        trained.experiment,
+        guarded,
+        subject.evaluations,
+    )
+    code = 0
+    for built in evaluators:
+        choice = built.choice
+        try:
+            evaluation = evaluate(choice, built.evaluator, trained.model, trained.dtype, subject.step, guarded)
+        except EvaluationFailed as error:
+            code = FAILED_EXIT_CODE
+            if world.is_main:
+                print(f"evaluator {choice.name} failed: {error}", flush=True)
+            continue
+        if world.is_main:
+            dtype = str(trained.dtype).removeprefix("torch.")
+            more = {"subject": subject.label, "ranks": world.size, "dtype": dtype, "data": built.data}
+            path = write_evaluation(subject.evaluations, choice.name, subject.step, evaluation, more)
+            _show(choice.name, evaluation, path)
+    return code
+
+
+def _show(name: str, evaluation: Evaluation, path: Path) -> None:
+    print(f"\n{name}:")
+    if evaluation.examples:
+        print((path / TABLE).read_text(encoding="utf-8"))
+    tasks = {row["task"] for row in evaluation.examples}  # these are in the table
+    for metric, value in evaluation.metrics.items():
+        if metric.rpartition("/")[2] not in tasks:
+            print(f"{metric}: {value:.6g}")
+    for title, text in evaluation.texts.items():
+        print(f"{title}: {text}")
+    for note in evaluation.notes:
+        print(note)
+    print(f"in {path}{f' ({EXAMPLES} has every example)' if evaluation.examples else ''}", flush=True)

@@ -1,0 +1,1 @@
+"""Devices and machines: their specifications, memory, peak speed and number formats."""

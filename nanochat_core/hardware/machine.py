@@ -1,0 +1,125 @@
+"""What the machine can do: compute dtype, peak FLOPs, memory."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import os
+import platform
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanochat_core.hardware.devices import DeviceSpec, cuda_capability, has_fast_bfloat16, known_gpu
+
+
+def compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """The dtype of matrix products for ``[train] dtype``: "auto" takes bfloat16 where the hardware gains from it, else
+    float16 where it gains from that."""
+    if wanted != "auto":
+        dtype: torch.dtype = getattr(torch, wanted)
+        return dtype
+    if has_fast_bfloat16(device):
+        return torch.bfloat16
+    return torch.float16 if cuda_capability(device) >= (7, 0) else torch.float32
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        return f"CPU, {torch.get_num_threads()} threads"
+    return device.type.upper()
+
+
+def device_spec(device: torch.device) -> DeviceSpec:
+    """What is to be known of a device that is here."""
+    name = device_name(device)
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        known = known_gpu(name)
+        capability = (properties.major, properties.minor)
+        return DeviceSpec("cuda", name, properties.total_memory, capability, known.peak if known else None)
+    return DeviceSpec(device.type, name, machine_memory())
+
+
+def machine_memory() -> int:
+    """Bytes of memory of the machine, or what a container may use of it."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            total = min(total, int(Path(limit).read_text(encoding="utf-8")))
+        except (OSError, ValueError):  # not such a machine, or "max"
+            continue
+    return total
+
+
+@functools.cache
+def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
+    """(peak FLOPs a second, where the number is from): a table for known GPUs, else the best of a few matmuls."""
+    if device.type == "cuda" and dtype.itemsize == 2:  # both kinds of 16 bits are equally fast
+        known = known_gpu(torch.cuda.get_device_name(device))
+        if known is not None and known.peak is not None:
+            return known.peak, f"data sheet of {known.name}, dense 16 bits"
+    size = 1024 if device.type == "cpu" else 4096
+    a = torch.randn(size, size, device=device).to(dtype)
+    b = torch.randn(size, size, device=device).to(dtype)
+    times = []
+    for _ in range(24):
+        start = time.perf_counter()
+        (a @ b).flatten()[0].item()
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times), f"measured, {size} x {size} matmul in {str(dtype)[6:]}"
+
+
+@contextlib.contextmanager
+def determinism(wanted: bool) -> Iterator[None]:
+    """Inside, only algorithms that repeat bit for bit, if ``wanted``; an operation without such raises a RuntimeError.
+    What cuBLAS needs for that stands in the environment before torch is imported; see ``cli``."""
+    if not wanted:
+        yield
+        return
+    import torch._inductor.config as inductor
+
+    settings: list[tuple[Any, str, bool]] = [
+        (torch.backends.cudnn, "benchmark", False),  # chooses by time
+        (torch.utils.deterministic, "fill_uninitialized_memory", False),  # shows errors, and costs time
+        (inductor, "deterministic", True),  # not in torch 2.9
+    ]
+    settings = [(module, name, value) for module, name, value in settings if hasattr(module, name)]
+    before = [getattr(module, name) for module, name, _ in settings]
+    enabled = torch.are_deterministic_algorithms_enabled()
+    try:
+        torch.use_deterministic_algorithms(True)
+        for module, name, value in settings:
+            setattr(module, name, value)
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled)
+        for (module, name, _), value in zip(settings, before, strict=True):
+            setattr(module, name, value)
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Most memory this process has used, MiB: of the device on CUDA, resident memory elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    import resource
+
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used / 2**20 if platform.system() == "Darwin" else used / 2**10
+
+
+def keep_freed_memory() -> None:
+    """Let malloc keep what a step frees, instead of giving it back and faulting it in again at the next step: 8% of a
+    training step's CPU time at depth 4. Does nothing without glibc."""
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+    except OSError:
+        return
+    for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 64 * 2**20)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+        libc.mallopt(parameter, value)

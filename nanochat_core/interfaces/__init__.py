@@ -1,0 +1,1 @@
+"""The six interfaces that plugins implement, one file per kind, and the loss."""

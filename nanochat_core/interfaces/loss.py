@@ -1,0 +1,132 @@
+"""Cross-entropy of a model's head, chunked over positions so that the logits of a whole batch never sit in memory.
+
+For a summed loss under autograd the gradients are computed in the forward pass, chunk by chunk: each chunk's logits
+are made, used for loss and gradients, and dropped. Peak memory is one chunk's logits instead of the batch's.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from nanochat_core.hardware.devices import device_type
+
+if TYPE_CHECKING:
+    from nanochat_core.interfaces.model import Model
+
+IGNORED = -1  # the same as in interfaces, which imports this module's users
+
+# Logits in one chunk. On a CPU they should stay in the cache; a GPU wants enough of them to fill it.
+CHUNK_ELEMENTS_CPU = 2**21
+CHUNK_ELEMENTS = 2**26
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def cross_entropy(
+    model: Model, hidden_BTD: Tensor, targets_BT: Tensor, reduction: Literal["sum", "none"] = "sum"
+) -> Tensor:
+    """Cross-entropy of ``model.logits(hidden_BTD)`` against ``targets_BT``, in nats; ignored targets (-1) give 0.
+
+    ``model.logits`` may be any differentiable function of its argument and of the model's parameters. Under autograd
+    a summed loss can be differentiated once.
+
+    Args:
+        model: gives ``logits`` and ``vocab_size``.
+        hidden_BTD: [B, T, D], of any floating dtype.
+        targets_BT: int64 [B, T].
+        reduction: "sum" for a float32 (), "none" for float32 [B, T].
+    """
+    hidden_ND, targets_N = hidden_BTD.flatten(0, 1), targets_BT.flatten()
+    rows = chunk_rows(model.vocab_size, hidden_BTD.device)
+    if not torch.is_grad_enabled():
+        loss_N = torch.cat(
+            [_losses(model.logits(h), t) for h, t in zip(*_split(rows, hidden_ND, targets_N), strict=True)]
+        )
+        return loss_N.sum() if reduction == "sum" else loss_N.view_as(targets_BT)
+    if reduction == "none":
+        return _losses(model.logits(hidden_ND), targets_N).view_as(targets_BT)
+    if hidden_ND.is_cpu and bool((targets_N == IGNORED).any()):  # elsewhere the question would wait for the device
+        kept = (targets_N != IGNORED).nonzero().squeeze(1)
+        hidden_ND, targets_N = hidden_ND.index_select(0, kept), targets_N.index_select(0, kept)
+    if len(targets_N) == 0:
+        return hidden_ND.to(torch.promote_types(hidden_ND.dtype, torch.float32)).sum()  # 0, and a part of the graph
+    head = head_parameters(model, hidden_ND)
+    loss: Tensor = _ChunkedCrossEntropy.apply(model.logits, rows, targets_N, hidden_ND, *head)
+    return loss
+
+
+def chunk_rows(vocab_size: int, device: torch.device) -> int:
+    """Positions whose logits are made at once."""
+    elements = CHUNK_ELEMENTS_CPU if device_type(device) == "cpu" else CHUNK_ELEMENTS
+    return max(64, elements // vocab_size)
+
+
+_heads: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], list[Tensor]]] = weakref.WeakKeyDictionary()
+
+
+def head_parameters(model: Model, hidden_ND: Tensor) -> list[Tensor]:
+    """The trainable parameters that ``model.logits`` uses, found by trying it on one position; remembered."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    ids = tuple(map(id, trainable))
+    if model not in _heads or _heads[model][0] != ids:
+        with torch.enable_grad():
+            z_1V = model.logits(hidden_ND[:1].detach().requires_grad_())
+            grads = torch.autograd.grad(z_1V.sum(), trainable, allow_unused=True) if trainable else ()
+        _heads[model] = (ids, [p for p, g in zip(trainable, grads, strict=True) if g is not None])
+    return _heads[model][1]
+
+
+def _losses(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+    return F.cross_entropy(logits_NV, targets_N, ignore_index=IGNORED, reduction="none")
+
+
+def _split(rows: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    return [t.split(rows) for t in tensors]
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Sum of the cross-entropies; backward only scales what forward computed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Callable[[Tensor], Tensor], rows: int, targets_N: Tensor, hidden_ND: Tensor, *head: Tensor
+    ) -> Tensor:
+        wants_hidden = ctx.needs_input_grad[3]
+        losses: list[Tensor] = []
+        hidden_grads: list[Tensor] = []
+        head_grads: list[Tensor] = []
+        chunks = list(zip(*_split(rows, hidden_ND, targets_N), strict=True))
+        if hidden_ND.is_meta and len(chunks) > 2:  # only counted: from the second on every chunk takes the same memory
+            hidden_grads, chunks = [torch.empty_like(hidden_ND[2 * rows :])] * wants_hidden, chunks[:2]
+        for h, t in chunks:
+            h = h.detach().requires_grad_(wants_hidden)
+            with torch.enable_grad():
+                loss = F.cross_entropy(logits(h), t, ignore_index=IGNORED, reduction="sum")
+            inputs = [h, *head] if wants_hidden else list(head)
+            # The meta device, where models are planned, has no autocast.
+            with torch.autocast("cpu" if h.is_meta else h.device.type, enabled=False):
+                grads = list(torch.autograd.grad(loss, inputs)) if inputs else []
+            losses.append(loss.detach())
+            if wants_hidden:
+                hidden_grads.append(grads.pop(0))
+            if head_grads:
+                torch._foreach_add_(head_grads, grads)
+            else:
+                head_grads = grads
+        ctx.wants_hidden = wants_hidden
+        ctx.save_for_backward(*([torch.cat(hidden_grads)] if wants_hidden else []), *head_grads)
+        return torch.stack(losses).sum()
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grads: list[Tensor | None] = [g * grad.to(g.dtype) for g in ctx.saved_tensors]
+        if not ctx.wants_hidden:
+            grads.insert(0, None)
+        return (None, None, None, *grads)

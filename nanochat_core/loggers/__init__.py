@@ -1,0 +1,1 @@
+"""The run's log, and external loggers, each in a process of its own."""

@@ -1,0 +1,93 @@
+"""Observers: plugins that are told what happens in a run. Each is isolated like a logger, in a process of its own that
+follows the ledger, so that one that raises, hangs or dies never touches training. Imports no torch."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import traceback
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import attrs
+
+from nanochat_core.config.schema import Choice, LoggerKeys
+from nanochat_core.errors import PluginError
+from nanochat_core.interfaces.logger import Logger, LoggerContext, metrics_and_texts
+from nanochat_core.plugins.discovery import load_plugins
+from nanochat_core.plugins.registry import Entry
+from nanochat_core.runs.directory import write_atomic
+
+PREFIX = "observer-"
+
+
+@attrs.frozen
+class ObserverConfig:
+    """Entry-point name and distribution of the plugin."""
+
+    plugin: str
+    distribution: str
+
+
+class Observer(Logger):
+    """Calls the lifecycle hooks of one plugin."""
+
+    def __init__(self, config: ObserverConfig, context: LoggerContext) -> None:
+        wanted = (config.plugin, config.distribution)
+        found = [o for o in load_plugins().observers if (o.plugin, o.distribution) == wanted]
+        if not found:
+            raise PluginError(f"plugin {config.plugin!r} of {config.distribution} does not load any more")
+        self.module, self.context, self.failures = found[0].module, context, 0
+        self.memory = context.directory / "loggers" / f"{PREFIX}{config.plugin}.checkpoints.json"
+        self.checkpoints: list[str] = json.loads(self.memory.read_text()) if self.memory.exists() else []
+        self._call("run_started")
+
+    def log(self, record: Mapping[str, float | str]) -> None:
+        step = int(record["step"])
+        self._tell_checkpoints(step)  # those of later steps, which are there already, come later
+        metrics, texts = metrics_and_texts(record)
+        if "evaluator" in record:
+            evaluator = record["evaluator"]
+            self._call("evaluation_finished", step=step, evaluator=evaluator, metrics=metrics, texts=texts)
+        else:
+            self._call("step_finished", step=step, metrics=metrics)
+
+    def finish(self, status: Literal["finished", "failed", "preempted"]) -> None:
+        self._tell_checkpoints()
+        self._call("run_ended", status=status)
+        if self.failures > 1:
+            self.context.report(f"its hooks failed {self.failures} times in all")
+
+    def _tell_checkpoints(self, until: float = math.inf) -> None:
+        for path in sorted(self.context.directory.glob("checkpoints/step_*")):
+            step = int(path.name.removeprefix("step_"))
+            if path.name not in self.checkpoints and step <= until:
+                self.checkpoints.append(path.name)
+                write_atomic(self.memory, json.dumps(self.checkpoints) + "\n")
+                self._call("checkpoint_saved", step=step, path=path)
+
+    def _call(self, hook: str, **arguments: Any) -> None:
+        """Call the hook with those of its arguments that it takes, as pluggy does."""
+        function = getattr(self.module, f"nanochat_{hook}", None)
+        if function is not None:
+            known = {"context": self.context, **arguments}
+            try:
+                function(**{name: known[name] for name in inspect.signature(function).parameters})
+            except Exception as error:
+                traceback.print_exc()
+                self.failures += 1
+                if self.failures == 1:
+                    self.context.report(f"nanochat_{hook} failed, training goes on: {type(error).__name__}: {error}")
+
+
+def observer_choices(observers: Sequence[tuple[str, str]]) -> tuple[Choice, ...]:
+    """What starts the observers: plugin names and distributions as loggers of the core's own."""
+    choices = []
+    for plugin, distribution in observers:
+        name = PREFIX + plugin.replace(".", "-")
+        entry = Entry(
+            "logger", name, ObserverConfig, "nanochat_core.loggers.observers:Observer", "", distribution=distribution
+        )
+        choices.append(Choice(LoggerKeys(name, name), entry, ObserverConfig(plugin, distribution)))
+    return tuple(choices)

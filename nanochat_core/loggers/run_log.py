@@ -1,0 +1,165 @@
+"""Telling people and loggers: ``log.txt``, the ledger, and the loggers that mirror it. Ranks other than 0 only have a
+log, a file of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import sys
+import time
+import traceback
+from typing import IO, Literal
+
+import attrs
+from tqdm import tqdm
+
+from nanochat_core.config.schema import Choice, LoggerKeys
+from nanochat_core.errors import PluginError
+from nanochat_core.interfaces.logger import Logger, LoggerContext
+from nanochat_core.loggers.process import LoggerProcess
+from nanochat_core.loggers.worker import Job
+from nanochat_core.runs.directory import RunDirectory
+from nanochat_core.runs.ledger import Ledger
+
+LOOK_SECONDS = 0.2  # how often the processes of loggers are looked at; a look takes microseconds
+GRACE_SECONDS = 2.0  # a logger's process ends itself at its timeout; after that it is killed
+
+Status = Literal["finished", "failed", "preempted"]
+
+
+@attrs.define
+class Logs:
+    """What a run says. Nothing is written before ``open``, or ``open_rank``."""
+
+    run_dir: RunDirectory
+    _text: IO[str] | None = attrs.field(default=None, init=False)
+    _tells: bool = attrs.field(default=False, init=False)  # people
+    _ledger: Ledger | None = attrs.field(default=None, init=False)
+    _loggers: list[tuple[Choice, Logger]] = attrs.field(factory=list, init=False)  # in this process
+    _processes: list[LoggerProcess] = attrs.field(factory=list, init=False)
+    _looked: float = attrs.field(default=0.0, init=False)  # when the processes were last looked at
+
+    def open(self) -> None:
+        """On rank 0, which tells people."""
+        self._text = self.run_dir.log.open("a", encoding="utf-8")
+        self._tells = True
+
+    def open_rank(self, rank: int) -> IO[str]:
+        """On other ranks: everything that this process says, libraries included, goes to a file from now on.
+
+        Returns:
+            The stderr that there was.
+        """
+        terminal = os.fdopen(os.dup(2), "w", encoding="utf-8", errors="replace")
+        file = self.run_dir.rank_log(rank)
+        with contextlib.suppress(OSError):  # rank 0 has given up, and removed the directory
+            file.parent.mkdir(exist_ok=True)
+            self._text = file.open("a", encoding="utf-8")
+            for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
+                stream.flush()
+                os.dup2(self._text.fileno(), number)
+            self.note(
+                f"-- rank {rank}, process {os.getpid()} on {platform.node()}, {time.strftime('%Y-%m-%d %H:%M:%S')}"
+            )
+        return terminal
+
+    def open_ledger(self) -> None:
+        self._ledger = Ledger(self.run_dir.ledger)
+
+    @property
+    def has_ledger(self) -> bool:
+        return self._ledger is not None
+
+    def start_loggers(self, choices: tuple[Choice, ...], context: LoggerContext) -> None:
+        """Start the experiment's loggers, each in a process of its own unless its entry says otherwise.
+
+        One that raises is reported, and the run goes on without it.
+        """
+        for choice in choices:
+            try:
+                if not (choice.entry and choice.entry.in_process):
+                    assert isinstance(choice.keys, LoggerKeys)
+                    self._processes.append(LoggerProcess(Job(choice, context, choice.keys.timeout), self.report))
+                    continue
+                logger = choice.build(context)
+                if not isinstance(logger, Logger):
+                    raise PluginError("its factory must return a nanochat_core.Logger")
+                self._loggers.append((choice, logger))
+            except Exception as error:
+                self.report(f"logger {choice.name} can't start, the run goes on without it: {error}")
+
+    def report(self, line: str) -> None:
+        """A line for people: to stdout and ``log.txt``; of other ranks, to their log."""
+        if self._tells:
+            with contextlib.suppress(OSError):  # the terminal is gone, or who read the pipe: no reason to stop
+                tqdm.write(line)  # goes around a progress bar
+                sys.stdout.flush()
+        self.note(line)
+
+    def note(self, line: str) -> None:
+        """A line for the log alone."""
+        if self._text is not None:
+            with contextlib.suppress(OSError):  # a full disk
+                print(line, file=self._text, flush=True)
+
+    def record(self, step: int, values: dict[str, float | str]) -> None:
+        """A ledger line. A logger of this process that raises is reported once and left out from then on; those that
+        have a process of their own read the ledger, and are only looked at here."""
+        if self._ledger is None:
+            return
+        before = self._ledger.problem
+        record = self._ledger.write(step, values)
+        if bool(before) != bool(self._ledger.problem):
+            self.report(
+                f"the ledger is written again, nothing is missing (step {step})"
+                if before
+                else f"the ledger can't be written from step {step} on, lines are kept until it can: "
+                f"{self._ledger.problem}"
+            )
+        for choice, logger in list(self._loggers):
+            try:
+                logger.log(record)
+            except Exception as error:
+                self._loggers.remove((choice, logger))
+                self.report(f"logger {choice.name} failed at step {step}, the run goes on without it: {error!r}")
+                self.note(traceback.format_exc())
+        now = time.monotonic()
+        if self._processes and now > self._looked + LOOK_SECONDS:
+            self._looked = now
+            self._processes = [process for process in self._processes if process.look()]
+
+    def status(self, status: str, step: int, num_iterations: int) -> None:
+        """Write ``status.json``; when that can't be done, say so."""
+        try:
+            self.run_dir.write_status(status, step, num_iterations)
+        except OSError as error:
+            self.report(f"status.json can't be written, the run goes on: {error}")
+
+    def ledger_bytes(self) -> int:
+        return self._ledger.bytes if self._ledger is not None else 0
+
+    def finish(self, status: Status) -> None:
+        """Close the ledger and tell the loggers that the run ended; each has its ``timeout`` for that."""
+        if self._ledger is not None:
+            self._ledger.close()
+            if self._ledger.problem:
+                self.report(f"the ledger lacks its last lines: {self._ledger.problem}")
+            self._ledger = None
+        for process in self._processes:
+            process.end(status)
+        for choice, logger in self._loggers:
+            try:
+                logger.finish(status)
+            except Exception as error:
+                self.report(f"logger {choice.name} failed to finish: {error!r}")
+        self._loggers.clear()
+        started = time.monotonic()
+        for process in self._processes:
+            process.wait(started + process.job.timeout + GRACE_SECONDS)
+        self._processes.clear()
+
+    def close(self) -> None:
+        if self._text is not None:
+            self._text.close()
+            self._text, self._tells = None, False

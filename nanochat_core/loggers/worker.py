@@ -1,0 +1,387 @@
+"""The program of one logger: ``python -m nanochat_core.loggers.worker``, started by ``logger_process``. Imports no torch.
+
+It builds the logger, tells it every line that comes to the ledger, and keeps in ``loggers/<name>.json`` how far it got.
+The training process is at the other end of two pipes, but nothing here waits for it and it waits for nothing here:
+
+- one brings a line when the run ends, or closes when the training process dies, which ends the run as failed;
+- one takes messages for people.
+
+Whatever takes longer than the entry's ``timeout`` is ended by a watchdog that works even when Python itself is stuck.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import fcntl
+import hashlib
+import json
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import attrs
+
+from nanochat_core.config.schema import Choice
+from nanochat_core.errors import NanochatError, PluginError
+from nanochat_core.interfaces.logger import Logger, LoggerContext
+
+POLL_SECONDS = 1.0  # how often the ledger is looked at; what came since is told in one go, which costs least
+LONGEST_PAUSE = 60.0  # between two tries of a record that the logger raises on
+INCOMPLETE, CANT_START = 3, 4  # exit codes
+
+
+@attrs.frozen
+class Job:
+    """What one follower has to do.
+
+    Args:
+        timeout: seconds that building the logger, one record, and sending the rest at the end may take each.
+        hurry: at the end of the run, sending the rest is one task of ``timeout`` seconds; else only each record is.
+    """
+
+    choice: Choice
+    context: LoggerContext
+    timeout: float
+    hurry: bool = True
+
+
+@attrs.define
+class Progress:
+    """How far a logger got, as kept in ``loggers/<name>.json``.
+
+    Args:
+        offset: bytes of the ledger it was told; ``last_line``: digest of the line that ends there.
+        steps: last step told, by stream: "" for training steps, else the evaluator's entry.
+        failures: times it raised.
+        status: of the run, once the logger has been told; "" before.
+    """
+
+    offset: int = 0
+    last_line: str = ""
+    steps: dict[str, int] = attrs.field(factory=dict)
+    failures: int = 0
+    status: str = ""
+
+    @classmethod
+    def read(cls, path: Path) -> Progress:
+        """What the file says; a fresh start when there is none."""
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return cls()
+
+    def write(self, path: Path) -> None:
+        """Over the old content, in one call: it is written at every record, and a file renamed each time would cost."""
+        text = json.dumps(attrs.asdict(self, recurse=False))
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+        try:
+            size = os.fstat(descriptor).st_size
+            os.write(descriptor, text.ljust(max(size - 1, 0)).encode() + b"\n")
+        finally:
+            os.close(descriptor)
+
+    def already_told(self, record: dict[str, Any]) -> bool:
+        return record["step"] <= self.steps.get(record.get("evaluator", ""), -1)
+
+    def note(self, record: dict[str, Any]) -> None:
+        self.steps[record.get("evaluator", "")] = record["step"]
+
+
+def progress_file(directory: Path, name: str) -> Path:
+    """Where the logger ``name`` of the run in ``directory`` keeps how far it got."""
+    return directory / "loggers" / f"{name}.json"
+
+
+class Follower:
+    """Tells a logger the ledger's lines.
+
+    Args:
+        say: takes what the training process should hear: ``say(report="...")``, ``say(phase="...")``.
+    """
+
+    def __init__(self, job: Job, say: Any) -> None:
+        self.job, self.say = job, say
+        self.ledger = job.context.directory / "metrics.jsonl"
+        self.progress_file = progress_file(job.context.directory, job.choice.name)
+        self.progress = Progress.read(self.progress_file)
+        self.known = bool(self.progress.steps)
+        self.told_of_failure = False
+        self.logger: Logger
+
+    def start(self) -> None:
+        """Build the logger, and find where it goes on.
+
+        Raises:
+            Exception: whatever is wrong with it.
+        """
+        start_step = 0
+        if self.known:
+            start_step = min(self.job.context.start_step, max(self.progress.steps.values()))
+        context = attrs.evolve(self.job.context, start_step=start_step, report=lambda line: self.say(report=line))
+        with self._watched("start"):
+            self.logger = self.job.choice.build(context)
+        if not isinstance(self.logger, Logger):
+            raise PluginError("its factory must return a nanochat_core.Logger")
+        if self.logger.rewinds:
+            self.progress.steps = {name: min(step, start_step - 1) for name, step in self.progress.steps.items()}
+            self.progress.offset = 0
+        elif not self._ledger_is_as_it_was():
+            self.progress.offset = 0  # rewound: go through all of it, and leave out the steps that were told
+
+    def _ledger_is_as_it_was(self) -> bool:
+        """Whether the line told last still stands before the offset."""
+        offset = self.progress.offset
+        if not self.known:
+            return offset == 0
+        try:
+            with self.ledger.open("rb") as file:
+                start = max(0, offset - 2**20)
+                file.seek(start)
+                before = file.read(offset - start)
+        except OSError:
+            return False
+        lines = before.splitlines(keepends=True)
+        return len(before) == offset - start and bool(lines) and _digest(lines[-1]) == self.progress.last_line
+
+    def send_new(self) -> None:
+        """Tell the logger what is new in the ledger.
+
+        Raises:
+            Exception: what the logger raised on a record; it is told that record again the next time.
+        """
+        self._armed = 0.0
+        with self._watched("log"):
+            for line in self._new_lines():
+                if self._watching == "log":  # each record has its own time
+                    self._arm()
+                self._tell(line)
+
+    def _tell(self, line: bytes) -> None:
+        record = json.loads(line)
+        if not self.progress.already_told(record):
+            try:
+                self.logger.log(record)
+            except Exception as error:
+                self._failed(f"failed at step {record['step']}, training goes on: {type(error).__name__}: {error}")
+                raise
+            self.progress.note(record)
+        self.progress.offset += len(line)
+        self.progress.last_line = _digest(line)
+        self.progress.write(self.progress_file)  # at once: what a process that is ended forgets is told twice
+
+    def _new_lines(self) -> Iterator[bytes]:
+        """Whole lines from the offset to the end that the ledger has now."""
+        with contextlib.suppress(FileNotFoundError), self.ledger.open("rb") as file:
+            end = os.fstat(file.fileno()).st_size  # later lines wait for the next look
+            file.seek(self.progress.offset)
+            while file.tell() < end:
+                line = file.readline()
+                if not line.endswith(b"\n"):
+                    return
+                yield line
+
+    def finish(self, status: str) -> None:
+        """Tell the logger the rest, and how the run ended.
+
+        Raises:
+            Exception: what the logger raised.
+        """
+        with self._watched("finish") if self.job.hurry else contextlib.nullcontext():
+            self.send_new()
+            try:
+                with contextlib.nullcontext() if self.job.hurry else self._watched("finish"):
+                    self.logger.finish(status)  # type: ignore[arg-type]
+            except Exception as error:
+                self._failed(f"failed to finish: {type(error).__name__}: {error}")
+                raise
+        self.progress.status = status
+        self.progress.write(self.progress_file)
+
+    def _failed(self, what: str) -> None:
+        """Count a failure, and tell people of the first."""
+        traceback.print_exc()
+        self.progress.failures += 1
+        self.progress.write(self.progress_file)
+        if not self.told_of_failure:
+            self.say(report=what)
+        self.told_of_failure = True
+
+    _watching = ""
+    _armed = 0.0  # when the watchdog began to count
+
+    @contextlib.contextmanager
+    def _watched(self, phase: str) -> Iterator[None]:
+        """End this process if it takes longer than the timeout. An outer watch has precedence."""
+        if self._watching:
+            yield
+            return
+        self._watching = phase
+        self.say(phase=phase)
+        self._arm()
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+            self._watching = ""
+
+    def _arm(self) -> None:
+        """Let the watchdog count from now on; from a moment ago will do, as each time starts a thread."""
+        now = time.monotonic()
+        if now > self._armed + self.job.timeout / 20 or self._watching != "log":
+            faulthandler.dump_traceback_later(self.job.timeout, exit=True, file=sys.stderr)
+            self._armed = now
+
+
+def _digest(line: bytes) -> str:
+    return hashlib.sha256(line).hexdigest()[:16]
+
+
+class _Ended(threading.Thread):
+    """Waits for the end of the run: a status through the pipe, or its end when the training process has died."""
+
+    def __init__(self, pipe: IO[bytes], parent: int) -> None:
+        super().__init__(daemon=True)
+        self.pipe, self.event, self.status, self.parent = pipe, threading.Event(), "failed", parent
+        self.start()
+
+    def run(self) -> None:
+        self.status = self.pipe.readline().decode().strip() or "failed"
+        self.event.set()
+
+    def wait(self, seconds: float) -> bool:
+        """Whether the run has ended, after at most so many seconds. A process that the training process forked may
+        hold the pipe open after its death, but can't be this one's parent."""
+        return self.event.wait(seconds) or os.getppid() != self.parent
+
+
+def _follow(follower: Follower, ended: _Ended) -> bool:
+    """Follow the ledger to the end of the run. Returns whether the logger was told everything."""
+    pause = POLL_SECONDS
+    while not ended.wait(pause):
+        try:
+            follower.send_new()
+            pause = POLL_SECONDS
+        except Exception:
+            pause = min(max(1.0, 2 * pause), LONGEST_PAUSE)
+    if follower.job.context.live:
+        _give_way(False)
+    try:
+        follower.finish(ended.status)
+    except Exception:
+        return False
+    return True
+
+
+class _Speaker:
+    """Messages to the training process: a JSON object a line. Nobody may be listening."""
+
+    def __init__(self, pipe: IO[bytes]) -> None:
+        self.pipe, self.last = pipe, ""
+        os.set_blocking(pipe.fileno(), False)
+
+    def __call__(self, **message: str) -> None:
+        text = json.dumps(message)
+        if text != self.last:  # a phase is news when it changes
+            self.last = text
+            with contextlib.suppress(OSError):
+                os.write(self.pipe.fileno(), text.encode() + b"\n")
+
+
+def main() -> int:
+    """The job comes through stdin; arguments are the pipes' file descriptors and the parent's id. Output goes to the
+    log of the logger."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # meant for the training process, which will say how the run ended
+    for number in (signal.SIGTTIN, signal.SIGTTOU):
+        signal.signal(number, signal.SIG_IGN)  # a library that asks the terminal gets an error, and is not stopped
+    control, messages, parent = map(int, sys.argv[1:])
+    ended = _Ended(os.fdopen(control, "rb"), parent)
+    say = _Speaker(os.fdopen(messages, "wb", buffering=0))
+    try:
+        job: Job = pickle.load(sys.stdin.buffer)  # from our own parent, through a file without a name
+        print(f"-- {time.strftime('%Y-%m-%d %H:%M:%S')} logger {job.choice.name}, process {os.getpid()}", flush=True)
+        _lock(progress_file(job.context.directory, job.choice.name).with_suffix(".lock"), job.timeout)
+        if job.context.live:
+            os.nice(10)
+        follower = Follower(job, say)
+        follower.start()
+    except Exception as error:
+        traceback.print_exc()
+        reason = str(error).splitlines()[0] if isinstance(error, NanochatError) else repr(error)
+        say(report=f"can't start, training goes on without it: {reason}")
+        return CANT_START
+    if job.context.live:
+        _give_way()
+    return 0 if _follow(follower, ended) else INCOMPLETE
+
+
+def _give_way(yes: bool = True) -> None:
+    """While training runs, take what it leaves: all threads, and what they started; threads to come inherit it. At the
+    end be ordinary programs again, as far as the system allows: they may share the machine with other work.
+
+    Under ``SCHED_IDLE`` a thread of training that wakes up gets its core back at once. With a niceness alone it waits
+    for the end of a slice, some milliseconds, and with it all threads that it works with. It counts within a session
+    ("autogroup"), so this process stays in that of training; a child that leads a session of its own is given the
+    niceness of one.
+    """
+    niceness = 19 if yes else 10
+    session = os.getsid(0)
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, 0, niceness)
+    for pid in family(os.getpid()):
+        for thread in Path(f"/proc/{pid}/task").glob("*"):
+            with contextlib.suppress(OSError):  # it has ended, or may not go back
+                if sys.platform == "linux":
+                    policy = os.SCHED_IDLE if yes else os.SCHED_OTHER
+                    os.sched_setscheduler(int(thread.name), policy, os.sched_param(0))
+                os.setpriority(os.PRIO_PROCESS, int(thread.name), niceness)
+        with contextlib.suppress(OSError):  # it has ended, or there are no such groups
+            if os.getsid(pid) != session:
+                _write_patiently(Path(f"/proc/{pid}/autogroup"), "19" if yes else "0")
+
+
+def family(pid: int) -> Iterator[int]:
+    """A process and its descendants."""
+    yield pid
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            for child in children.read_text().split():
+                yield from family(int(child))
+
+
+def _write_patiently(path: Path, text: str) -> None:
+    """Linux takes a niceness of a session once in 0.1 s, from all processes together."""
+    for _ in range(20):
+        with contextlib.suppress(BlockingIOError):
+            path.write_text(text)
+            return
+        time.sleep(0.11)
+
+
+def _lock(path: Path, timeout: float) -> None:
+    """One follower a logger: that of a training process that has just died may still be at work."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)  # kept open as long as this process lives
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise PluginError(f"another process has been sending to it for {timeout:g} s") from None
+        time.sleep(0.1)
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # what a library does at exit may hang, and a logger that has finished has nothing left to do

@@ -1,0 +1,137 @@
+"""How much memory training will need on a device, before it is there: one pass on the meta device."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nanochat_core.interfaces.model import Model, Multipliers, Optimizer
+
+
+class _Alive(TorchDispatchMode):
+    """Counts the bytes of tensors that operations make, for as long as somebody holds them. What was there before does
+    not count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._results: dict[Any, tuple[torch.Size, tuple[int, ...], torch.dtype]] = {}
+        self.bytes, self.most = 0, 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        for tensor in _tensors((args, *kwargs.values())):
+            self._note(tensor.untyped_storage(), 0)
+        result = self._made(func, args, kwargs) if _is_pure(func) else func(*args, **kwargs)
+        for tensor in _tensors(result):
+            storage = tensor.untyped_storage()
+            self._note(storage, storage.nbytes())
+        return result
+
+    def _made(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The result of an operation that only makes a new tensor: for the same arguments the same as last time, as it
+        has no contents. Layers are alike, and torch takes long to find each shape."""
+        try:
+            key = (func, _facts(args), tuple((name, _facts(value)) for name, value in kwargs.items()))
+            like = self._results.get(key)
+        except TypeError:  # an argument that is not hashable
+            return func(*args, **kwargs)
+        if like is not None:
+            return torch.empty_strided(*like[:2], dtype=like[2], device="meta")
+        result = func(*args, **kwargs)
+        like = result.size(), result.stride(), result.dtype
+        if result.device.type == "meta":
+            same = torch.empty_strided(*like[:2], dtype=like[2], device="meta")
+            if result.untyped_storage().nbytes() == same.untyped_storage().nbytes():
+                self._results[key] = like
+        return result
+
+    def _note(self, storage: torch.UntypedStorage, size: int) -> None:
+        key = storage._cdata
+        if key in self._known:  # a view
+            return
+        self._known.add(key)
+        weakref.finalize(storage, self._gone, key, size)
+        self.bytes += size
+        self.most = max(self.most, self.bytes)
+
+    def _gone(self, key: int, size: int) -> None:
+        self._known.discard(key)  # another storage may get it
+        self.bytes -= size
+
+
+@functools.cache
+def _is_pure(func: Any) -> bool:
+    """Whether an operation's result is one new tensor, and all it does."""
+    returns = func._schema.returns
+    values = [*func._schema.arguments, *returns]
+    return [str(value.type) for value in returns] == ["Tensor"] and all(value.alias_info is None for value in values)
+
+
+def _facts(argument: Any) -> Any:
+    """What the shape of a result depends on."""
+    if isinstance(argument, Tensor):
+        return type(argument), argument.shape, argument.stride(), argument.dtype, argument.device
+    if isinstance(argument, list | tuple):
+        return tuple(map(_facts, argument))
+    return type(argument), argument
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    """Those in an operation's arguments or result."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, list | tuple):
+        for part in tree:
+            yield from _tensors(part)
+
+
+def estimate_memory(
+    model: Model, optimizer: Optimizer, rows: int, length: int, *, accumulates: bool, state_bytes: int
+) -> dict[str, int]:
+    """Bytes a device needs in training, by purpose; together they are the peak of an optimizer step.
+
+    The step is done on the meta device: forward and backward passes of [rows, length] tokens, then the update.
+    "activations" is what it makes and holds at its peak beyond the gradients: what is kept for the backward pass, what
+    is computed again, casts, and temporaries of whatever is going on then, the update included. Not counted: what
+    compiled code does otherwise, the temporaries of an optimizer of torch (fused ones have none), and messages of
+    several ranks.
+
+    Args:
+        model: on the meta device.
+        optimizer: of the model, for one rank.
+        accumulates: whether a step has several micro-batches, so that gradients are there during the next pass.
+        state_bytes: of the optimizer's state that the device holds.
+    """
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    buffers = sum(b.numel() * b.element_size() for b in model.buffers())
+    gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    memory = {"parameters": size + buffers, "gradients": gradients, "optimizer state": state_bytes}
+    model.train()
+    model.zero_grad(set_to_none=True)
+    try:
+        with _Alive() as alive:
+            if accumulates:  # what micro-batches before this one left; a gradient is added to the one that is there
+                loss = torch.zeros((), device="meta")
+                for parameter in model.parameters():
+                    parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+            ids_BT, targets_BT = (torch.zeros(rows, length, dtype=torch.int64, device="meta") for _ in range(2))
+            loss = model(ids_BT, targets_BT)
+            memory["activations"] = max(0, alive.most - gradients)
+            loss.backward()
+            memory["activations"] = max(0, alive.most - gradients)
+            optimizer.reduce()
+            optimizer.update(1.0, Multipliers(0, 1, lr=1.0))
+            memory["activations"] = max(0, alive.most - gradients)
+    except (NotImplementedError, RuntimeError):
+        pass  # an operation without a meta kernel: what was found until then
+    model.zero_grad(set_to_none=True)
+    return memory

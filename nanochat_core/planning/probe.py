@@ -1,0 +1,87 @@
+"""``device_batch_size = "auto"`` on GPUs: the estimate is tried out before the run begins.
+
+Unverified: it never ran on a GPU.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+
+import attrs
+import torch
+
+from nanochat_core.distributed.world import World
+from nanochat_core.errors import OutOfMemory
+from nanochat_core.interfaces.model import ModelContext, Multipliers
+from nanochat_core.planning.batch_size import largest_that_fits
+from nanochat_core.planning.plan import Planned, build_model
+from nanochat_core.training.build import build_optimizer
+
+
+def settle_batch_size(planned: Planned, world: World, fits: Callable[[int], bool] | None = None) -> Planned:
+    """The plan with the largest micro-batch that all ranks find to fit, where it was "auto" on GPUs; else as it is.
+    Collective.
+
+    Args:
+        fits: whether this rank's device can train with so many rows; None tries it.
+
+    Raises:
+        OutOfMemory: when not even the smallest fits.
+    """
+    plan = planned.plan
+    if not plan.choices or (fits is None and world.device.type != "cuda"):
+        return planned
+    on_this_rank = fits or (lambda rows: _fits(planned, world, rows))
+    rows = largest_that_fits(
+        list(plan.choices), plan.device_batch_size, lambda rows: all(world.gather(on_this_rank(rows)))
+    )
+    if rows is None:
+        raise OutOfMemory(plan, "probing device_batch_size")
+    accumulation = plan.rows_per_step // (rows * plan.world_size)
+    train = attrs.evolve(planned.experiment.train, device_batch_size=rows)
+    key, tried = "train.device_batch_size", f", tried out on {plan.world_size} devices: {rows}"
+    origin = planned.origins[key]
+    return attrs.evolve(
+        planned,
+        plan=attrs.evolve(plan, device_batch_size=rows, accumulation_steps=accumulation, memory=plan.choices[rows]),
+        experiment=attrs.evolve(planned.experiment, train=train),
+        origins={**planned.origins, key: attrs.evolve(origin, text=origin.text + tried)},
+    )
+
+
+def _fits(planned: Planned, world: World, rows: int) -> bool:
+    """Whether a forward pass, a backward pass and an update stay below the room of this rank's GPU."""
+    torch.cuda.reset_peak_memory_stats(world.device)
+    try:
+        _try_step(planned, world, rows)
+        return torch.cuda.max_memory_allocated(world.device) <= planned.plan.room
+    except torch.OutOfMemoryError:
+        return False
+    finally:  # what the step left is out of reach here
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _try_step(planned: Planned, world: World, rows: int) -> None:
+    """On this rank alone, eagerly, which takes no less than compiled code. A rank that runs out of memory between two
+    messages would leave the others waiting: among several the sharded state is only reserved, and no update made."""
+    plan, train = planned.plan, planned.experiment.train
+    dtype: torch.dtype = getattr(torch, plan.dtype)
+    context = ModelContext(plan.vocab_size, plan.max_seq_len, world.device, dtype)
+    model = build_model(planned.experiment.model, context, torch.device("cpu"), train.activation_checkpointing)
+    model.to(world.device).train()
+    if world.size == 1:
+        optimizer = build_optimizer(planned.experiment.optimizer, model, plan, world)
+    else:
+        reserved = torch.empty(plan.memory["optimizer state"], dtype=torch.uint8, device=world.device)
+    ids_BT = torch.zeros(rows, plan.max_seq_len, dtype=torch.int64, device=world.device)
+    for _ in range(2):  # gradients are there during the second pass
+        with torch.autocast(world.device.type, dtype=dtype, enabled=dtype is not torch.float32):
+            loss = model(ids_BT, ids_BT)
+        loss.backward()
+    if world.size == 1:
+        optimizer.reduce()
+        optimizer.update(0.0, Multipliers(0, plan.num_iterations, lr=0.0))
+    else:
+        del reserved

@@ -1,0 +1,1 @@
+"""Finding plugins: hooks, registries, options and the choices of an experiment."""

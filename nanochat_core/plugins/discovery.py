@@ -1,0 +1,226 @@
+"""Discovery of plugins through entry points. A broken plugin costs one line, not the run."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import operator as operators
+import os
+import re
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any
+
+import attrs
+import pluggy
+
+from nanochat_core.config.schema import RESERVED, EntryKeys, check_config_class, fields_of
+from nanochat_core.errors import PluginError, did_you_mean
+from nanochat_core.plugins import hookspecs
+from nanochat_core.plugins.registry import KINDS, Command, CommandRegistrar, Entry, Kind, Registrar, Registry
+
+GROUP = "nanochat"
+_HOOKS: Mapping[Kind, str] = {kind: f"nanochat_register_{kind}s" for kind in KINDS}
+_COMMANDS = "nanochat_register_commands"
+_OBSERVERS = tuple(
+    f"nanochat_{event}"
+    for event in ("run_started", "step_finished", "evaluation_finished", "checkpoint_saved", "run_ended")
+)
+_COMPARE: Mapping[str, Callable[[Any, Any], bool]] = {
+    "<": operators.lt, "<=": operators.le, "==": operators.eq,
+    ">": operators.gt, ">=": operators.ge, "!=": operators.ne,
+}  # fmt: skip
+
+
+@attrs.frozen
+class Failure:
+    """A plugin that failed to load: its entry-point name, distribution, one line why, and the traceback."""
+
+    plugin: str
+    distribution: str
+    reason: str
+    traceback: str
+
+    def __str__(self) -> str:
+        return f"plugin {self.plugin!r} of {self.distribution} failed to load and is left out: {self.reason}"
+
+
+@attrs.frozen
+class Loaded:
+    """A plugin that loaded: its entry-point name, distribution and version, and the seconds its import took."""
+
+    plugin: str
+    distribution: str
+    version: str
+    seconds: float
+
+
+@attrs.frozen
+class Observing:
+    """A plugin that implements hooks of a run's lifecycle."""
+
+    plugin: str
+    distribution: str
+    module: Any
+
+
+@attrs.define
+class Plugins:
+    """All registries, and what became of each plugin."""
+
+    registries: dict[Kind, Registry] = attrs.field(factory=lambda: {kind: Registry(kind) for kind in KINDS})
+    loaded: list[Loaded] = attrs.field(factory=list)
+    failures: list[Failure] = attrs.field(factory=list)
+    commands: list[Command] = attrs.field(factory=list)
+    observers: list[Observing] = attrs.field(factory=list)
+
+    def __getitem__(self, kind: Kind) -> Registry:
+        return self.registries[kind]
+
+    def versions(self) -> dict[str, str]:
+        """Version of each distribution that brought a plugin."""
+        return {p.distribution: p.version for p in self.loaded}
+
+    def explain_failure(self, name: str) -> str:
+        """Why ``name`` may be missing: failed plugins, with the traceback of the one that goes by that name."""
+        if not self.failures:
+            return ""
+        culprits = [f for f in self.failures if name in (f.plugin, f.distribution) or name in f.plugin]
+        text = "".join(f"\n  {failure}" for failure in self.failures)
+        return text + "".join(f"\n{culprit.traceback}" for culprit in culprits)
+
+
+def load_plugins(only: str | None = None) -> Plugins:
+    """Load every plugin of the entry-point group ``nanochat``, one by one.
+
+    Args:
+        only: comma-separated entry-point names to load, instead of the environment's ``NANOCHAT_PLUGINS``.
+    """
+    wanted_text = os.environ.get("NANOCHAT_PLUGINS", "") if only is None else only
+    wanted = [name.strip() for name in wanted_text.split(",") if name.strip()]
+    plugins = Plugins()
+    manager = pluggy.PluginManager("nanochat")
+    manager.add_hookspecs(hookspecs)
+    points = {(e.name, e.value): e for e in importlib.metadata.entry_points(group=GROUP)}  # a clone may list twice
+    for point in sorted(points.values(), key=lambda e: (e.name, e.value)):
+        if wanted and point.name not in wanted:
+            continue
+        distribution = point.dist.name if point.dist else "unknown"
+        version = point.dist.version if point.dist else "unknown"
+        start = time.perf_counter()
+        try:
+            _check_versions(point.dist)
+            module = point.load()
+            _register(manager, plugins, module, point.name, distribution, version)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # sys.exit too
+            for registry in plugins.registries.values():
+                registry.discard(point.name, distribution)
+            plugins.commands = [c for c in plugins.commands if (c.plugin, c.distribution) != (point.name, distribution)]
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            plugins.failures.append(Failure(point.name, distribution, reason, traceback.format_exc()))
+        else:
+            plugins.loaded.append(Loaded(point.name, distribution, version, time.perf_counter() - start))
+    for name in wanted:
+        if name not in {p.plugin for p in plugins.loaded} | {f.plugin for f in plugins.failures}:
+            plugins.failures.append(Failure(name, "no distribution", "NANOCHAT_PLUGINS names it, nothing has it", ""))
+    return plugins
+
+
+def _register(
+    manager: pluggy.PluginManager, plugins: Plugins, module: Any, name: str, distribution: str, version: str
+) -> None:
+    """Validate a plugin's hooks and call them. Raises whatever is wrong with it."""
+    api = getattr(module, "NANOCHAT_HOOK_API", hookspecs.HOOK_API)
+    if api != hookspecs.HOOK_API:
+        raise PluginError(
+            f"it is written for hook API {api}, nanochat {_own_version()} has {hookspecs.HOOK_API}: install a version "
+            f"of {distribution} for hook API {hookspecs.HOOK_API}, or "
+            f"{'a newer' if api > hookspecs.HOOK_API else 'an older'} nanochat with hook API {api}"
+        )
+    known = {*_HOOKS.values(), _COMMANDS, *_OBSERVERS}
+    implemented = [n for n in dir(module) if getattr(getattr(module, n, None), "nanochat_impl", None) is not None]
+    for hook in implemented:
+        if hook not in known:
+            raise pluggy.PluginValidationError(module, f"unknown hook {hook!r}{did_you_mean(hook, known)}")
+    unmarked = sorted(known & set(dir(module)) - set(implemented))
+    if unmarked:
+        raise pluggy.PluginValidationError(module, f"hook {unmarked[0]!r} is not marked with @hookimpl")
+    if not implemented:
+        what = f"module {module.__name__}" if isinstance(module, ModuleType) else repr(module)
+        raise pluggy.PluginValidationError(module, f"{what} implements no nanochat hook: mark it with @hookimpl")
+    manager.register(module, f"{name} of {distribution}")  # checks signatures
+    for kind, hook in _HOOKS.items():
+        if hook in implemented:
+            caller = manager.subset_hook_caller(hook, [p for p in manager.get_plugins() if p is not module])
+            caller(registry=Registrar(plugins[kind], name, distribution, version))
+            for entry in plugins[kind].entries:
+                if (entry.plugin, entry.distribution) == (name, distribution):
+                    check_config_class(kind, entry.name, entry.config)
+                    _check_keys(entry)
+    if _COMMANDS in implemented:
+        module.nanochat_register_commands(CommandRegistrar(plugins.commands, name, distribution))
+    if set(_OBSERVERS) & set(implemented):
+        plugins.observers.append(Observing(name, distribution, module))
+
+
+def _own_version() -> str:
+    return importlib.metadata.version("nanochat")
+
+
+def _check_versions(distribution: importlib.metadata.Distribution | None) -> None:
+    """Refuse a plugin whose package asks for another nanochat, before it is imported.
+
+    Raises:
+        PluginError: saying which versions fit.
+    """
+    for requirement in (distribution.requires if distribution is not None else None) or ():
+        wanted, _, marker = requirement.partition(";")
+        match = re.fullmatch(r"\s*nanochat\s*(?:\[[^]]*\])?\s*\(?([^)]*)\)?\s*", wanted, re.IGNORECASE)
+        if match is None or marker.strip() or not match[1].strip():
+            continue
+        if not version_fits(_own_version(), match[1]):
+            assert distribution is not None
+            package, fits = distribution.name, match[1].strip()
+            raise PluginError(
+                f"{package} {distribution.version} fits nanochat {fits}, this is {_own_version()}: "
+                f"pip install 'nanochat{fits}', or another version of {package}"
+            )
+
+
+def version_fits(version: str, ranges: str) -> bool:
+    """Whether a version lies in ranges such as ``>=0.1,<1``. Only numbers count; an operator not known here fits."""
+
+    def numbers(text: str) -> tuple[int, ...]:
+        found = [int(part) for part in re.match(r"[0-9.]*", text.strip())[0].split(".") if part]  # type: ignore[index]
+        return tuple(found + [0] * (4 - len(found)))
+
+    have = numbers(version)
+    for part in ranges.split(","):
+        operator, text = re.match(r"\s*([<>=!~]*)(.*)", part).groups()  # type: ignore[union-attr]
+        want = numbers(text)
+        if operator == "~=":
+            size = len([p for p in text.strip().split(".") if p]) - 1
+            if have < want or have[:size] != want[:size]:
+                return False
+        elif operator == "==" and text.strip().endswith(".*"):
+            size = len(text.strip().split(".")) - 1
+            if have[:size] != want[:size]:
+                return False
+        elif not _COMPARE.get(operator, lambda a, b: True)(have, want):
+            return False
+    return True
+
+
+def _check_keys(entry: Entry) -> None:
+    """Refuse defaults of keys that the core does not reserve, and aliases of options that are not there."""
+    own, reserved = set(fields_of(entry.config)), set(fields_of(RESERVED.get(entry.kind, EntryKeys)))
+    for key in sorted(set(entry.defaults) - (reserved - {"plugin", "name"})):
+        raise PluginError(f"{entry.kind} {entry.name!r}: defaults names {key!r}, which is no key of the core")
+    for old, new in entry.aliases.items():
+        if new not in own | reserved or old in own | reserved:
+            raise PluginError(
+                f"{entry.kind} {entry.name!r}: alias {old!r} must be a new name of an option, not {new!r}"
+            )

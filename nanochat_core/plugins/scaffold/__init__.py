@@ -1,0 +1,95 @@
+"""A new plugin package: templates of what an author would write, and writing them out."""
+
+from __future__ import annotations
+
+import re
+import string
+from pathlib import Path
+
+import attrs
+
+from nanochat_core.errors import ConfigError
+from nanochat_core.plugins.hookspecs import HOOK_API
+
+HERE = Path(__file__).parent
+
+
+@attrs.frozen
+class _Kind:
+    """What differs between kinds: the table of a TOML file, the implementation's module and factory, and a summary."""
+
+    table: str
+    module: str
+    factory: str
+    summary: str
+    options: str = ""
+
+
+_KINDS = {
+    "tokenizer": _Kind("tokenizer", "tokenizer", "build", "frequent words as tokens, bytes for the rest"),
+    "data_source": _Kind("data", "source", "$Class", "lines of a text file", 'path = "lines.txt"\n'),
+    "model": _Kind("model", "model", "$Class", "a recurrent network"),
+    "optimizer": _Kind("optimizer", "optimizer", "build", "stochastic gradient descent with momentum"),
+    "evaluator": _Kind("evaluators", "evaluator", "$Class", "how often the next token is among the likeliest"),
+    "logger": _Kind("loggers", "logger", "$Class", "one JSON object a line"),
+}
+
+
+def write_package(kind: str, name: str, directory: Path | None) -> Path:
+    """Write an installable package with a working plugin.
+
+    Args:
+        kind: one of the six.
+        name: what TOML files will call it.
+        directory: where to; default: ``nanochat-<name>`` here. Must not exist, or be empty.
+
+    Returns:
+        The directory.
+
+    Raises:
+        ConfigError: when the name or the directory won't do.
+    """
+    if not re.fullmatch(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*", name):
+        raise ConfigError(f"a plugin's name has small letters, digits, - and _, and starts with a letter, not {name!r}")
+    distribution = f"nanochat-{name.replace('_', '-')}"
+    directory = directory or Path(distribution)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ConfigError(f"{directory} exists and is not empty: give another directory")
+    camel = "".join(part.capitalize() for part in re.split("[-_]", name))
+    what, package = _KINDS[kind], distribution.replace("-", "_")
+    values = {
+        "kind_dashed": kind.replace("_", "-"),
+        "Kind": kind.replace("_", " ").capitalize(),
+        "name": name,
+        "distribution": distribution,
+        "package": package,
+        "Class": camel,
+        "Config": f"{camel}Config",
+        "hook": f"nanochat_register_{kind}s",
+        "module": what.module,
+        "factory": what.factory.replace("$Class", camel),
+        "summary": what.summary,
+        "hook_api": str(HOOK_API),
+        "core": ">=0.1,<1",
+    }
+    for template in sorted([*(HERE / "common").iterdir(), *(HERE / kind).iterdir()]):
+        name_of_file = template.name.removesuffix(".txt")  # tools leave .txt files alone
+        place, _, rest = name_of_file.partition("_")
+        path = directory / name_of_file
+        if place in ("package", "tests"):
+            path = directory / (package if place == "package" else "tests") / rest
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = template.read_text(encoding="utf-8")
+        if name_of_file == "experiment.toml":
+            text = _use(text, what, name)
+        path.write_text(string.Template(text).substitute(values), encoding="utf-8")
+    return directory
+
+
+def _use(experiment: str, what: _Kind, name: str) -> str:
+    """The experiment with the new plugin in its place."""
+    entry = f'plugin = "{name}"\n{what.options}'
+    if what.table.endswith("s"):
+        every = "every = 25\n" if what.table == "evaluators" else ""
+        return f"{experiment}\n[[{what.table}]]\n{entry}{every}"
+    return re.sub(rf"(?ms)^(\[{what.table}\]\n).*?(?=^\[|\Z)", rf"\1{entry}\n", experiment)

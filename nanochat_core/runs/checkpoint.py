@@ -1,0 +1,254 @@
+"""Checkpoints: saved atomically, verified by a manifest, loaded without pickles."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from nanochat_core.errors import CheckpointError
+from nanochat_core.plugins.registry import Entry
+from nanochat_core.runs.state import TrainState
+from nanochat_core.runs.upgrades import ModelRecord, upgrade_manifest, upgrade_model
+
+VERSION = 3  # upgrades.py reads older ones
+MANIFEST = "manifest.json"
+PARTS = ("model", "optimizer", "rng")  # a file of tensors each
+ROOM_A_TENSOR, ROOM_BESIDES = 256, 2**16  # bytes: its name and shape in a file's head; the JSON files, file system
+
+
+@attrs.frozen
+class CheckpointContent:
+    """Everything in a checkpoint.
+
+    Args:
+        model: parameters and buffers by name; ``optimizer``: ``<parameter>/<what>``; ``rng``: ``<rank>/<generator>``.
+        state: where the run stands.
+        built_from: what the model was built from.
+        plugins: version of each distribution whose plugins the run uses.
+    """
+
+    model: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
+    rng: Mapping[str, Tensor]
+    state: TrainState
+    built_from: ModelRecord
+    plugins: Mapping[str, str] = attrs.field(factory=dict)
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step_{step:06d}"
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers; a tensor that goes by several names (tied weights) once, by its first."""
+    seen: set[tuple[int, int]] = set()
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        key = (tensor.untyped_storage().data_ptr(), tensor.storage_offset())
+        if tensor.numel() and key in seen:
+            continue
+        seen.add(key)
+        tensors[name] = tensor.detach()
+    return tensors
+
+
+def load_model_tensors(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Copy ``tensors`` into ``model``.
+
+    Raises:
+        CheckpointError: naming tensors that are missing, left over, or of another shape.
+    """
+    wanted = model_tensors(model)
+    problems = [f"{name} is missing" for name in wanted.keys() - tensors.keys()]
+    problems += [f"{name} is not in the model" for name in tensors.keys() - wanted.keys()]
+    for name in wanted.keys() & tensors.keys():
+        if wanted[name].shape != tensors[name].shape:
+            problems.append(f"{name} is {list(tensors[name].shape)}, the model's {list(wanted[name].shape)}")
+    if problems:
+        shown = "; ".join(sorted(problems)[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
+        raise CheckpointError(f"{source} does not fit the model: {shown}. Use the same model and tokenizer options")
+    with torch.no_grad():
+        for name, tensor in wanted.items():
+            tensor.copy_(tensors[name])
+
+
+def save_checkpoint(directory: Path, content: CheckpointContent) -> Path:
+    """Write ``directory/step_NNNNNN``: to a temporary directory, synced, then renamed. Call on one rank.
+
+    Raises:
+        CheckpointError: when it can't be written, or the disk has no room for it; nothing is left behind then.
+    """
+    final = directory / checkpoint_name(content.state.step)
+    temporary = directory / f".{final.name}.{os.getpid()}"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        directory.mkdir(parents=True, exist_ok=True)
+        _check_room(directory, content)
+        temporary.mkdir()
+        for name in PARTS:
+            tensors = {k: v.detach().cpu().contiguous() for k, v in getattr(content, name).items()}
+            save_file(tensors, temporary / f"{name}.safetensors", metadata={"format": "pt"})
+        (temporary / "state.json").write_text(json.dumps(content.state.to_json(), indent=1) + "\n")
+        files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(temporary.iterdir())}
+        manifest = {
+            "version": VERSION,
+            "step": content.state.step,
+            "plugins": dict(content.plugins),
+            "model": attrs.asdict(content.built_from),
+            "files": files,
+        }
+        manifest["sha256"] = _digest(manifest)
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        for path in (*temporary.iterdir(), temporary):
+            sync(path)
+        old = _set_aside(final) if final.exists() else None  # of a run that was rewound to before it
+        temporary.rename(final)
+        sync(directory)
+        if old is not None:
+            shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(f"checkpoint {final} could not be saved: {error}") from error
+    return final
+
+
+def _check_room(directory: Path, content: CheckpointContent) -> None:
+    """Raise an OSError that says how much is missing when the checkpoint does not fit on the disk."""
+    tensors = [tensor for name in PARTS for tensor in getattr(content, name).values()]
+    needed = sum(tensor.nbytes for tensor in tensors) + ROOM_A_TENSOR * len(tensors) + ROOM_BESIDES
+    free = shutil.disk_usage(directory).free
+    if needed > free:
+        raise OSError(
+            f"it needs {needed:,} bytes and {directory} has {free:,} free: {needed - free:,} bytes are missing; make "
+            f"room, or keep fewer checkpoints with checkpoint.keep_last"
+        )
+
+
+def remove_checkpoint(checkpoint: Path) -> None:
+    """Delete a checkpoint. Killed half-way, it leaves nothing that looks like a checkpoint; see ``remove_leftovers``.
+
+    Raises:
+        OSError: when it can't be deleted.
+    """
+    shutil.rmtree(_set_aside(checkpoint))
+
+
+def _set_aside(checkpoint: Path) -> Path:
+    """Give a checkpoint a name that no reader looks at."""
+    aside = checkpoint.with_name(f".{checkpoint.name}.deleted.{os.getpid()}")
+    shutil.rmtree(aside, ignore_errors=True)
+    return checkpoint.rename(aside)
+
+
+def remove_leftovers(directory: Path) -> list[str]:
+    """Delete what processes left that were killed while they saved or deleted a checkpoint. Returns the names. Call
+    under the run's lock: a save in progress looks the same."""
+    found = sorted(directory.glob(".step_*"))
+    for path in found:
+        shutil.rmtree(path, ignore_errors=True)
+    return [path.name for path in found if not path.exists()]
+
+
+def sync(path: Path) -> None:
+    """Until a file's content, or a directory's list of names, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    """Of a manifest's content, but for the digest itself."""
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def verify(checkpoint: Path) -> str:
+    """What is wrong with a checkpoint, or an empty string."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text())
+        if manifest["version"] > VERSION:
+            return f"was written by a newer nanochat (version {manifest['version']}, this one reads {VERSION})"
+        if (manifest["version"] > 2 or "sha256" in manifest) and manifest["sha256"] != _digest(manifest):
+            return f"{MANIFEST} is damaged (its sha256 differs)"
+        for name, facts in manifest["files"].items():
+            path = checkpoint / name
+            if path.stat().st_size != facts["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes, not {facts['bytes']}"
+            if _sha256(path) != facts["sha256"]:
+                return f"{name} is damaged (its sha256 differs)"
+    except FileNotFoundError as error:
+        return f"{Path(str(error.filename)).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{MANIFEST} is unreadable ({error})"
+    return ""
+
+
+def list_checkpoints(directory: Path) -> list[Path]:
+    """Checkpoints of a run, newest first, not verified."""
+    found = [p for p in directory.glob("step_*") if p.is_dir() and p.name[5:].isdigit()]
+    return sorted(found, key=lambda p: int(p.name[5:]), reverse=True)
+
+
+def latest_checkpoint(directory: Path) -> tuple[Path | None, list[str]]:
+    """(the newest checkpoint whose manifest verifies, what is wrong with newer ones)."""
+    damaged: list[str] = []
+    for checkpoint in list_checkpoints(directory):
+        problem = verify(checkpoint)
+        if not problem:
+            return checkpoint, damaged
+        damaged.append(f"{checkpoint}: {problem}; it is skipped")
+    return None, damaged
+
+
+def load_checkpoint(checkpoint: Path) -> CheckpointContent:
+    """Read a checkpoint that ``verify`` found sound, tensors on the CPU."""
+    content: dict[str, Any] = {n: load_file(checkpoint / f"{n}.safetensors") for n in PARTS}
+    return CheckpointContent(state=load_state(checkpoint), built_from=read_model(checkpoint), **content)
+
+
+def load_state(checkpoint: Path) -> TrainState:
+    """Only where the run stands."""
+    return TrainState.from_json(json.loads((checkpoint / "state.json").read_text()))
+
+
+def load_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """Only the model's tensors of a checkpoint, on the CPU, as they were saved."""
+    return load_file(checkpoint / "model.safetensors")
+
+
+def read_model(checkpoint: Path) -> ModelRecord:
+    """What the model of a checkpoint was built from."""
+    manifest = upgrade_manifest(json.loads((checkpoint / MANIFEST).read_text()), checkpoint)
+    return ModelRecord(**manifest["model"])
+
+
+def saved_options(checkpoint: Path, entry: Entry) -> dict[str, Any]:
+    """Options of a checkpoint's model as ``entry`` has them today. See ``upgrade_model`` for errors."""
+    record = read_model(checkpoint)
+    tensors = load_weights(checkpoint) if record.version < entry.model_version else {}
+    return upgrade_model(record, entry, tensors, str(checkpoint))[0]
+
+
+def saved_tensors(checkpoint: Path, entry: Entry) -> dict[str, Tensor]:
+    """The model's tensors of a checkpoint, on the CPU, as ``entry`` has them today; those of another plugin as they
+    are. See ``upgrade_model`` for errors."""
+    record, tensors = read_model(checkpoint), load_weights(checkpoint)
+    return tensors if record.plugin != entry.name else upgrade_model(record, entry, tensors, str(checkpoint))[1]

@@ -1,0 +1,79 @@
+"""What a run needs installed: which distributions its plugins came from, and what to type when one is missing."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from nanochat_core.runs.checkpoint import MANIFEST, list_checkpoints, read_model, saved_options
+from nanochat_core.errors import CheckpointError, ConfigError, PluginError, Problem
+from nanochat_core.config.load import LoadedExperiment, load
+from nanochat_core.plugins.discovery import Plugins
+from nanochat_core.runs.directory import RunDirectory
+from nanochat_core.config.schema import Choice, Experiment
+
+
+def distributions_of(experiment: Experiment) -> dict[str, str]:
+    """Version of each distribution whose plugins the experiment uses, loggers left out: a run loads without them."""
+    parts = (experiment.tokenizer, experiment.data, experiment.model, experiment.optimizer, *experiment.evaluators)
+    choices: list[Choice] = [choice for choice in parts if choice.entry is not None]
+    return {c.entry.distribution: c.entry.version for c in choices if c.entry is not None and c.entry.distribution}
+
+
+def missing_distributions(checkpoint: Path) -> list[str]:
+    """What to say of each distribution that a checkpoint needs and that is not installed."""
+    try:
+        needed: dict[str, str] = json.loads((checkpoint / MANIFEST).read_text()).get("plugins", {})
+    except (OSError, ValueError):
+        return []
+    lines = []
+    for name, version in sorted(needed.items()):
+        try:
+            importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            lines.append(f"it was made with {name} {version}, which is not installed: pip install {name}=={version}")
+    return lines
+
+
+def load_run(run: RunDirectory, checkpoint: Path, plugins: Plugins, overrides: Sequence[str] = ()) -> LoadedExperiment:
+    """The experiment of a run. Its model is that of a checkpoint, whatever the defaults are today.
+
+    Raises:
+        CheckpointError: when the installed plugin can't build the model.
+        ConfigError: with every problem found.
+    """
+    record = read_model(checkpoint)
+    entry = plugins["model"].get(record.plugin)
+    options = record.options if entry is None else saved_options(checkpoint, entry)
+    model = {"plugin": record.plugin, **options}
+    return load(run.experiment, overrides, plugins, {"model": model}, str(checkpoint / MANIFEST))
+
+
+def load_experiment(run: RunDirectory, checkpoint: Path, plugins: Plugins) -> Experiment:
+    """The same, complete.
+
+    Raises:
+        CheckpointError: when the installed plugin can't build the model.
+        ConfigError: when its plugins are not installed, saying what to install.
+    """
+    try:
+        return load_run(run, checkpoint, plugins).require_all().experiment
+    except ConfigError as error:
+        lines = missing_distributions(checkpoint)
+        raise ConfigError([*error.problems, *(Problem("", line, str(run.path)) for line in lines)]) from None
+
+
+def load_recorded(run: RunDirectory, plugins: Plugins, overrides: Sequence[str] = ()) -> LoadedExperiment:
+    """The experiment of a run for those who don't need its weights. Its model is that of the newest checkpoint, where
+    there is one: today's plugin may not know the options of the run's file.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    for checkpoint in list_checkpoints(run.checkpoints):
+        with contextlib.suppress(CheckpointError, PluginError):
+            return load_run(run, checkpoint, plugins, overrides)
+    return load(run.experiment, overrides, plugins)

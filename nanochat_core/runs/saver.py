@@ -1,0 +1,163 @@
+"""Checkpoints of a run in progress: written at once or in the background, and which of them are kept."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import attrs
+from torch import Tensor
+
+from nanochat_core.runs.checkpoint import CheckpointContent, list_checkpoints, remove_checkpoint, save_checkpoint, sync
+from nanochat_core.errors import CheckpointError
+from nanochat_core.config.schema import Checkpoint
+
+
+def steps_to_delete(steps: Iterable[int], scores: Mapping[int, float], options: Checkpoint) -> list[int]:
+    """Which checkpoints ``options`` does not keep, oldest first.
+
+    The newest is always kept. ``keep_best`` looks at those that have a score; of equal ones the older is better. While
+    none has one, nothing is deleted, because any might turn out best.
+
+    Args:
+        steps: of the checkpoints there are.
+        scores: ``options.best_metric`` by step.
+    """
+    newest_first = sorted(steps, reverse=True)
+    if options.keep_last is options.keep_every is options.keep_best is None:
+        return []
+    keep = set(newest_first[: options.keep_last or 1])
+    if options.keep_every is not None:
+        keep |= {step for step in newest_first if step % options.keep_every == 0}
+    if options.keep_best is not None:
+        sign = -1 if options.best_is == "largest" else 1
+        scored = [step for step in newest_first if math.isfinite(scores.get(step, math.nan))]
+        if not scored:
+            return []
+        keep.update(sorted(scored, key=lambda step: (sign * scores[step], step))[: options.keep_best])
+    return [step for step in reversed(newest_first) if step not in keep]
+
+
+def most_at_once(count: int, options: Checkpoint) -> int:
+    """How many of a run's ``count`` checkpoints are on disk at one time at most: what is kept of those before the last,
+    and the last, which is written before any of them goes. Those that ``keep_best`` keeps count as none of the others.
+    """
+    before = count - 1
+    if options.keep_last is options.keep_every is options.keep_best is None:
+        return count
+    last = min(options.keep_last or 1, before)
+    every = (options.save_every or 0) * (before - last) // options.keep_every if options.keep_every else 0
+    return 1 + min(last + every + (options.keep_best or 0), before)
+
+
+@attrs.define
+class Saver:
+    """Saves the checkpoints of a run and deletes those that are not kept, on the rank that writes.
+
+    Args:
+        directory: of the checkpoints.
+        options: ``[checkpoint]``.
+        report: tells people a line; called in the thread that writes, where there is one.
+        ledger: what a checkpoint goes with: on the disk before it.
+        sound: step of the newest checkpoint that is known to be sound; it is never deleted.
+        scores: ``options.best_metric`` by step, of evaluations so far.
+    """
+
+    directory: Path
+    options: Checkpoint
+    report: Callable[[str], None]
+    ledger: Path | None = None
+    sound: int | None = None
+    scores: dict[int, float] = attrs.field(factory=dict)
+    _thread: ThreadPoolExecutor | None = attrs.field(default=None, init=False)  # does one thing after the other
+    _tasks: list[Future[None]] = attrs.field(factory=list, init=False)
+    _told: bool = attrs.field(default=False, init=False)
+
+    def save(self, content: CheckpointContent) -> None:
+        """Write a checkpoint, or copy it off the device and have it written. A save that fails is reported.
+
+        At most one copy waits to be written: the next save waits for it.
+        """
+        if not self.options.asynchronous:
+            return self._save(content)
+        self.wait()
+        self._do_later(self._save, _copy_of(content))
+
+    def note(self, step: int, metrics: Mapping[str, float | str]) -> None:
+        """Take in what an evaluation found at ``step``."""
+        value = metrics.get(self.options.best_metric)
+        if isinstance(value, int | float):
+            self.scores[step] = value
+
+    def retain(self, step: int) -> None:
+        """Delete what is not kept, once saves that are still being written are done. What can't be deleted is reported.
+
+        Args:
+            step: where the run stands. Later checkpoints, of a run that went on from an earlier one because they are
+                damaged, are left alone and don't count.
+        """
+        if self.options.asynchronous:
+            self._do_later(self._retain, step, dict(self.scores))
+        else:
+            self._retain(step, self.scores)
+
+    def wait(self) -> None:
+        """Until everything is written and deleted."""
+        tasks, self._tasks = self._tasks, []
+        for task in tasks:
+            task.result()  # raises what nobody expected
+
+    def _do_later(self, work: Callable[..., None], *arguments: Any) -> None:
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
+        self._tasks.append(self._thread.submit(work, *arguments))
+
+    def _save(self, content: CheckpointContent) -> None:
+        if self.ledger is not None:
+            with contextlib.suppress(OSError):
+                sync(self.ledger)
+        try:
+            path = save_checkpoint(self.directory, content)
+        except CheckpointError as error:
+            self.report(f"{error}; the run goes on, the last good checkpoint stays")
+        else:
+            self.sound = content.state.step
+            self.report(f"saved {path}")
+
+    def _retain(self, step: int, scores: Mapping[int, float]) -> None:
+        found = {int(path.name[5:]): path for path in list_checkpoints(self.directory)}
+        steps = [each for each in found if each <= step]
+        doomed = [each for each in steps_to_delete(steps, scores, self.options) if each != self.sound]
+        for each in doomed:
+            try:
+                remove_checkpoint(found[each])
+            except OSError as error:
+                self.report(f"checkpoint {found[each]} can't be deleted: {error}")
+        options, unscored = self.options, not any(each in scores for each in steps)
+        if options.keep_best is not None and unscored and not self._told and len(steps) > (options.keep_last or 1):
+            self._told = True
+            self.report(
+                f"checkpoint.keep_best: no saved step has an evaluation with {self.options.best_metric!r}, so all "
+                f"checkpoints stay: evaluate at steps that are saved, or set checkpoint.best_metric to one of the "
+                f"ledger's metrics"
+            )
+
+
+def _copy_of(content: CheckpointContent) -> CheckpointContent:
+    """On the CPU, sharing nothing with what training goes on to change."""
+
+    def copies(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+
+    return attrs.evolve(
+        content,
+        model=copies(content.model),
+        optimizer=copies(content.optimizer),
+        rng=copies(content.rng),
+        state=copy.deepcopy(content.state),
+    )

@@ -1,0 +1,86 @@
+"""Checkpoints of older versions: manifests in today's format, models as today's version of their plugin has them."""
+
+from __future__ import annotations
+
+import tomllib
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+from torch import Tensor
+
+from nanochat_core.errors import CheckpointError, PluginError
+from nanochat_core.plugins.registry import Entry
+from nanochat_core.config.schema import Choice, to_plain
+
+Parts = tuple[dict[str, Any], dict[str, Tensor]]
+
+
+@attrs.frozen
+class ModelRecord:
+    """What a checkpoint's model was built from.
+
+    Args:
+        plugin: name of the entry; ``version``: see ``Entry.model_version``.
+        options: every option of the entry's config as plain data, None too, so that no default is asked for later.
+    """
+
+    plugin: str
+    version: int
+    options: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, choice: Choice) -> ModelRecord:
+        assert choice.entry is not None, "load() refuses experiments with unknown plugins"
+        return cls(choice.plugin, choice.entry.model_version, to_plain(choice.config, keep_none=True))
+
+
+def upgrade_manifest(manifest: Mapping[str, Any], checkpoint: Path) -> Mapping[str, Any]:
+    """A manifest in today's format.
+
+    Raises:
+        CheckpointError: when what an older format lacks is nowhere to be found.
+    """
+    if manifest["version"] < 2:  # what the model was built from stood in the run's experiment alone
+        file = checkpoint.parents[1] / "experiment.toml"
+        try:
+            table = tomllib.loads(file.read_text(encoding="utf-8"))["model"]
+            options = {name: value for name, value in table.items() if name != "plugin"}
+            manifest = {**manifest, "model": {"plugin": table["plugin"], "version": 1, "options": options}}
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{checkpoint} needs [model] of its run's {file}: {error!r}") from error
+    return manifest
+
+
+def upgrade_model(record: ModelRecord, entry: Entry, tensors: dict[str, Tensor], source: str) -> Parts:
+    """Options and tensors of a checkpoint's model as ``entry`` has them today.
+
+    Raises:
+        CheckpointError: when the checkpoint is newer than the plugin, or too old for it.
+        PluginError: with the original traceback, when the plugin's upgrade fails.
+    """
+    have, want = record.version, entry.model_version
+    if have == want:
+        return dict(record.options), tensors
+    package = f"{entry.distribution} {entry.version}"
+    if have > want:
+        raise CheckpointError(
+            f"{source} has version {have} of model {entry.name!r}, {package} knows versions up to {want}: "
+            f"install a newer {entry.distribution}"
+        )
+    if not entry.upgrade:
+        raise CheckpointError(
+            f"{source} has version {have} of model {entry.name!r}, {package} has version {want} and can't read older "
+            f"ones: install the {entry.distribution} it was made with (its manifest.json says which)"
+        )
+    upgrade = entry.load_upgrade()
+    try:
+        options, upgraded = upgrade(have, dict(record.options), dict(tensors))
+        return dict(options), dict(upgraded)
+    except Exception as error:
+        raise PluginError(
+            f"{package} can't bring version {have} of model {entry.name!r} in {source} to version {want}: "
+            f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
+        ) from error

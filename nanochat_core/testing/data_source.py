@@ -1,0 +1,67 @@
+"""The contract check of data sources; plugin authors import it from ``nanochat_core.testing``."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from nanochat_core.interfaces.model import DataContext, DataSource, Split
+from nanochat_core.testing.model import Check
+
+
+def check_data_source(factory: Callable[[Any, DataContext], DataSource], config: Any) -> DataSource:
+    """Check that a data source keeps its contract.
+
+    Both splits have documents; they can be read by index and slice, in any order; built again, with an empty cache, it
+    has the same documents and fingerprints, without which no run could be resumed.
+
+    Returns:
+        The data source.
+
+    Raises:
+        AssertionError: with a line for everything that doesn't hold.
+    """
+    check = Check("data source")
+    with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
+        source = factory(config, DataContext(Path(first)))
+        assert isinstance(source, DataSource), f"the factory must return a nanochat_core.DataSource, not {source!r}"
+        again = factory(config, DataContext(Path(second)))
+        splits: tuple[Split, ...] = ("train", "val")
+        for split in splits:
+            check.run(lambda s=split: _check_split(check, source, again, s))  # type: ignore[misc]
+    described = source.describe()
+    for key, value in described.items():
+        check.expect(isinstance(value, str | int), f"describe()[{key!r}] must be a str or an int, not {value!r}")
+    check.expect(all(isinstance(line, str) for line in source.problems()), "problems() must be lines of text")
+    check.finish()
+    return source
+
+
+def _check_split(check: Check, source: DataSource, again: DataSource, split: Split) -> None:
+    documents = source.documents(split)
+    count = len(documents)
+    check.expect(count > 0, f"{split} has no documents")
+    if not count:
+        return
+    some = sorted({0, count // 3, count // 2, count - 1})
+    texts = {i: documents[i] for i in some}
+    for i, text in texts.items():
+        check.expect(isinstance(text, str), f"document {i} of {split} is no str")
+    backwards = {i: documents[i] for i in reversed(some)}
+    check.expect(backwards == texts, f"documents of {split} are others when read in another order")
+    check.expect(
+        list(documents[0:count:7]) == [documents[i] for i in range(0, count, 7)], f"slices of {split} are wrong"
+    )
+    check.expect(list(documents[count:]) == [], f"a slice past the end of {split} is not empty")
+    try:
+        documents[count]
+        check.expect(False, f"{split} has a document past its end; raise IndexError")
+    except IndexError:
+        pass
+    others = again.documents(split)
+    same = len(others) == count and all(others[i] == text for i, text in texts.items())
+    check.expect(same, f"built again it has other documents in {split}")
+    check.expect(source.fingerprint(split) == again.fingerprint(split), f"built again {split} has another fingerprint")
+    int(source.fingerprint(split), 16)

@@ -1,0 +1,103 @@
+"""The contract check of evaluators; plugin authors import it from ``nanochat_core.testing``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nanochat_core.interfaces.model import (
+    IGNORED,
+    Batch,
+    Evaluation,
+    Evaluator,
+    EvaluatorContext,
+    Split,
+    Tokenizer,
+    Tokens,
+)
+from nanochat_core.testing.model import ALONE, Check
+from nanochat_core.testing.optimizer import TinyModel
+
+
+class _Bytes(Tokenizer):
+    """Bytes as tokens, so that checks need no plugin."""
+
+    vocab_size = 257
+    special_tokens: Mapping[str, int] = {"<|bos|>": 256}  # type: ignore[assignment]
+    fingerprint = "0"
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode(errors="replace"))
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        return b"".join(b"<|bos|>" if i == 256 else bytes([i]) for i in ids)
+
+    def token_bytes(self) -> Tokens:
+        return np.array([1] * 256 + [0], dtype=np.int32)
+
+    def save(self, directory: Path) -> None:
+        pass
+
+
+def check_evaluator(factory: Callable[[Any, EvaluatorContext], Evaluator], config: Any) -> Evaluation:
+    """Check that an evaluator keeps its contract, with a tiny model of bytes.
+
+    It finds something, of types that the ledger can hold; it finds the same again; it leaves the model as it was.
+
+    Returns:
+        What it found.
+
+    Raises:
+        AssertionError: with a line for everything that doesn't hold.
+    """
+    check = Check("evaluator")
+    torch.manual_seed(3)
+    model = TinyModel(vocab_size=257).eval()
+    length = 32
+
+    def rows(split: Split, tokens: int) -> Iterator[Batch]:
+        generator = torch.Generator().manual_seed(len(split))
+        for start in range(0, min(tokens, 512), 4 * length):
+            tokens_BT = torch.randint(97, 123, (4, length + 1), generator=generator)
+            targets_BT = tokens_BT[:, 1:].clone()
+            targets_BT.view(-1)[max(0, min(tokens, 512) - start) :] = IGNORED
+            yield Batch(tokens_BT[:, :-1].contiguous(), targets_BT)
+
+    context = EvaluatorContext(_Bytes(), ALONE, length, 4, rows)
+    evaluator = factory(config, context)
+    assert isinstance(evaluator, Evaluator), f"the factory must return a nanochat_core.Evaluator, not {evaluator!r}"
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = []
+    for step in (0, 10):
+        torch.manual_seed(4)
+        with torch.no_grad():
+            found.append(evaluator.evaluate(model, step))
+    first, second = found
+    for evaluation in found:
+        assert isinstance(evaluation, Evaluation), (
+            f"evaluate must return a nanochat_core.Evaluation, not {evaluation!r}"
+        )
+        check.expect(bool(evaluation.metrics or evaluation.texts), "it finds neither metrics nor texts")
+        for name, value in evaluation.metrics.items():
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            check.expect(number, f"metric {name!r} must be a Python int or float, not {type(value).__name__}")
+        for name, text in evaluation.texts.items():
+            check.expect(isinstance(text, str), f"text {name!r} must be a str, not {type(text).__name__}")
+        taken = {"step", "time", "evaluator"} & {*evaluation.metrics, *evaluation.texts}
+        check.expect(not taken, f"{', '.join(sorted(taken))} are names of the ledger: give the metric another name")
+    check.expect(set(first.metrics) == set(second.metrics), "it gives other metrics the second time")
+    if not check.wrong:
+        same = all(
+            value == second.metrics[name] or (value != value and second.metrics[name] != second.metrics[name])
+            for name, value in first.metrics.items()
+        )
+        check.expect(same, "the same model gives other metrics the second time: seed what is random")
+    after = model.state_dict()
+    check.expect(all(torch.equal(before[name], after[name]) for name in before), "it changes the model's parameters")
+    check.expect(all(p.grad is None for p in model.parameters()), "it leaves gradients behind")
+    check.finish()
+    return first

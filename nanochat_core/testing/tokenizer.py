@@ -1,0 +1,229 @@
+"""Contract checks that plugin authors run on their own plugins, from any test runner.
+
+    from nanochat_core.testing import check_tokenizer
+
+    def test_contract():
+        check_tokenizer(build, MyConfig(vocab_size=500))
+
+A check raises ``AssertionError`` with everything that doesn't hold, a line each.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nanochat_core.interfaces.model import Tokenizer, TokenizerContext
+
+# Text that tokenizers trip over: white space of all kinds, bytes that look like others, invisible characters.
+AWKWARD_TEXTS = (
+    "",
+    " ",
+    "\n",
+    "\r\n\r\n\t \n  x  ",
+    "a" * 300 + " " * 300 + "\n" * 300,
+    "It's 12345 and 1,234.5e-6; x_1 != y",
+    "naïve Größe ΑΒΓ Привет שלום नमस्ते 漢字かな 한글",
+    "e\u0301 \u00e9 \u212b \ufb01 \u2460 \u1e9b\u0323",  # canonically equivalent, compatible: not the same
+    "👩‍👩‍👧‍👦🏳️‍🌈 🙂",
+    "\x00\x01\x7f\u0080\u00a0\u00ad\u200b\u200e\u2028\u3000\ufeff\ufffd\ufffe\U0010ffff",
+    "\u2581\u2581a \u0120b \u010a <0x41> <unk> <s></s> [UNK] ##a </w>",
+    "<|endoftext|> <|bos|>",
+)
+RANGES = ((0, 0x80), (0x20, 0x7F), (0x80, 0x250), (0x370, 0x600), (0x2000, 0x2100), (0x3040, 0x9FFF), (0xAC00, 0xD7A4),
+          (0xE000, 0xF900), (0x1F300, 0x1FAFF), (0x10000, 0x110000))  # fmt: skip
+WORDS = (
+    "the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "12", "3456", "while", "Größe", "and", "漢字",
+    "ask:", "why?\n\n",
+)  # fmt: skip
+
+_IN_ANOTHER_PROCESS = """
+import pickle, sys
+tokenizer, texts = pickle.load(sys.stdin.buffer)
+sys.stdout.buffer.write(pickle.dumps((tokenizer.fingerprint, [tokenizer.encode(text) for text in texts])))
+"""
+
+
+def sample_documents(count: int = 300) -> list[str]:
+    """Documents enough to train a small vocabulary on: some thousand made-up words, the same at every call."""
+    rng = random.Random(3)
+    words = [*WORDS] + ["".join(rng.choices("etaoinshrdlucmfwyp", k=rng.randrange(1, 10))) for _ in range(2000)]
+    return [" ".join(rng.choices(words, k=100)) + "." for _ in range(count)]
+
+
+def _texts() -> list[str]:
+    rng = random.Random(1)
+    texts = list(AWKWARD_TEXTS)
+    for _ in range(150):
+        characters = [chr(rng.randrange(*rng.choice(RANGES))) for _ in range(rng.randrange(1, 30))]
+        texts.append("".join(c for c in characters if not 0xD800 <= ord(c) < 0xE000))
+    return [*texts, *sample_documents(3)]
+
+
+def check_tokenizer(
+    factory: Callable[[Any, TokenizerContext], Tokenizer],
+    config: Any,
+    documents: Callable[[], Iterable[str]] = sample_documents,
+    *,
+    other_process: bool = True,
+) -> Tokenizer:
+    """Check that a tokenizer keeps its contract, on awkward texts and random ones.
+
+    It is built twice, saved, loaded, pickled, and used from several threads.
+
+    Args:
+        factory, config: as in the registration.
+        documents: gives the documents to train on.
+        other_process: also use it in a fresh process (takes as long as importing it does).
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        AssertionError: with a line for everything that doesn't hold.
+    """
+    tokenizer = factory(config, TokenizerContext(documents=documents))
+    assert isinstance(tokenizer, Tokenizer), f"the factory must return a nanochat_core.Tokenizer, not {tokenizer!r}"
+    check = _TokenizerCheck(tokenizer)
+    check.run(check.vocabulary)
+    check.run(check.round_trip)
+    check.run(check.special_tokens_in_text)
+    check.run(check.documents)
+    check.run(check.surrogates)
+    check.run(check.threads)
+    check.run(lambda: check.same(factory(config, TokenizerContext(documents=documents)), "built again"))
+    check.run(lambda: check.same(pickle.loads(pickle.dumps(tokenizer)), "pickled"))
+    check.run(lambda: check.saved(factory, config))
+    if other_process:
+        check.run(check.other_process)
+    assert not check.wrong, "the tokenizer breaks its contract:\n" + "\n".join(check.wrong)
+    return tokenizer
+
+
+class _TokenizerCheck:
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer, self.texts = tokenizer, _texts()
+        self.wrong: list[str] = []
+
+    def run(self, part: Callable[[], None]) -> None:
+        try:
+            part()
+        except Exception as error:
+            self.wrong.append(f"{getattr(part, '__name__', 'check')}: {type(error).__name__}: {error}")
+
+    def _expect(self, holds: bool, message: str) -> None:
+        if not holds and message not in self.wrong:
+            self.wrong.append(message)
+
+    def vocabulary(self) -> None:
+        tokenizer = self.tokenizer
+        size, special, counts = tokenizer.vocab_size, dict(tokenizer.special_tokens), tokenizer.token_bytes()
+        self._expect("<|bos|>" in special, "special_tokens has no <|bos|>")
+        self._expect(len(set(special.values())) == len(special), "two special tokens have the same id")
+        self._expect(all(0 <= i < size for i in special.values()), "the id of a special token is no id")
+        self._expect(
+            isinstance(counts, np.ndarray) and counts.dtype == np.int32 and counts.shape == (size,),
+            "token_bytes() must be an int32 array of vocab_size numbers",
+        )
+        names = {i: name for name, i in special.items()}
+        tokens = [tokenizer.decode_bytes([i]) for i in range(size)]
+        for i, token in enumerate(tokens):
+            if i in names:
+                self._expect(counts[i] == 0, f"token_bytes() must be 0 for the special token {names[i]}")
+                self._expect(
+                    token == names[i].encode(), f"decode_bytes of the special token {names[i]} gives {token!r}"
+                )
+            else:
+                self._expect(counts[i] == len(token), f"token {i} is {token!r}, but token_bytes() says {counts[i]}")
+        rng = random.Random(2)
+        ids = [rng.randrange(size) for _ in range(100)]
+        together = b"".join(tokens[i] for i in ids)
+        self._expect(tokenizer.decode_bytes(ids) == together, "decode_bytes of several tokens isn't those of each")
+        single = {token: i for i, token in enumerate(tokens) if len(token) == 1 and i not in names}
+        if len(single) == 256:  # then any bytes can be said
+            data = rng.randbytes(300)
+            spelt = [single[bytes([b])] for b in data]
+            self._expect(tokenizer.decode_bytes(spelt) == data, "decode_bytes changes bytes that are no UTF-8")
+
+    def round_trip(self) -> None:
+        tokenizer, counts = self.tokenizer, self.tokenizer.token_bytes()
+        special = set(tokenizer.special_tokens.values())
+        self._expect(list(tokenizer.encode("")) == [], "the empty text has tokens")
+        for text in self.texts:
+            ids = tokenizer.encode(text)
+            back = tokenizer.decode_bytes(ids)
+            self._expect(back == text.encode(), f"{text!r} comes back as {back!r}")
+            self._expect(tokenizer.decode(ids) == text, f"decode({text!r}) gives something else")
+            self._expect(all(0 <= i < tokenizer.vocab_size for i in ids), f"{text!r} has ids outside [0, vocab_size)")
+            self._expect(not special & set(ids), f"{text!r} has special tokens")
+            size = int(counts[ids].sum()) if len(ids) else 0
+            self._expect(size == len(text.encode()), f"{text!r}: token_bytes sum to {size}, not {len(text.encode())}")
+            self._expect(tokenizer.encode(text) == ids, f"{text!r} has other tokens the second time")
+
+    def special_tokens_in_text(self) -> None:
+        special = set(self.tokenizer.special_tokens.values())
+        for name in self.tokenizer.special_tokens:
+            for text in (name, f"a{name}b {name}\n{name}"):
+                ids = self.tokenizer.encode(text)
+                self._expect(not special & set(ids), f"{name} in a text becomes the special token; it must stay text")
+                self._expect(self.tokenizer.decode_bytes(ids) == text.encode(), f"{text!r} doesn't come back")
+
+    def documents(self) -> None:
+        made = self.tokenizer.encode_documents(self.texts)
+        self._expect(len(made) == len(self.texts), "encode_documents gives another number of documents")
+        for text, ids in zip(self.texts, made, strict=False):
+            self._expect(ids.dtype == np.int32 and ids.ndim == 1, "encode_documents must give 1-D int32 arrays")
+            expected = [self.tokenizer.bos_id, *self.tokenizer.encode(text)]
+            self._expect(ids.tolist() == expected, f"encode_documents of {text!r} isn't bos and what encode gives")
+        self._expect(len(self.tokenizer.encode_documents([])) == 0, "encode_documents([]) gives documents")
+
+    def surrogates(self) -> None:
+        ids = self.tokenizer.encode("a\ud800b")  # text like this stands in real data; it must not end a run
+        self.tokenizer.decode(ids)
+
+    def threads(self) -> None:
+        texts = [text for text in self.texts if text] * 4
+        with ThreadPoolExecutor(4) as pool:
+            at_once = list(pool.map(self.tokenizer.encode, texts))
+        self._expect(at_once == [self.tokenizer.encode(t) for t in texts], "encode isn't safe to call from threads")
+
+    def same(self, other: Tokenizer, how: str) -> None:
+        mine = self.tokenizer
+        self._expect(other.fingerprint == mine.fingerprint, f"{how}, it has another fingerprint")
+        self._expect(other.vocab_size == mine.vocab_size, f"{how}, it has another vocab_size")
+        self._expect(dict(other.special_tokens) == dict(mine.special_tokens), f"{how}, it has other special tokens")
+        self._expect(np.array_equal(other.token_bytes(), mine.token_bytes()), f"{how}, it has other token_bytes")
+        different = [text for text in self.texts if other.encode(text) != mine.encode(text)]
+        self._expect(not different, f"{how}, it gives other tokens, as for {different[:1]}")
+
+    def saved(self, factory: Callable[[Any, TokenizerContext], Tokenizer], config: Any) -> None:
+        def no_documents() -> Sequence[str]:
+            raise AssertionError("it asks for documents although context.saved is given")
+
+        with tempfile.TemporaryDirectory() as name:
+            self.tokenizer.save(Path(name))
+            self.same(factory(config, TokenizerContext(documents=no_documents, saved=Path(name))), "saved and loaded")
+
+    def other_process(self) -> None:
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONHASHSEED": "7"}
+        done = subprocess.run(
+            [sys.executable, "-c", _IN_ANOTHER_PROCESS],
+            input=pickle.dumps((self.tokenizer, self.texts)), capture_output=True, env=environment, check=False,
+        )  # fmt: skip
+        if done.returncode:
+            self.wrong.append(f"another process can't use it: {done.stderr.decode(errors='replace')}")
+            return
+        fingerprint, ids = pickle.loads(done.stdout)
+        self._expect(fingerprint == self.tokenizer.fingerprint, "in another process it has another fingerprint")
+        expected = [self.tokenizer.encode(text) for text in self.texts]
+        self._expect(ids == expected, "in another process it gives other tokens")

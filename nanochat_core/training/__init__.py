@@ -1,0 +1,1 @@
+"""Training: preparing or resuming a run, the optimizer step, the loop."""
