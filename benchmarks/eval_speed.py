@@ -21,10 +21,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 from nanochat_core import EvaluatorContext, Model, ModelContext, Tokenizer, TokenizerContext, World
-from nanochat_core.distributed.world import pick_device
 from nanochat_core.evaluation.evaluate import inference
 from nanochat_core.evaluation.scoring import score_spans
-from nanochat_core.hardware.machine import peak_memory_mib
+from nanochat_core.hardware.machine import peak_memory_mib, pick_device
 from nanochat_core.plugins.discovery import load_plugins
 from nanochat_dclm_core.bundle import Task, open_bundle
 from nanochat_dclm_core.config import CoreConfig

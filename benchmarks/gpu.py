@@ -47,8 +47,7 @@ Row = dict[str, Any]
 def machine(job: Row) -> Row:
     import torch
 
-    from nanochat_core.distributed.world import pick_device
-    from nanochat_core.hardware.machine import device_name, peak_flops
+    from nanochat_core.hardware.machine import device_name, peak_flops, pick_device
 
     device = pick_device(0)
     peak, how = peak_flops(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
@@ -62,7 +61,7 @@ def machine(job: Row) -> Row:
 def open_training(job: Row) -> Any:
     from training import EXPERIMENTS, Training
 
-    from nanochat_core.distributed.world import pick_device
+    from nanochat_core.hardware.machine import pick_device
 
     file = EXPERIMENTS / ("speedrun.toml" if job["recipe"] == "speedrun" else f"d{job['depth']}.toml")
     file = file if file.exists() or job["recipe"] == "speedrun" else EXPERIMENTS / "classic.toml"
@@ -117,7 +116,7 @@ def attention(job: Row) -> Row:
     """Milliseconds of forward and backward, over everything and over a window."""
     import torch
 
-    from nanochat_core.distributed.world import pick_device
+    from nanochat_core.hardware.machine import pick_device
     from nanochat_gpt.attention import attend, make_masking
 
     device, dtype, T = pick_device(0), getattr(torch, job["dtype"]), job["T"]

@@ -37,7 +37,7 @@ from nanochat_core.distributed.signals import StopRequest
 from nanochat_core.distributed.store import Board
 from nanochat_core.distributed.watchdog import Watchdog
 from nanochat_core.distributed.world import World
-from nanochat_core.interfaces.model import IGNORED
+from nanochat_core.interfaces.loss import IGNORED
 from nanochat_core.training.prepare import prepare
 from nanochat_core.training.session import _Session
 from nanochat_core.training.trainer import Trainer

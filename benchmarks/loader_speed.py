@@ -32,8 +32,9 @@ import torch
 from nanochat_bpe.config import PATTERN, BPEConfig
 from nanochat_bpe.tokenizer import BPETokenizer, train
 from nanochat_core import DataContext, DataSource
+from nanochat_core.data.best_fit import best_fit
 from nanochat_core.data.loader import TrainLoader
-from nanochat_core.data.packing import Encoder, TokenSource, best_fit, lanes
+from nanochat_core.data.packing import Encoder, TokenSource, lanes
 from nanochat_core.data.token_cache import open_cache
 from nanochat_parquet.config import ParquetConfig
 from nanochat_parquet.source import build as parquet

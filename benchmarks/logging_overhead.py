@@ -86,7 +86,8 @@ PROBE = """
 import contextlib, json, os, signal, sys, time
 from pathlib import Path
 from nanochat_core.cli import main
-from nanochat_core.loggers.worker import Progress, family, progress_file
+from nanochat_core.loggers.priority import family
+from nanochat_core.loggers.progress import Progress, progress_file
 from nanochat_core.runs.ledger import Ledger
 from nanochat_core.loggers.run_log import Logs
 

@@ -64,7 +64,7 @@ def measure(configuration: dict[str, Any]) -> dict[str, Any]:
     import torch
     from training import EXPERIMENTS, Training
 
-    from nanochat_core.distributed.world import pick_device
+    from nanochat_core.hardware.machine import pick_device
 
     device = pick_device(0)
     file, overrides = EXPERIMENTS / configuration["recipe"], configuration["overrides"]

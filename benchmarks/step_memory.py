@@ -27,8 +27,7 @@ def one(kind: str, options: argparse.Namespace) -> dict[str, object]:
     from torch import Tensor
     from training import EXPERIMENTS, Training
 
-    from nanochat_core.distributed.world import pick_device
-    from nanochat_core.hardware.machine import device_name, peak_memory_mib
+    from nanochat_core.hardware.machine import device_name, peak_memory_mib, pick_device
 
     device = pick_device(0)
     before = 0.0 if device.type == "cuda" else peak_memory_mib(device)

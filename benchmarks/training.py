@@ -10,9 +10,9 @@ from torch import Tensor
 
 from nanochat_core import ConfigError, ModelContext, Multipliers, World
 from nanochat_core.config.load import load
-from nanochat_core.planning.plan import build_model, make_plan
+from nanochat_core.planning.build import build_model, build_optimizer
+from nanochat_core.planning.planner import make_plan
 from nanochat_core.plugins.discovery import load_plugins
-from nanochat_core.training.build import build_optimizer
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 

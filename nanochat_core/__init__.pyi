@@ -1,126 +1,90 @@
 """The public names of nanochat's core: plugins import from here and from ``nanochat_core.testing``, nothing else.
 
-``lazy_loader`` reads this file, and imports a name when it is first used.
+``lazy_loader`` reads this file; a name is imported when it is first used.
 """
 
-# isort: skip_file
+# ruff: noqa: I001 (the groups are for readers)
 
 __version__: str
 
-# The six interfaces, and what factories get and return.
-from .plugins.hookspecs import (
-    HOOK_API as HOOK_API,
-    hookimpl as hookimpl,
-)
-from .plugins.registry import (
-    Registrar as Registrar,
-)
-from .interfaces.model import (
-    Batch as Batch,
-    Cache as Cache,
-    DataContext as DataContext,
-    DataSource as DataSource,
-    Evaluation as Evaluation,
-    Evaluator as Evaluator,
-    EvaluatorContext as EvaluatorContext,
-    IGNORED as IGNORED,
-    Model as Model,
-    ModelContext as ModelContext,
-    Multipliers as Multipliers,
-    Optimizer as Optimizer,
-    OptimizerContext as OptimizerContext,
-    Resolved as Resolved,
-    Split as Split,
-    Tokenizer as Tokenizer,
-    TokenizerContext as TokenizerContext,
-    Tokens as Tokens,
-    base_role as base_role,
-    default_roles as default_roles,
-)
-from .interfaces.logger import (
-    Logger as Logger,
-    LoggerContext as LoggerContext,
-    metrics_and_texts as metrics_and_texts,
-)
-from .distributed.world import (
-    World as World,
-)
+# The six interfaces, and what their factories get and return.
+from .plugins.hookspecs import HOOK_API as HOOK_API
+from .plugins.hookspecs import hookimpl as hookimpl
+from .plugins.registry import Registrar as Registrar
+from .interfaces.tokenizer import Tokenizer as Tokenizer
+from .interfaces.tokenizer import TokenizerContext as TokenizerContext
+from .interfaces.types import Tokens as Tokens
+from .interfaces.types import Split as Split
+from .interfaces.types import Batch as Batch
+from .interfaces.types import Resolved as Resolved
+from .interfaces.model import Model as Model
+from .interfaces.model import ModelContext as ModelContext
+from .interfaces.model import Cache as Cache
+from .interfaces.model import base_role as base_role
+from .interfaces.model import default_roles as default_roles
+from .interfaces.optimizer import Optimizer as Optimizer
+from .interfaces.optimizer import OptimizerContext as OptimizerContext
+from .interfaces.optimizer import Multipliers as Multipliers
+from .interfaces.data_source import DataSource as DataSource
+from .interfaces.data_source import DataContext as DataContext
+from .interfaces.evaluator import Evaluator as Evaluator
+from .interfaces.evaluator import EvaluatorContext as EvaluatorContext
+from .interfaces.evaluator import Evaluation as Evaluation
+from .interfaces.logger import Logger as Logger
+from .interfaces.logger import LoggerContext as LoggerContext
+from .interfaces.logger import metrics_and_texts as metrics_and_texts
+from .interfaces.loss import IGNORED as IGNORED
+from .distributed.world import World as World
 
 # Options of a config class.
-from .plugins.options import (
-    above as above,
-    at_least as at_least,
-    between as between,
-    one_of as one_of,
-    option as option,
-)
+from .plugins.options import above as above
+from .plugins.options import at_least as at_least
+from .plugins.options import between as between
+from .plugins.options import one_of as one_of
+from .plugins.options import option as option
 
 # Exceptions that users meet.
-from .errors import (
-    CheckpointError as CheckpointError,
-    ConfigError as ConfigError,
-    DataError as DataError,
-    NanochatError as NanochatError,
-    PluginError as PluginError,
-    Problem as Problem,
-)
+from .errors import CheckpointError as CheckpointError
+from .errors import ConfigError as ConfigError
+from .errors import DataError as DataError
+from .errors import NanochatError as NanochatError
+from .errors import PluginError as PluginError
+from .errors import Problem as Problem
 
 # Text: documents and tokenizers.
-from .data.documents import (
-    Documents as Documents,
-    Problems as Problems,
-    hold_out as hold_out,
-)
-from .data.texts import (
-    SPECIAL_TOKENS as SPECIAL_TOKENS,
-    cut_long_runs as cut_long_runs,
-    well_formed as well_formed,
-)
-from .data.table_tokenizer import (
-    PerThread as PerThread,
-    TableTokenizer as TableTokenizer,
-    load_table_tokenizer as load_table_tokenizer,
-    special_tokens_from as special_tokens_from,
-)
+from .data.documents import Documents as Documents
+from .data.documents import Problems as Problems
+from .data.documents import hold_out as hold_out
+from .data.texts import SPECIAL_TOKENS as SPECIAL_TOKENS
+from .data.texts import cut_long_runs as cut_long_runs
+from .data.texts import well_formed as well_formed
+from .data.table_tokenizer import PerThread as PerThread
+from .data.table_tokenizer import TableTokenizer as TableTokenizer
+from .data.table_tokenizer import load_table_tokenizer as load_table_tokenizer
+from .data.table_tokenizer import special_tokens_from as special_tokens_from
 
 # Evaluation: spans, scores and samples.
-from .evaluation.spans import (
-    Span as Span,
-    choice_spans as choice_spans,
-    cropped_span as cropped_span,
-    token_spans as token_spans,
-)
-from .evaluation.scoring import (
-    OutOfTime as OutOfTime,
-    SpanScore as SpanScore,
-    greedy_match as greedy_match,
-    is_close_call as is_close_call,
-    pick_choice as pick_choice,
-    score_choices as score_choices,
-    score_spans as score_spans,
-)
-from .evaluation.sampling import (
-    generate as generate,
-)
-from .interfaces.loss import (
-    cross_entropy as cross_entropy,
-)
+from .evaluation.spans import Span as Span
+from .evaluation.spans import choice_spans as choice_spans
+from .evaluation.spans import cropped_span as cropped_span
+from .evaluation.spans import token_spans as token_spans
+from .evaluation.scoring import OutOfTime as OutOfTime
+from .evaluation.scoring import SpanScore as SpanScore
+from .evaluation.scoring import greedy_match as greedy_match
+from .evaluation.scoring import is_close_call as is_close_call
+from .evaluation.scoring import pick_choice as pick_choice
+from .evaluation.scoring import score_choices as score_choices
+from .evaluation.scoring import score_spans as score_spans
+from .evaluation.sampling import generate as generate
+from .interfaces.loss import cross_entropy as cross_entropy
 
 # Optimizers.
-from .training.gradients import (
-    GradientReducer as GradientReducer,
-    TorchOptimizer as TorchOptimizer,
-)
+from .training.gradients import GradientReducer as GradientReducer
+from .training.gradients import TorchOptimizer as TorchOptimizer
 
 # Machines and files.
-from .files import (
-    cache_dir as cache_dir,
-)
-from .hardware.casting import (
-    cast as cast,
-)
-from .hardware.devices import (
-    cuda_capability as cuda_capability,
-    device_type as device_type,
-    has_fast_bfloat16 as has_fast_bfloat16,
-)
+from .files import cache_dir as cache_dir
+from .hardware.casting import cast as cast
+from .hardware.devices import cuda_capability as cuda_capability
+from .hardware.devices import device_type as device_type
+from .hardware.devices import has_fast_bfloat16 as has_fast_bfloat16

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from nanochat_core import LoggerContext
-from nanochat_core.config.schema import Choice, LoggerKeys
+from nanochat_core.loggers.progress import Progress, progress_file
 from nanochat_core.loggers.run_log import Logs
-from nanochat_core.loggers.worker import Progress, progress_file
+from nanochat_core.plugins.choice import Choice, LoggerKeys
 from nanochat_core.plugins.discovery import load_plugins
 from nanochat_core.runs.directory import RunDirectory
 

@@ -13,7 +13,7 @@ from nanochat_core.errors import ConfigError, NanochatError, Problem
 
 if TYPE_CHECKING:
     from nanochat_core.config.load import LoadedExperiment
-    from nanochat_core.interfaces.model import DataSource
+    from nanochat_core.interfaces.data_source import DataSource
 
 BYTES_A_TOKEN = 4.2  # of English text and a vocabulary of some ten thousand tokens
 SAMPLES = 200  # documents read to estimate the length of all
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace, _: Sequence[str]) -> int:
-    from nanochat_core.config.load import add_places
+    from nanochat_core.config.origins import add_places
 
     overrides = [*options.overrides, *([f"data.shards={options.shards}"] if options.shards else [])]
     if options.source:
@@ -73,9 +73,10 @@ def _load(file: Path, overrides: Sequence[str]) -> LoadedExperiment:
 
 
 def _named_source(name: str, overrides: Sequence[str]) -> DataSource:
-    from nanochat_core.config.load import parse_override
-    from nanochat_core.config.schema import Choice, EntryKeys, Mismatch, converter
+    from nanochat_core.config.merge import parse_override
+    from nanochat_core.plugins.choice import Choice, EntryKeys
     from nanochat_core.plugins.discovery import load_plugins
+    from nanochat_core.plugins.structure import Mismatch, converter
 
     plugins = load_plugins()
     registry = plugins["data_source"]
@@ -101,7 +102,7 @@ def _named_source(name: str, overrides: Sequence[str]) -> DataSource:
 
 def _build(choice: Any) -> DataSource:
     from nanochat_core.files import cache_dir
-    from nanochat_core.interfaces.model import DataContext
+    from nanochat_core.interfaces.data_source import DataContext
 
     source: DataSource = choice.build(DataContext(cache_dir=cache_dir()))
     return source
@@ -158,8 +159,8 @@ def _estimates(text_bytes: int, samples: Sequence[str], loaded: LoadedExperiment
     tokens = text_bytes / per_token
     print(f"training text: {_bytes(text_bytes)}, about {tokens:,.0f} tokens ({how})")
     if loaded is not None and not [p for p in loaded.missing if p.key.split(".")[0] != "loggers"]:
-        from nanochat_core.distributed.world import pick_device
-        from nanochat_core.planning.plan import make_plan
+        from nanochat_core.hardware.machine import pick_device
+        from nanochat_core.planning.planner import make_plan
 
         plan = make_plan(loaded, 1, pick_device(0)).plan
         print(f"the run trains on {plan.total_tokens:,} tokens: about {plan.total_tokens / max(tokens, 1):.2f} epochs")
@@ -167,7 +168,7 @@ def _estimates(text_bytes: int, samples: Sequence[str], loaded: LoadedExperiment
 
 def _measure(choice: Any, samples: Sequence[str]) -> float:
     """Bytes a token."""
-    from nanochat_core.interfaces.model import Tokenizer, TokenizerContext
+    from nanochat_core.interfaces.tokenizer import Tokenizer, TokenizerContext
 
     tokenizer: Tokenizer = choice.build(TokenizerContext(documents=lambda: iter(samples)))
     tokens = sum(len(tokenizer.encode(text)) + 1 for text in samples)

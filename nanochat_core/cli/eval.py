@@ -56,7 +56,7 @@ def main(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
 
 def _compare(a: str, b: str, names: Sequence[str], runs_dir: Path, allow_other_data: bool) -> int:
-    from nanochat_core.evaluation.results import compare, format_comparison, other_data
+    from nanochat_core.evaluation.comparison import compare, format_comparison, other_data
 
     before, after = _stored(a, runs_dir), _stored(b, runs_dir)
     common = [name for name in before if name in after and (not names or name in names)]

@@ -25,12 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace, _: Sequence[str]) -> int:
-    from nanochat_core.config.load import to_tables
-    from nanochat_core.config.schema import LoggerKeys
+    from nanochat_core.config.tables import to_tables
     from nanochat_core.errors import CheckpointError, ConfigError, PluginError
     from nanochat_core.interfaces.logger import LoggerContext
     from nanochat_core.loggers.process import LoggerProcess
-    from nanochat_core.loggers.worker import Job, Progress, progress_file
+    from nanochat_core.loggers.progress import Job, Progress, progress_file
+    from nanochat_core.plugins.choice import LoggerKeys
     from nanochat_core.plugins.discovery import load_plugins
     from nanochat_core.runs.directory import find_run
     from nanochat_core.runs.ledger import read_ledger

@@ -47,9 +47,11 @@ def main(options: argparse.Namespace, _: Sequence[str]) -> int:
     blocking = [p for p in loaded.missing if p.key.split(".")[0] in ("tokenizer", "model", "optimizer")]
     if blocking:
         loaded.require_all()
-    from nanochat_core.distributed.world import pick_device
     from nanochat_core.hardware.devices import DeviceSpec
-    from nanochat_core.planning.plan import format_plan, plan_batches, time_training
+    from nanochat_core.hardware.machine import pick_device
+    from nanochat_core.planning.banner import format_plan
+    from nanochat_core.planning.planner import plan_batches
+    from nanochat_core.planning.probe import time_training
 
     here = pick_device(0)
     device = here if options.device is None else _known(options.device)
@@ -138,7 +140,7 @@ def _table(
 
 def _disk(planned: Planned) -> str:
     """What checkpoints take."""
-    from nanochat_core.runs.saver import most_at_once
+    from nanochat_core.runs.retention import most_at_once
 
     size, count, options = (
         planned.plan.checkpoint_bytes / 2**30,
@@ -157,7 +159,7 @@ def _disk(planned: Planned) -> str:
 
 def _data(experiment: Experiment) -> list[str]:
     """The set that results will be measured on, and what is not here yet, as far as the source can say."""
-    from nanochat_core.training.build import build_source
+    from nanochat_core.data.sources import build_source
 
     lines = []
     try:

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import attrs
 
-from nanochat_core.config.schema import RESERVED, EntryKeys, fields_of, type_name
 from nanochat_core.errors import PluginError, did_you_mean
+from nanochat_core.plugins.choice import RESERVED, EntryKeys
 from nanochat_core.plugins.discovery import Plugins, load_plugins
 from nanochat_core.plugins.registry import KINDS, Entry
+from nanochat_core.plugins.structure import fields_of, type_name
 
 SLOW_SECONDS = 0.2  # of one plugin's import
 

@@ -21,10 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace, _: Sequence[str]) -> int:
-    from nanochat_core.distributed.world import pick_device
     from nanochat_core.evaluation.evaluate import inference
     from nanochat_core.evaluation.sampling import generate
-    from nanochat_core.training.build import load_trained
+    from nanochat_core.evaluation.trained_model import load_trained
+    from nanochat_core.hardware.machine import pick_device
 
     trained = load_trained(options.run, options.runs_dir, pick_device(0))
     tokenizer = trained.tokenizer

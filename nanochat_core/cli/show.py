@@ -16,16 +16,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace, _: Sequence[str]) -> int:
-    from nanochat_core.config.load import load, to_tables, unverified_options
+    from nanochat_core.config.load import load
     from nanochat_core.config.schema import TABLES
+    from nanochat_core.config.tables import to_tables, unverified_options
     from nanochat_core.plugins.discovery import load_plugins
 
     loaded = load(options.file, options.overrides, load_plugins())
     experiment, origins, problems = loaded.experiment, loaded.origins, loaded.missing[:0]
     blocking = [p for p in loaded.missing if not p.key.startswith(("data", "loggers", "evaluators"))]
     if not blocking:  # formulas need the model, the optimizer and the tokenizer, nothing else
-        from nanochat_core.distributed.world import pick_device
-        from nanochat_core.planning.plan import make_plan
+        from nanochat_core.hardware.machine import pick_device
+        from nanochat_core.planning.planner import make_plan
 
         planned = make_plan(loaded, 1, pick_device(0))
         experiment, origins, problems = planned.experiment, dict(planned.origins), planned.problems

@@ -14,7 +14,8 @@ from nanochat_core.errors import ConfigError, NanochatError, Problem
 
 if TYPE_CHECKING:
     from nanochat_core.config.schema import Experiment
-    from nanochat_core.interfaces.model import DataSource, Tokenizer
+    from nanochat_core.interfaces.data_source import DataSource
+    from nanochat_core.interfaces.tokenizer import Tokenizer
 
 COLOURS = (194, 223, 189, 217, 153)  # backgrounds of the 256-colour palette, light, one token after the other
 OTHERS = ("gpt2", "cl100k_base")  # compared with when they are there
@@ -73,10 +74,11 @@ def _say(line: str) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from nanochat_core.config.load import add_places, load
+    from nanochat_core.config.load import load
+    from nanochat_core.config.origins import add_places
+    from nanochat_core.data.sources import build_source
     from nanochat_core.data.tokenizer_cache import make_tokenizer
     from nanochat_core.plugins.discovery import load_plugins
-    from nanochat_core.training.build import build_source
 
     loaded = load(options.file, options.overrides, load_plugins())
     _require(loaded.missing)
@@ -106,11 +108,11 @@ def _require(missing: Sequence[Problem]) -> None:
 def _open(reference: str, runs_dir: Path) -> tuple[Tokenizer, Experiment]:
     """The tokenizer of an experiment file (made now if it isn't in the cache) or of a run."""
     from nanochat_core.config.load import load
+    from nanochat_core.data.sources import build_source
     from nanochat_core.data.tokenizer_cache import load_tokenizer, make_tokenizer
     from nanochat_core.plugins.discovery import load_plugins
     from nanochat_core.runs.directory import find_run
     from nanochat_core.runs.restore import load_recorded
-    from nanochat_core.training.build import build_source
 
     if reference.endswith(".toml"):
         loaded = load(Path(reference), (), load_plugins())
@@ -153,7 +155,7 @@ def _coloured(text: str, colour: int) -> str:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from nanochat_core.training.build import build_source
+    from nanochat_core.data.sources import build_source
 
     tokenizers: dict[str, Tokenizer] = {}
     source: DataSource | None = None
@@ -214,9 +216,10 @@ def _first(documents: Sequence[str], size: int) -> Iterator[str]:
 
 def _encoding(name: str) -> Tokenizer | None:
     """An encoding of tiktoken by its name; None when it has no such name."""
-    from nanochat_core.config.schema import Choice, EntryKeys, converter
     from nanochat_core.data.tokenizer_cache import build_tokenizer
+    from nanochat_core.plugins.choice import Choice, EntryKeys
     from nanochat_core.plugins.discovery import load_plugins
+    from nanochat_core.plugins.structure import converter
 
     entry = load_plugins()["tokenizer"].get("tiktoken")
     if entry is None or "/" in name or name.endswith(".toml"):

@@ -7,7 +7,7 @@ step; rank r takes slots [r G/R, (r+1) G/R). The rows of a step are the same wha
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
@@ -16,20 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanochat_core.data.packing import (
-    START,
-    WINDOW,
-    BestFitLane,
-    Cursor,
-    Lane,
-    Packing,
-    Rows,
-    StreamLane,
-    TokenSource,
-    join,
-    validation_rows,
-)
-from nanochat_core.interfaces.model import IGNORED, Batch, Tokenizer, Tokens
+from nanochat_core.data.best_fit import BestFitLane
+from nanochat_core.data.packing import START, WINDOW, Cursor, Lane, Packing, Rows, StreamLane, TokenSource, join
+from nanochat_core.interfaces.types import Batch, Tokens
 
 CPU = torch.device("cpu")
 AHEAD = 2  # steps made in advance
@@ -197,58 +186,3 @@ class TrainLoader:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-
-
-class ValidationRows:
-    """This rank's share of a fixed list of rows: row i goes to rank i % R.
-
-    Each iteration gives the same batches, always [B, T], on the CPU, filled up with rows of ``IGNORED`` targets so that
-    every rank gets equally many. The documents are tokenized on the first iteration; the rank's rows stay in memory.
-
-    Args:
-        documents: all documents of the split.
-        tokens: how many of the split's first tokens to take; see ``packing.validation_rows``.
-    """
-
-    def __init__(
-        self,
-        documents: Sequence[str],
-        tokenizer: Tokenizer,
-        *,
-        tokens: int,
-        max_seq_len: int,
-        device_batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        self._documents, self._tokenizer = documents, tokenizer
-        self._tokens, self._max_seq_len = tokens, max_seq_len
-        self._device_batch_size, self._rank, self._world_size = device_batch_size, rank, world_size
-        self._share: tuple[Tokens, Tokens] | None = None
-
-    def _rows(self) -> tuple[Tokens, Tokens]:
-        """ids and targets of this rank, int32 [whole batches x B, T]."""
-        if self._share is None:
-            ids, targets = validation_rows(self._documents, self._tokenizer, self._tokens, self._max_seq_len)
-            B = self._device_batch_size
-            most = -(-len(ids) // self._world_size)  # rows of rank 0; no rank has more
-            padded = -(-most // B) * B
-            mine = slice(self._rank, None, self._world_size)
-            self._share = _pad(ids[mine], padded, 0), _pad(targets[mine], padded, IGNORED)
-        return self._share
-
-    def __len__(self) -> int:
-        """Number of batches, the same on every rank."""
-        return len(self._rows()[0]) // self._device_batch_size
-
-    def __iter__(self) -> Iterator[Batch]:
-        ids, targets = self._rows()
-        B = self._device_batch_size
-        for start in range(0, len(ids), B):
-            pair = ids[start : start + B], targets[start : start + B]
-            yield Batch(*(torch.from_numpy(part.astype(np.int64)) for part in pair))
-
-
-def _pad(rows: Tokens, count: int, value: int) -> Tokens:
-    """``rows`` [n, T] and as many rows of ``value`` as make them ``count``."""
-    return np.concatenate((rows, np.full((count - len(rows), rows.shape[1]), value, dtype=np.int32)))

@@ -13,7 +13,8 @@ import numpy as np
 
 from nanochat_core.data.texts import SPECIAL_TOKENS
 from nanochat_core.errors import CheckpointError, ConfigError
-from nanochat_core.interfaces.model import Tokenizer, Tokens
+from nanochat_core.interfaces.tokenizer import Tokenizer
+from nanochat_core.interfaces.types import Tokens
 
 Thing = TypeVar("Thing")
 

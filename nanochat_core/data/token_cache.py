@@ -31,7 +31,8 @@ import numpy as np
 import numpy.typing as npt
 
 from nanochat_core.data.packing import TokenSource
-from nanochat_core.interfaces.model import Tokenizer, Tokens
+from nanochat_core.interfaces.tokenizer import Tokenizer
+from nanochat_core.interfaces.types import Tokens
 
 FORMAT = "tokens-1"
 MAGIC = b"NCTK"

@@ -17,12 +17,12 @@ from typing import Any
 
 import attrs
 
-from nanochat_core.config.schema import Choice, to_plain
 from nanochat_core.errors import CheckpointError, PluginError
-from nanochat_core.files import cache_dir
-from nanochat_core.interfaces.model import DataSource, Tokenizer, TokenizerContext
-from nanochat_core.runs.checkpoint import sync
-from nanochat_core.runs.directory import remove, write_atomic
+from nanochat_core.files import cache_dir, remove, sync, write_atomic
+from nanochat_core.interfaces.data_source import DataSource
+from nanochat_core.interfaces.tokenizer import Tokenizer, TokenizerContext
+from nanochat_core.plugins.choice import Choice
+from nanochat_core.plugins.structure import to_plain
 
 FORMAT = 1  # of what stands in the cache; another number makes every tokenizer anew
 READ_AT_ONCE = 256  # documents

@@ -16,7 +16,7 @@ import attrs
 from nanochat_core.distributed.signals import PREEMPTED_EXIT_CODE, SAME_SECONDS
 from nanochat_core.distributed.store import Board, Failure
 from nanochat_core.distributed.watchdog import PIPE
-from nanochat_core.runs.directory import rank_log_name
+from nanochat_core.files import rank_log_name
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 GRACE_SECONDS = 30.0  # what other workers get to end by themselves after one has failed; see also the watchdog's

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nanochat_core.errors import NanochatError
+from nanochat_core.hardware.machine import pick_device
 
 
 class OtherRankFailed(Exception):
@@ -98,16 +99,6 @@ class World:
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
-
-
-def pick_device(local_rank: int) -> torch.device:
-    """The device of this process: CUDA, else Apple's MPS, else the CPU. ``NANOCHAT_DEVICE`` overrides the type."""
-    wanted = os.environ.get("NANOCHAT_DEVICE", "")
-    if wanted in ("", "cuda") and torch.cuda.is_available():
-        return torch.device("cuda", local_rank)
-    if wanted in ("", "mps") and torch.backends.mps.is_available():
-        return torch.device("mps")
-    return torch.device("cpu")
 
 
 def join_world() -> World:

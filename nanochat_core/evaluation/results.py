@@ -8,27 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
 import numpy as np
-import numpy.typing as npt
 
 from nanochat_core.errors import DataError
-from nanochat_core.runs.directory import write_atomic
+from nanochat_core.evaluation.statistics import DRAWS, SEED, Values, _scale, bootstrap_means, interval
+from nanochat_core.files import write_atomic
 
 if TYPE_CHECKING:
-    from nanochat_core.interfaces.model import Evaluation
+    from nanochat_core.interfaces.evaluator import Evaluation
 
 FACTS, EXAMPLES, TABLE = "evaluation.json", "examples.parquet", "table.md"
-DRAWS = 2000  # of a bootstrap
-SEED = 1
-
-Values = npt.NDArray[np.float64]
 
 
 @attrs.frozen
@@ -131,29 +126,6 @@ def find_evaluations(directory: Path) -> dict[str, Stored]:
 # ------------------------------------------------------------------------------------------------------ statistics
 
 
-def bootstrap_means(values: Values, rng: np.random.Generator) -> Values:
-    """Means of ``DRAWS`` samples with replacement."""
-    if set(np.unique(values)) <= {0.0, 1.0}:  # then the number of ones in a sample is binomial
-        return rng.binomial(len(values), values.mean(), DRAWS) / len(values)
-    draws = [values[rng.integers(0, len(values), len(values))].mean() for _ in range(DRAWS)]
-    return np.array(draws)
-
-
-def interval(means: Values) -> tuple[float, float]:
-    """The middle 95%."""
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
-
-
-def sign_test(wins: int, losses: int) -> float:
-    """Two-sided p-value of so many wins and losses when both are equally likely; McNemar's for right and wrong."""
-    n, few = wins + losses, min(wins, losses)
-    if n == 0:
-        return 1.0
-    log_p = [math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) - n * math.log(2) for k in range(few + 1)]
-    return min(1.0, 2 * math.fsum(math.exp(x) for x in log_p))
-
-
 def markdown(evaluation: Evaluation) -> str:
     """Score of each task with its confidence interval, their mean last."""
     tasks: dict[str, list[Mapping[str, Any]]] = {}
@@ -179,90 +151,6 @@ def markdown(evaluation: Evaluation) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _scale(values: Values, centered: Values) -> float:
-    """By how much centering, which is linear, stretches."""
-    spread = float(values.max() - values.min())
-    return float(centered.max() - centered.min()) / spread if spread else 0.0
-
-
 def _range(means: Values) -> str:
     low, high = interval(means)
     return f"{low:.4f} to {high:.4f}"
-
-
-@attrs.frozen
-class Difference:
-    """How B differs from A on the examples that both have seen.
-
-    Args:
-        n: how many those are.
-        low, high: 95% confidence interval of the difference, from a paired bootstrap.
-        wins, losses: examples with a higher and a lower value in B.
-        p: of a sign test; NaN for the mean over tasks.
-    """
-
-    task: str
-    n: int
-    a: float
-    b: float
-    low: float
-    high: float
-    wins: int
-    losses: int
-    p: float
-
-
-def other_data(a: Stored, b: Stored) -> list[str]:
-    """Splits whose rows both evaluations read, but of other data: their scores don't compare."""
-    ours, theirs = (stored.facts.get("data", {}) for stored in (a, b))
-    return sorted(split for split in ours.keys() & theirs.keys() if ours[split] != theirs[split])
-
-
-def compare(a: Stored, b: Stored) -> list[Difference]:
-    """Differences in each task, and in the mean of the centered ones, for two evaluations of one kind."""
-    rng = np.random.default_rng(SEED)
-    found = []
-    total: Values = np.zeros(DRAWS)
-    means = []
-    for task in a.values:
-        keys = [key for key in a.values[task] if key in b.values.get(task, {})]
-        if not keys:
-            continue
-        ours, theirs = (np.array([side.values[task][key] for key in keys]) for side in (a, b))
-        centers = [np.array([side.centered[task][key] for key in keys]) for side in (a, b)]
-        change = theirs - ours
-        # Samples of examples, each with its pair of values.
-        kinds, counts = np.unique(change, return_counts=True)
-        if len(kinds) <= 64:
-            draws = rng.multinomial(len(keys), counts / len(keys), DRAWS) @ kinds / len(keys)
-        else:
-            draws = np.array([change[rng.integers(0, len(keys), len(keys))].mean() for _ in range(DRAWS)])
-        scale = _scale(np.concatenate([ours, theirs]), np.concatenate(centers))
-        total += draws * scale
-        means.append((float(centers[0].mean()), float(centers[1].mean())))
-        wins, losses = int((change > 0).sum()), int((change < 0).sum())
-        p = sign_test(wins, losses)
-        low, high = interval(draws)
-        found.append(Difference(task, len(keys), float(ours.mean()), float(theirs.mean()), low, high, wins, losses, p))
-    if found:
-        low, high = interval(total / len(means))
-        before, after = (sum(side) / len(means) for side in zip(*means, strict=True))
-        wins, losses = sum(d.wins for d in found), sum(d.losses for d in found)
-        n = sum(d.n for d in found)
-        found.append(Difference("mean, centered", n, before, after, low, high, wins, losses, math.nan))
-    return found
-
-
-def format_comparison(differences: Sequence[Difference]) -> str:
-    """A Markdown table."""
-    lines = [
-        "| task | examples | A | B | B - A | 95% | better | worse | p |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for d in differences:
-        p = "" if math.isnan(d.p) else f"{d.p:.3g}"
-        lines.append(
-            f"| {d.task} | {d.n} | {d.a:.4f} | {d.b:.4f} | {d.b - d.a:+.4f} | {d.low:+.4f} to {d.high:+.4f} "
-            f"| {d.wins} | {d.losses} | {p} |"
-        )
-    return "\n".join(lines)

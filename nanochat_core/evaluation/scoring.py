@@ -25,7 +25,9 @@ from tqdm import tqdm
 
 from nanochat_core.errors import NanochatError
 from nanochat_core.evaluation.spans import Span, common_prefix
-from nanochat_core.interfaces.model import EvaluatorContext, Model, Tokens
+from nanochat_core.interfaces.evaluator import EvaluatorContext
+from nanochat_core.interfaces.model import Model
+from nanochat_core.interfaces.types import Tokens
 
 CLOSE = 1e-4  # scores of other batch sizes agree within this; what it decides is called close
 BATCH_TOKENS_CPU = 4096

@@ -9,7 +9,8 @@ import attrs
 import numpy as np
 import numpy.typing as npt
 
-from nanochat_core.interfaces.model import Tokenizer, Tokens
+from nanochat_core.interfaces.tokenizer import Tokenizer
+from nanochat_core.interfaces.types import Tokens
 
 
 def _as_tokens(ids: npt.ArrayLike) -> Tokens:

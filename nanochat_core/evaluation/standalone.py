@@ -11,24 +11,29 @@ from pathlib import Path
 import attrs
 import torch
 
-from nanochat_core.config.load import LoadedExperiment, load, parse_override
+from nanochat_core.config.load import LoadedExperiment, load
+from nanochat_core.config.merge import parse_override
 from nanochat_core.config.schema import Experiment
+from nanochat_core.data.sources import build_source
 from nanochat_core.data.tokenizer_cache import build_tokenizer
 from nanochat_core.distributed.failures import Failures
+from nanochat_core.distributed.guarded import EvaluationWorld
 from nanochat_core.distributed.store import Board
 from nanochat_core.distributed.watchdog import Watchdog
 from nanochat_core.distributed.world import OtherRankFailed, World, join_world, leave_world
 from nanochat_core.errors import CheckpointError, ConfigError, Problem
-from nanochat_core.evaluation.evaluate import EvaluationFailed, EvaluationWorld, evaluate
+from nanochat_core.evaluation.build import build_evaluators
+from nanochat_core.evaluation.evaluate import EvaluationFailed, evaluate
 from nanochat_core.evaluation.results import EXAMPLES, TABLE, write_evaluation
-from nanochat_core.interfaces.model import DataSource, Evaluation, ModelContext
-from nanochat_core.planning.plan import build_model
+from nanochat_core.evaluation.trained_model import TrainedModel, open_trained
+from nanochat_core.interfaces.data_source import DataSource
+from nanochat_core.interfaces.evaluator import Evaluation
+from nanochat_core.interfaces.model import ModelContext
+from nanochat_core.planning.build import build_model
 from nanochat_core.plugins.discovery import Plugins, load_plugins
 from nanochat_core.runs.checkpoint import MANIFEST, load_state, verify
 from nanochat_core.runs.directory import RunDirectory, find_run
-from nanochat_core.runs.restore import load_run
-from nanochat_core.training.build import TrainedModel, build_evaluators, build_source, open_trained
-from nanochat_core.training.prepare import newest_checkpoint
+from nanochat_core.runs.restore import load_run, newest_checkpoint
 
 FAILED_EXIT_CODE = 1
 # What may differ from the run: nothing that the weights depend on.

@@ -123,3 +123,13 @@ def keep_freed_memory() -> None:
         return
     for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 64 * 2**20)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
         libc.mallopt(parameter, value)
+
+
+def pick_device(local_rank: int) -> torch.device:
+    """The device of this process: CUDA, else Apple's MPS, else the CPU. ``NANOCHAT_DEVICE`` overrides the type."""
+    wanted = os.environ.get("NANOCHAT_DEVICE", "")
+    if wanted in ("", "cuda") and torch.cuda.is_available():
+        return torch.device("cuda", local_rank)
+    if wanted in ("", "mps") and torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")

@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 import attrs
 
-from nanochat_core.config.schema import Choice, LoggerKeys
 from nanochat_core.errors import PluginError
+from nanochat_core.files import write_atomic
 from nanochat_core.interfaces.logger import Logger, LoggerContext, metrics_and_texts
+from nanochat_core.plugins.choice import Choice, LoggerKeys
 from nanochat_core.plugins.discovery import load_plugins
 from nanochat_core.plugins.registry import Entry
-from nanochat_core.runs.directory import write_atomic
 
 PREFIX = "observer-"
 

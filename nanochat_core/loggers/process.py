@@ -16,7 +16,8 @@ from pathlib import Path
 
 import attrs
 
-from nanochat_core.loggers.worker import CANT_START, INCOMPLETE, Job, Progress, progress_file
+from nanochat_core.loggers.progress import Job, Progress, progress_file
+from nanochat_core.loggers.worker import CANT_START, INCOMPLETE
 from nanochat_core.runs.ledger import read_ledger
 
 _DOING = {"start": "to start", "log": "over one record", "finish": "to send the rest and finish"}

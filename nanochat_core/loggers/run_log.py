@@ -14,11 +14,11 @@ from typing import IO, Literal
 import attrs
 from tqdm import tqdm
 
-from nanochat_core.config.schema import Choice, LoggerKeys
 from nanochat_core.errors import PluginError
 from nanochat_core.interfaces.logger import Logger, LoggerContext
 from nanochat_core.loggers.process import LoggerProcess
-from nanochat_core.loggers.worker import Job
+from nanochat_core.loggers.progress import Job
+from nanochat_core.plugins.choice import Choice, LoggerKeys
 from nanochat_core.runs.directory import RunDirectory
 from nanochat_core.runs.ledger import Ledger
 

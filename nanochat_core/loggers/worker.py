@@ -29,75 +29,14 @@ from typing import IO, Any
 
 import attrs
 
-from nanochat_core.config.schema import Choice
 from nanochat_core.errors import NanochatError, PluginError
-from nanochat_core.interfaces.logger import Logger, LoggerContext
+from nanochat_core.interfaces.logger import Logger
+from nanochat_core.loggers.priority import _give_way
+from nanochat_core.loggers.progress import Job, Progress, progress_file
 
 POLL_SECONDS = 1.0  # how often the ledger is looked at; what came since is told in one go, which costs least
 LONGEST_PAUSE = 60.0  # between two tries of a record that the logger raises on
 INCOMPLETE, CANT_START = 3, 4  # exit codes
-
-
-@attrs.frozen
-class Job:
-    """What one follower has to do.
-
-    Args:
-        timeout: seconds that building the logger, one record, and sending the rest at the end may take each.
-        hurry: at the end of the run, sending the rest is one task of ``timeout`` seconds; else only each record is.
-    """
-
-    choice: Choice
-    context: LoggerContext
-    timeout: float
-    hurry: bool = True
-
-
-@attrs.define
-class Progress:
-    """How far a logger got, as kept in ``loggers/<name>.json``.
-
-    Args:
-        offset: bytes of the ledger it was told; ``last_line``: digest of the line that ends there.
-        steps: last step told, by stream: "" for training steps, else the evaluator's entry.
-        failures: times it raised.
-        status: of the run, once the logger has been told; "" before.
-    """
-
-    offset: int = 0
-    last_line: str = ""
-    steps: dict[str, int] = attrs.field(factory=dict)
-    failures: int = 0
-    status: str = ""
-
-    @classmethod
-    def read(cls, path: Path) -> Progress:
-        """What the file says; a fresh start when there is none."""
-        try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
-            return cls()
-
-    def write(self, path: Path) -> None:
-        """Over the old content, in one call: it is written at every record, and a file renamed each time would cost."""
-        text = json.dumps(attrs.asdict(self, recurse=False))
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
-        try:
-            size = os.fstat(descriptor).st_size
-            os.write(descriptor, text.ljust(max(size - 1, 0)).encode() + b"\n")
-        finally:
-            os.close(descriptor)
-
-    def already_told(self, record: dict[str, Any]) -> bool:
-        return record["step"] <= self.steps.get(record.get("evaluator", ""), -1)
-
-    def note(self, record: dict[str, Any]) -> None:
-        self.steps[record.get("evaluator", "")] = record["step"]
-
-
-def progress_file(directory: Path, name: str) -> Path:
-    """Where the logger ``name`` of the run in ``directory`` keeps how far it got."""
-    return directory / "loggers" / f"{name}.json"
 
 
 class Follower:
@@ -321,49 +260,6 @@ def main() -> int:
     if job.context.live:
         _give_way()
     return 0 if _follow(follower, ended) else INCOMPLETE
-
-
-def _give_way(yes: bool = True) -> None:
-    """While training runs, take what it leaves: all threads, and what they started; threads to come inherit it. At the
-    end be ordinary programs again, as far as the system allows: they may share the machine with other work.
-
-    Under ``SCHED_IDLE`` a thread of training that wakes up gets its core back at once. With a niceness alone it waits
-    for the end of a slice, some milliseconds, and with it all threads that it works with. It counts within a session
-    ("autogroup"), so this process stays in that of training; a child that leads a session of its own is given the
-    niceness of one.
-    """
-    niceness = 19 if yes else 10
-    session = os.getsid(0)
-    with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, 0, niceness)
-    for pid in family(os.getpid()):
-        for thread in Path(f"/proc/{pid}/task").glob("*"):
-            with contextlib.suppress(OSError):  # it has ended, or may not go back
-                if sys.platform == "linux":
-                    policy = os.SCHED_IDLE if yes else os.SCHED_OTHER
-                    os.sched_setscheduler(int(thread.name), policy, os.sched_param(0))
-                os.setpriority(os.PRIO_PROCESS, int(thread.name), niceness)
-        with contextlib.suppress(OSError):  # it has ended, or there are no such groups
-            if os.getsid(pid) != session:
-                _write_patiently(Path(f"/proc/{pid}/autogroup"), "19" if yes else "0")
-
-
-def family(pid: int) -> Iterator[int]:
-    """A process and its descendants."""
-    yield pid
-    for children in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(OSError):
-            for child in children.read_text().split():
-                yield from family(int(child))
-
-
-def _write_patiently(path: Path, text: str) -> None:
-    """Linux takes a niceness of a session once in 0.1 s, from all processes together."""
-    for _ in range(20):
-        with contextlib.suppress(BlockingIOError):
-            path.write_text(text)
-            return
-        time.sleep(0.11)
 
 
 def _lock(path: Path, timeout: float) -> None:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanochat_core.interfaces.model import Model, Multipliers, Optimizer
+from nanochat_core.interfaces.model import Model
+from nanochat_core.interfaces.optimizer import Multipliers, Optimizer
 
 
 class _Alive(TorchDispatchMode):

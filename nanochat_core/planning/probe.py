@@ -6,17 +6,20 @@ Unverified: it never ran on a GPU.
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable
 
 import attrs
 import torch
+from torch import nn
 
 from nanochat_core.distributed.world import World
-from nanochat_core.errors import OutOfMemory
-from nanochat_core.interfaces.model import ModelContext, Multipliers
+from nanochat_core.interfaces.model import ModelContext
+from nanochat_core.interfaces.optimizer import Multipliers
 from nanochat_core.planning.batch_size import largest_that_fits
-from nanochat_core.planning.plan import Planned, build_model
-from nanochat_core.training.build import build_optimizer
+from nanochat_core.planning.build import build_model, build_optimizer
+from nanochat_core.planning.out_of_memory import OutOfMemory
+from nanochat_core.planning.plan import Planned
 
 
 def settle_batch_size(planned: Planned, world: World, fits: Callable[[int], bool] | None = None) -> Planned:
@@ -85,3 +88,25 @@ def _try_step(planned: Planned, world: World, rows: int) -> None:
         optimizer.update(0.0, Multipliers(0, plan.num_iterations, lr=0.0))
     else:
         del reserved
+
+
+def time_training(planned: Planned, device: torch.device, seconds: float = 5.0) -> float:
+    """Tokens a second of forward and backward passes, measured on random tokens for about ``seconds``."""
+
+    plan, experiment = planned.plan, planned.experiment
+    context = ModelContext(plan.vocab_size, plan.max_seq_len, device, getattr(torch, plan.dtype))
+    torch.manual_seed(experiment.train.seed)
+    model: nn.Module = build_model(
+        experiment.model, context, torch.device("cpu"), experiment.train.activation_checkpointing
+    ).to(device)
+    ids = torch.randint(plan.vocab_size, (plan.device_batch_size, plan.max_seq_len), device=device)
+    done, start = 0, time.perf_counter()
+    while done < 2 or (time.perf_counter() - start < seconds and done < 50):
+        with torch.autocast(device.type, dtype=context.dtype, enabled=context.dtype is not torch.float32):
+            loss = model(ids, ids)
+        loss.backward()
+        loss.item()
+        done += 1
+        if done == 1:  # the first pass warms up
+            start = time.perf_counter()
+    return (done - 1) * ids.numel() / (time.perf_counter() - start)

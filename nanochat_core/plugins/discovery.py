@@ -15,10 +15,11 @@ from typing import Any
 import attrs
 import pluggy
 
-from nanochat_core.config.schema import RESERVED, EntryKeys, check_config_class, fields_of
 from nanochat_core.errors import PluginError, did_you_mean
 from nanochat_core.plugins import hookspecs
+from nanochat_core.plugins.choice import RESERVED, EntryKeys
 from nanochat_core.plugins.registry import KINDS, Command, CommandRegistrar, Entry, Kind, Registrar, Registry
+from nanochat_core.plugins.structure import check_config_class, fields_of
 
 GROUP = "nanochat"
 _HOOKS: Mapping[Kind, str] = {kind: f"nanochat_register_{kind}s" for kind in KINDS}

@@ -20,6 +20,7 @@ from nanochat_core.errors import CheckpointError
 from nanochat_core.plugins.registry import Entry
 from nanochat_core.runs.state import TrainState
 from nanochat_core.runs.upgrades import ModelRecord, upgrade_manifest, upgrade_model
+from nanochat_core.files import sync
 
 VERSION = 3  # upgrades.py reads older ones
 MANIFEST = "manifest.json"
@@ -160,13 +161,6 @@ def remove_leftovers(directory: Path) -> list[str]:
     return [path.name for path in found if not path.exists()]
 
 
-def sync(path: Path) -> None:
-    """Until a file's content, or a directory's list of names, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _sha256(path: Path) -> str:

@@ -16,6 +16,9 @@ from typing import IO, Any
 import attrs
 
 from nanochat_core.errors import CheckpointError, ConfigError, Problem, did_you_mean
+from nanochat_core.files import rank_log_name
+from nanochat_core.files import remove
+from nanochat_core.files import write_atomic
 
 ID_FORMAT = "%Y%m%d-%H%M%S-%f"
 LOCK = "lock"
@@ -135,23 +138,8 @@ class RunDirectory:
         return False
 
 
-def rank_log_name(rank: int) -> str:
-    """Where in a run directory a rank's log is."""
-    return f"logs/rank_{rank:03d}.txt" if rank else "log.txt"
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write a small file so that a reader sees the old or the new one, never half of it, after a power cut too."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _stamp(id: str) -> datetime.datetime | None:
@@ -205,12 +193,6 @@ def _remove_dead_start(run: RunDirectory) -> None:
                 remove(run.path)
 
 
-def remove(path: Path) -> None:
-    """Delete a file or a directory, as far as that is possible."""
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def all_runs(runs_dir: Path, name: str | None = None) -> list[RunDirectory]:

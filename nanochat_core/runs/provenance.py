@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nanochat_core.config.load import Origin
+from nanochat_core.config.origins import Origin
 
 
 def describe_code() -> dict[str, str]:

@@ -13,7 +13,13 @@ from nanochat_core.errors import CheckpointError, ConfigError, PluginError, Prob
 from nanochat_core.config.load import LoadedExperiment, load
 from nanochat_core.plugins.discovery import Plugins
 from nanochat_core.runs.directory import RunDirectory
-from nanochat_core.config.schema import Choice, Experiment
+from nanochat_core.config.schema import Experiment
+from nanochat_core.plugins.choice import Choice
+from nanochat_core.errors import CheckpointError
+from nanochat_core.runs.checkpoint import latest_checkpoint
+from nanochat_core.runs.directory import RunDirectory
+from pathlib import Path
+import sys
 
 
 def distributions_of(experiment: Experiment) -> dict[str, str]:
@@ -77,3 +83,22 @@ def load_recorded(run: RunDirectory, plugins: Plugins, overrides: Sequence[str] 
         with contextlib.suppress(CheckpointError, PluginError):
             return load_run(run, checkpoint, plugins, overrides)
     return load(run.experiment, overrides, plugins)
+
+
+def newest_checkpoint(run: RunDirectory) -> Path:
+    """The newest sound checkpoint of a run; damaged ones are named on stderr.
+
+    Raises:
+        CheckpointError: when there is none.
+    """
+    checkpoint = _sound_checkpoint(run)
+    if checkpoint is None:
+        raise CheckpointError(f"{run.path} has no sound checkpoint; set checkpoint.save_every to save on the way")
+    return checkpoint
+
+
+def _sound_checkpoint(run: RunDirectory) -> Path | None:
+    checkpoint, damaged = latest_checkpoint(run.checkpoints)
+    for line in damaged:
+        print(line, file=sys.stderr)
+    return checkpoint

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from nanochat_core.errors import CheckpointError, PluginError
 from nanochat_core.plugins.registry import Entry
-from nanochat_core.config.schema import Choice, to_plain
+from nanochat_core.plugins.choice import Choice
+from nanochat_core.plugins.structure import to_plain
 
 Parts = tuple[dict[str, Any], dict[str, Tensor]]
 

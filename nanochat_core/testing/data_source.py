@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nanochat_core.interfaces.model import DataContext, DataSource, Split
-from nanochat_core.testing.model import Check
+from nanochat_core.interfaces.data_source import DataContext, DataSource
+from nanochat_core.interfaces.types import Split
+from nanochat_core.testing.checks import Check
 
 
 def check_data_source(factory: Callable[[Any, DataContext], DataSource], config: Any) -> DataSource:

@@ -9,17 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from nanochat_core.interfaces.model import (
-    IGNORED,
-    Batch,
-    Evaluation,
-    Evaluator,
-    EvaluatorContext,
-    Split,
-    Tokenizer,
-    Tokens,
-)
-from nanochat_core.testing.model import ALONE, Check
+from nanochat_core.interfaces.evaluator import Evaluation, Evaluator, EvaluatorContext
+from nanochat_core.interfaces.loss import IGNORED
+from nanochat_core.interfaces.tokenizer import Tokenizer
+from nanochat_core.interfaces.types import Batch, Split, Tokens
+from nanochat_core.testing.checks import ALONE, Check
 from nanochat_core.testing.optimizer import TinyModel
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import attrs
 
-from nanochat_core.interfaces.model import Logger, LoggerContext
-from nanochat_core.testing.model import Check
+from nanochat_core.interfaces.logger import Logger, LoggerContext
+from nanochat_core.testing.checks import Check
 
 Series = Mapping[str, Mapping[int, float]]
 

@@ -3,46 +3,17 @@
 from __future__ import annotations
 
 import math
-import traceback
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nanochat_core.distributed.world import World
-from nanochat_core.interfaces.model import (
-    IGNORED,
-    Cache,
-    Model,
-    ModelContext,
-    base_role,
-)
+from nanochat_core.interfaces.loss import IGNORED
+from nanochat_core.interfaces.model import Cache, Model, ModelContext, base_role
+from nanochat_core.testing.checks import Check
 
 ROLES = ("matrix", "embedding", "head", "scalar")
-ALONE = World(rank=0, size=1, device=torch.device("cpu"))
-
-
-class Check:
-    """Collects everything that doesn't hold."""
-
-    def __init__(self, what: str) -> None:
-        self.what, self.wrong = what, list[str]()
-
-    def expect(self, holds: bool, message: str) -> None:
-        if not holds and message not in self.wrong:
-            self.wrong.append(message)
-
-    def run(self, part: Callable[[], None]) -> None:
-        try:
-            part()
-        except Exception as error:
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            reason = f"{type(error).__name__}: {error} ({place.filename}:{place.lineno})"
-            self.wrong.append(f"{part.__name__.strip('_').replace('_', ' ')}: {reason}")
-
-    def finish(self) -> None:
-        assert not self.wrong, f"the {self.what} breaks its contract:\n" + "\n".join(self.wrong)
 
 
 def check_model(

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nanochat_core.interfaces.model import Cache, Model, Multipliers, Optimizer, OptimizerContext
-from nanochat_core.testing.model import ALONE, Check
+from nanochat_core.interfaces.model import Cache, Model
+from nanochat_core.interfaces.optimizer import Multipliers, Optimizer, OptimizerContext
+from nanochat_core.testing.checks import ALONE, Check
 
 
 class TinyModel(Model):

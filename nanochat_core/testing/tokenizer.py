@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from nanochat_core.interfaces.model import Tokenizer, TokenizerContext
+from nanochat_core.interfaces.tokenizer import Tokenizer, TokenizerContext
 
 # Text that tokenizers trip over: white space of all kinds, bytes that look like others, invisible characters.
 AWKWARD_TEXTS = (

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nanochat_core.distributed.world import World
-from nanochat_core.interfaces.model import Multipliers, Optimizer
+from nanochat_core.interfaces.optimizer import Multipliers, Optimizer
 
 
 class _Bucket:

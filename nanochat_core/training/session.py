@@ -14,28 +14,30 @@ from typing import Any
 import attrs
 import torch
 
-from nanochat_core.config.load import add_places, dump, to_tables
+from nanochat_core.config.origins import add_places
+from nanochat_core.config.tables import dump, to_tables
+from nanochat_core.data.sources import build_source
 from nanochat_core.data.tokenizer_cache import load_tokenizer, make_tokenizer
 from nanochat_core.distributed.failures import Failures
+from nanochat_core.distributed.guarded import EvaluationWorld
 from nanochat_core.distributed.signals import PREEMPTED_EXIT_CODE, Stopped, StopRequest
 from nanochat_core.distributed.store import Board, Failure
 from nanochat_core.distributed.watchdog import Watchdog
 from nanochat_core.distributed.world import OtherRankFailed, World, join_world, leave_world
-from nanochat_core.errors import (
-    CheckpointError,
-    ConfigError,
-    DataError,
-    NanochatError,
-    OutOfMemory,
-    Problem,
-    is_out_of_memory,
-)
-from nanochat_core.evaluation.evaluate import Evaluations, EvaluationWorld
+from nanochat_core.errors import CheckpointError, ConfigError, DataError, NanochatError, Problem
+from nanochat_core.evaluation.build import build_evaluators
+from nanochat_core.evaluation.evaluate import Evaluations
+from nanochat_core.files import write_atomic
 from nanochat_core.hardware.machine import determinism, keep_freed_memory, peak_flops, peak_memory_mib
-from nanochat_core.interfaces.model import LoggerContext, Model, ModelContext, Optimizer, Tokenizer
+from nanochat_core.interfaces.logger import LoggerContext
+from nanochat_core.interfaces.model import Model, ModelContext
+from nanochat_core.interfaces.optimizer import Optimizer
+from nanochat_core.interfaces.tokenizer import Tokenizer
 from nanochat_core.loggers.observers import observer_choices
 from nanochat_core.loggers.run_log import Logs, Status
-from nanochat_core.planning.plan import build_model, format_plan
+from nanochat_core.planning.banner import format_plan
+from nanochat_core.planning.build import build_model, build_optimizer
+from nanochat_core.planning.out_of_memory import OutOfMemory, is_out_of_memory
 from nanochat_core.planning.probe import settle_batch_size
 from nanochat_core.runs.checkpoint import (
     CheckpointContent,
@@ -44,12 +46,12 @@ from nanochat_core.runs.checkpoint import (
     remove_leftovers,
     saved_tensors,
 )
-from nanochat_core.runs.directory import RunDirectory, write_atomic
+from nanochat_core.runs.directory import RunDirectory
 from nanochat_core.runs.ledger import read_ledger, rewind_ledger
 from nanochat_core.runs.provenance import provenance
 from nanochat_core.runs.saver import Saver
 from nanochat_core.runs.state import TrainState, restore_rng
-from nanochat_core.training.build import build_evaluators, build_loader, build_optimizer, build_source
+from nanochat_core.training.build import build_loader
 from nanochat_core.training.prepare import Setup, prepare
 from nanochat_core.training.trainer import Trainer
 

@@ -11,20 +11,26 @@ import attrs
 import torch
 from torch import Tensor
 
-from nanochat_core.config.schema import DataSourceKeys, Experiment
+from nanochat_core.config.schema import Experiment
 from nanochat_core.data.loader import Step, TrainLoader
 from nanochat_core.data.packing import Cursor
 from nanochat_core.distributed.signals import Stopped, StopRequest
 from nanochat_core.distributed.world import OtherRankFailed, World
-from nanochat_core.errors import DataError, NanochatError, OutOfMemory, is_out_of_memory
+from nanochat_core.errors import DataError, NanochatError
 from nanochat_core.evaluation.evaluate import Evaluations, EvaluationStopped
+from nanochat_core.files import write_atomic
 from nanochat_core.hardware.machine import peak_flops, peak_memory_mib
-from nanochat_core.interfaces.model import IGNORED, Batch, Model, Multipliers, Optimizer
+from nanochat_core.interfaces.loss import IGNORED
+from nanochat_core.interfaces.model import Model
+from nanochat_core.interfaces.optimizer import Multipliers, Optimizer
+from nanochat_core.interfaces.types import Batch
 from nanochat_core.loggers.run_log import Logs
+from nanochat_core.planning.out_of_memory import OutOfMemory, is_out_of_memory
 from nanochat_core.planning.plan import Plan
 from nanochat_core.planning.schedule import lr_multiplier, warmdown_progress
+from nanochat_core.plugins.choice import DataSourceKeys
 from nanochat_core.runs.checkpoint import CheckpointContent, list_checkpoints, model_tensors
-from nanochat_core.runs.directory import RunDirectory, write_atomic
+from nanochat_core.runs.directory import RunDirectory
 from nanochat_core.runs.restore import distributions_of
 from nanochat_core.runs.saver import Saver
 from nanochat_core.runs.state import TrainState, restore_rng, rng_state

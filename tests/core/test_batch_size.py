@@ -12,10 +12,12 @@ from support import call, losses, only_run
 
 from nanochat_core.config.load import load
 from nanochat_core.distributed.world import World
-from nanochat_core.errors import OutOfMemory
 from nanochat_core.hardware.devices import GIB, KNOWN_DEVICES, DeviceSpec
+from nanochat_core.planning.banner import format_plan
 from nanochat_core.planning.batch_size import divisors, largest_that_fits, sizes
-from nanochat_core.planning.plan import Planned, format_plan, make_plan
+from nanochat_core.planning.out_of_memory import OutOfMemory
+from nanochat_core.planning.plan import Planned
+from nanochat_core.planning.planner import make_plan
 from nanochat_core.planning.probe import settle_batch_size
 from nanochat_core.plugins.discovery import load_plugins
 

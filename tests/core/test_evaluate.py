@@ -17,18 +17,12 @@ from ranks import on_ranks
 from support import ROOT, Site, call, ledger, losses, only_run, write_experiment
 
 from nanochat_core import Evaluation, Evaluator, Model, World
-from nanochat_core.config.schema import Choice, EvaluatorKeys
-from nanochat_core.evaluation.evaluate import EvaluationFailed, EvaluationWorld, evaluate, inference
-from nanochat_core.evaluation.results import (
-    Stored,
-    bootstrap_means,
-    compare,
-    format_comparison,
-    markdown,
-    read_evaluation,
-    sign_test,
-    write_evaluation,
-)  # fmt: skip
+from nanochat_core.distributed.guarded import EvaluationWorld
+from nanochat_core.evaluation.comparison import compare, format_comparison
+from nanochat_core.evaluation.evaluate import EvaluationFailed, evaluate, inference
+from nanochat_core.evaluation.results import Stored, markdown, read_evaluation, write_evaluation
+from nanochat_core.evaluation.statistics import bootstrap_means, sign_test  # fmt: skip
+from nanochat_core.plugins.choice import Choice, EvaluatorKeys
 
 CPU = torch.device("cpu")
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from support import ROOT, call, only_run
 
-from nanochat_core.config.load import dump, load
-from nanochat_core.planning.plan import make_plan
+from nanochat_core.config.load import load
+from nanochat_core.config.tables import dump
+from nanochat_core.planning.planner import make_plan
 from nanochat_core.plugins.discovery import load_plugins
 
 PLUGINS = load_plugins()

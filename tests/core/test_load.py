@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from nanochat_core import ConfigError
-from nanochat_core.config.load import LoadedExperiment, dump, load, parse_override
+from nanochat_core.config.load import LoadedExperiment, load
+from nanochat_core.config.merge import parse_override
+from nanochat_core.config.tables import dump
 from nanochat_core.plugins.discovery import Plugins, load_plugins
 
 PLUGINS = load_plugins()

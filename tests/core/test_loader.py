@@ -20,9 +20,11 @@ import torch
 from nanochat_bytes.config import BytesConfig
 from nanochat_bytes.tokenizer import build
 from nanochat_core import DataError, TokenizerContext
-from nanochat_core.data.loader import Step, TrainLoader, ValidationRows
+from nanochat_core.data.loader import Step, TrainLoader
 from nanochat_core.data.packing import Cursor, Encoder
-from nanochat_core.interfaces.model import IGNORED, Batch
+from nanochat_core.data.validation import ValidationRows
+from nanochat_core.interfaces.loss import IGNORED
+from nanochat_core.interfaces.types import Batch
 
 TOKENIZER = build(BytesConfig(), TokenizerContext(documents=list))
 T = 16

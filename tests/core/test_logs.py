@@ -16,7 +16,7 @@ from logging_run import Run, wait_for
 from support import ROOT, Site, losses, only_run
 
 from nanochat_core import LoggerContext
-from nanochat_core.config.schema import Choice, LoggerKeys
+from nanochat_core.plugins.choice import Choice, LoggerKeys
 from nanochat_core.plugins.discovery import load_plugins
 from nanochat_core.runs.ledger import rewind_ledger
 

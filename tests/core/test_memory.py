@@ -10,7 +10,9 @@ from support import Site, call, losses, only_run
 
 from nanochat_core import ConfigError
 from nanochat_core.config.load import load
-from nanochat_core.planning.plan import Planned, format_plan, make_plan, plan_batches
+from nanochat_core.planning.banner import format_plan
+from nanochat_core.planning.plan import Planned
+from nanochat_core.planning.planner import make_plan, plan_batches
 from nanochat_core.plugins.discovery import load_plugins
 
 MODELS = """

@@ -11,7 +11,8 @@ import pytest
 import torch
 from support import Site, assert_same_end, call, ledger, losses, only_run, write_experiment
 
-from nanochat_core.data.packing import BestFitLane, StreamLane
+from nanochat_core.data.best_fit import BestFitLane
+from nanochat_core.data.packing import StreamLane
 from nanochat_core.runs.state import TrainState
 
 

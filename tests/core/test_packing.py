@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from nanochat_bytes.config import BytesConfig
 from nanochat_bytes.tokenizer import build
 from nanochat_core import CheckpointError, DataError, TokenizerContext
-from nanochat_core.data.packing import BestFitLane, Cursor, Encoder, StreamLane, best_fit, join, lanes, validation_rows
-from nanochat_core.interfaces.model import IGNORED
+from nanochat_core.data.best_fit import BestFitLane, best_fit
+from nanochat_core.data.packing import Cursor, Encoder, StreamLane, join, lanes
+from nanochat_core.data.validation import validation_rows
+from nanochat_core.interfaces.loss import IGNORED
 
 TOKENIZER = build(BytesConfig(), TokenizerContext(documents=list))
 

@@ -11,7 +11,9 @@ from support import ROOT, Site
 
 from nanochat_core import ConfigError
 from nanochat_core.config.load import load
-from nanochat_core.planning.plan import Planned, format_plan, make_plan
+from nanochat_core.planning.banner import format_plan
+from nanochat_core.planning.plan import Planned
+from nanochat_core.planning.planner import make_plan
 from nanochat_core.plugins.discovery import load_plugins
 
 PLUGINS = load_plugins()

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from nanochat_core import CheckpointError, ConfigError
-from nanochat_core.runs.directory import RunDirectory, all_runs, create_run, find_run, write_atomic
+from nanochat_core.files import write_atomic
+from nanochat_core.runs.directory import RunDirectory, all_runs, create_run, find_run
 
 
 def make(runs: Path, name: str) -> RunDirectory:

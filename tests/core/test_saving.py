@@ -21,7 +21,8 @@ from nanochat_core.runs.checkpoint import (
     save_checkpoint,
     verify,
 )
-from nanochat_core.runs.saver import Saver, most_at_once, steps_to_delete
+from nanochat_core.runs.retention import most_at_once, steps_to_delete
+from nanochat_core.runs.saver import Saver
 from nanochat_core.runs.state import TrainState
 from nanochat_core.runs.upgrades import ModelRecord
 

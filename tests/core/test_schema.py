@@ -9,10 +9,11 @@ import attrs
 import pytest
 
 from nanochat_core import ConfigError, PluginError, above, at_least, between, one_of, option
-from nanochat_core.config.load import dump, load
-from nanochat_core.config.schema import check_config_class
+from nanochat_core.config.load import load
+from nanochat_core.config.tables import dump
 from nanochat_core.plugins.discovery import Plugins
 from nanochat_core.plugins.registry import KINDS, Registrar
+from nanochat_core.plugins.structure import check_config_class
 
 
 @attrs.frozen

@@ -27,7 +27,7 @@ from nanochat_core import (
     score_spans,
     token_spans,
 )
-from nanochat_core.evaluation.evaluate import EvaluationWorld
+from nanochat_core.distributed.guarded import EvaluationWorld
 from nanochat_core.plugins.discovery import load_plugins
 
 CPU = torch.device("cpu")

@@ -12,10 +12,10 @@ import pytest
 
 from nanochat_bpe.config import BPEConfig
 from nanochat_core import DataError, DataSource
-from nanochat_core.config.schema import Choice, EntryKeys
 from nanochat_core.data.tokenizer_cache import MadeTokenizer, load_tokenizer, make_tokenizer
 from nanochat_core.files import cache_dir
-from nanochat_core.interfaces.model import Split
+from nanochat_core.interfaces.types import Split
+from nanochat_core.plugins.choice import Choice, EntryKeys
 from nanochat_core.plugins.discovery import load_plugins
 from nanochat_core.testing import sample_documents
 from nanochat_tiktoken.config import TiktokenConfig

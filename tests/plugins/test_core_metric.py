@@ -18,10 +18,10 @@ from core_bundle import TASKS, examples, plain_reading, write_bundle
 from support import Trained, call
 
 from nanochat_core import ConfigError, DataError, Evaluation, EvaluatorContext, Model, ModelContext, Tokenizer, World
-from nanochat_core.config.schema import Choice, EntryKeys
 from nanochat_core.data.tokenizer_cache import build_tokenizer
+from nanochat_core.evaluation.trained_model import load_trained
+from nanochat_core.plugins.choice import Choice, EntryKeys
 from nanochat_core.plugins.discovery import load_plugins
-from nanochat_core.training.build import load_trained
 from nanochat_dclm_core import bundle as bundles
 from nanochat_dclm_core.evaluator import aggregate, centered, table
 

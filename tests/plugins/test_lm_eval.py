@@ -11,9 +11,9 @@ from lm_eval_tasks import ROWS, write_task
 from ranks import on_ranks
 
 from nanochat_core import EvaluatorContext, Model, ModelContext, Tokenizer, World
-from nanochat_core.config.schema import Choice, EntryKeys
 from nanochat_core.data.tokenizer_cache import build_tokenizer
-from nanochat_core.evaluation.evaluate import EvaluationWorld
+from nanochat_core.distributed.guarded import EvaluationWorld
+from nanochat_core.plugins.choice import Choice, EntryKeys
 from nanochat_core.plugins.discovery import load_plugins
 
 pytest.importorskip("lm_eval", reason="the optional library lm-eval is not installed")

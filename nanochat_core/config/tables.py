@@ -1,0 +1,76 @@
+"""An experiment as tables of TOML, and comparing experiments option by option."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+import tomli_w
+
+from nanochat_core.config.schema import TABLES, Experiment
+from nanochat_core.plugins.choice import Choice
+from nanochat_core.plugins.structure import fields_of, to_plain
+
+
+def to_tables(experiment: Experiment) -> dict[str, Any]:
+    """The experiment as nested plain data, in the layout of a TOML file."""
+    tables: dict[str, Any] = {}
+    for table in TABLES:
+        part = getattr(experiment, table)
+        if isinstance(part, tuple):
+            tables[table] = [_choice_table(choice) for choice in part]
+        else:
+            tables[table] = _choice_table(part) if isinstance(part, Choice) else to_plain(part)
+    return {name: content for name, content in tables.items() if content}
+
+
+def _choice_table(choice: Choice) -> dict[str, Any]:
+    keys = to_plain(choice.keys)
+    if keys.get("name") == keys["plugin"]:
+        del keys["name"]
+    return {**keys, **to_plain(choice.config)}
+
+
+def dump(experiment: Experiment) -> str:
+    """TOML that loads again to the same experiment."""
+    return tomli_w.dumps(to_tables(experiment))
+
+
+def changed_options(old: Experiment, new: Experiment) -> list[tuple[str, Any, Any, str]]:
+    """Options that differ: (dotted key, old value, new value, the option's ``on_resume`` rule)."""
+    table_rules = {"tokenizer": "refuse", "data": "refuse", "model": "refuse", "optimizer": "warn"}
+    changes = []
+    for table in TABLES:
+        a, b = getattr(old, table), getattr(new, table)
+        if isinstance(a, tuple):
+            continue  # what evaluates and logs may change freely
+        plain_a, plain_b = (_choice_table(x) if isinstance(x, Choice) else to_plain(x) for x in (a, b))
+        config: Any = a.config if isinstance(a, Choice) else a
+        fields = fields_of(type(config)) if attrs.has(type(config)) else {}
+        if isinstance(a, Choice):
+            fields |= fields_of(type(a.keys))
+        for key in sorted(plain_a.keys() | plain_b.keys()):
+            if plain_a.get(key) != plain_b.get(key):
+                rule = fields[key].metadata.get("on_resume") if key in fields else None
+                if key == "plugin":
+                    rule = "refuse"  # a checkpoint holds one plugin's state
+                rule = rule or table_rules.get(table, "free")
+                changes.append((f"{table}.{key}", plain_a.get(key), plain_b.get(key), rule))
+    return changes
+
+
+def unverified_options(experiment: Experiment) -> dict[str, str]:
+    """Options whose value is another than the default, and whose code never ran on the hardware it is for: dotted key
+    to what never ran where. To be asked before each "auto" becomes a value."""
+    found = {}
+    for table in TABLES:
+        part = getattr(experiment, table)
+        for content in part if isinstance(part, tuple) else (part,):
+            prefix = f"{table}.{content.name}" if isinstance(part, tuple) else table
+            configs = (content.keys, content.config) if isinstance(content, Choice) else (content,)
+            for config in filter(lambda c: attrs.has(type(c)), configs):
+                for name, field in fields_of(type(config)).items():
+                    note = field.metadata.get("unverified")
+                    if note and getattr(config, name) != field.default:
+                        found[f"{prefix}.{name}"] = note
+    return found

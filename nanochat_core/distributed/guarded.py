@@ -1,0 +1,133 @@
+"""Ranks that may fail: each says what it is about to do before anything is exchanged."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import pickle
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import attrs
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nanochat_core.distributed.signals import StopRequest
+from nanochat_core.distributed.world import World
+
+FAILED, FINISHED = 1, 2
+
+
+STOPPED = "stopped by a signal"  # in place of an error
+
+
+OPERATIONS = {"sum": 3, "all_reduce": 4, "broadcast": 5, "publish": 6, "gather": 7, "barrier": 8}
+
+
+class Cancelled(Exception):
+    """Another rank failed, so that this evaluation ends on all of them."""
+
+
+@attrs.define
+class _Turn:
+    """One evaluation in progress.
+
+    Args:
+        active: an evaluator is at work.
+        settled: ranks have found that it can't go on.
+    """
+
+    active: bool = False
+    settled: bool = False
+    deadline: float = math.inf
+
+
+@attrs.frozen
+class EvaluationWorld(World):
+    """The ranks, as evaluators see them. Before anything is exchanged each rank says what it is about to do. When one
+    has failed, or they want different things, all of them stop, where they would wait for each other forever.
+
+    Args:
+        stop: cuts an evaluation short, but not in the middle of an exchange.
+    """
+
+    stop: StopRequest = attrs.field(factory=StopRequest, eq=False)
+    _turn: _Turn = attrs.field(factory=_Turn, eq=False)
+
+    @classmethod
+    def of(cls, world: World, stop: StopRequest | None = None) -> EvaluationWorld:
+        return cls(world.rank, world.size, world.device, stop or StopRequest())
+
+    def begin(self, seconds: float | None) -> None:
+        """An evaluator starts, and may take so long."""
+        self._turn.active, self._turn.settled = True, False
+        self._turn.deadline = math.inf if seconds is None else time.monotonic() + seconds
+
+    def time_left(self) -> float:
+        """Seconds until this evaluation's time budget is used up."""
+        return self._turn.deadline - time.monotonic()
+
+    def settle(self, error: str) -> dict[int, str]:
+        """The evaluator has ended here, with ``error`` unless it is empty. Returns what went wrong, by rank, the same
+        on every rank; nothing if all is well."""
+        with contextlib.suppress(Cancelled):
+            self._agree(FAILED if error else FINISHED)
+        went_wrong = self._turn.settled or bool(error)
+        self._turn.active = False
+        if not went_wrong:
+            return {}
+        errors = super().gather(error) if self.size > 1 else [error]
+        if not any(errors):
+            return {0: "ranks were at different points of the evaluation: each must make the same collectives"}
+        return {rank: text for rank, text in enumerate(errors) if text}
+
+    def _agree(self, code: int) -> None:
+        """Raises Cancelled on all ranks unless all of them are about to do the same."""
+        if not self._turn.active or self.size == 1:
+            return
+        if self._turn.settled:
+            raise Cancelled("the evaluation has been cancelled")
+        codes = torch.zeros(self.size, dtype=torch.int64, device=self.device)
+        codes[self.rank] = code
+        dist.all_reduce(codes)
+        if bool((codes == FAILED).any()) or len(set(codes.tolist())) > 1:
+            self._turn.settled = True
+            raise Cancelled("another rank failed or does something else")
+
+    @contextlib.contextmanager
+    def _together(self, operation: str) -> Iterator[None]:
+        with self.stop.postponed():
+            self._agree(OPERATIONS[operation])
+            yield
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        with self._together("sum"):
+            return super().sum(values)
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        with self._together("all_reduce"):
+            super().all_reduce(tensor)
+
+    def broadcast(self, tensor: Tensor) -> None:
+        with self._together("broadcast"):
+            super().broadcast(tensor)
+
+    def publish(self, value: Any = None) -> Any:
+        if self.size == 1:
+            return value
+        data = pickle.dumps(value)  # what can't be sent fails here, before others wait for it
+        with self._together("publish"):
+            return pickle.loads(super().publish(data))
+
+    def gather(self, value: Any) -> list[Any]:
+        if self.size == 1:
+            return [value]
+        data = pickle.dumps(value)
+        with self._together("gather"):
+            return [pickle.loads(each) for each in super().gather(data)]
+
+    def barrier(self) -> None:
+        with self._together("barrier"):
+            super().barrier()

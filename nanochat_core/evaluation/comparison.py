@@ -1,0 +1,90 @@
+"""Comparing two evaluations example by example."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import attrs
+import numpy as np
+
+from nanochat_core.evaluation.results import Stored
+from nanochat_core.evaluation.statistics import DRAWS, SEED, Values, _scale, interval, sign_test
+
+
+@attrs.frozen
+class Difference:
+    """How B differs from A on the examples that both have seen.
+
+    Args:
+        n: how many those are.
+        low, high: 95% confidence interval of the difference, from a paired bootstrap.
+        wins, losses: examples with a higher and a lower value in B.
+        p: of a sign test; NaN for the mean over tasks.
+    """
+
+    task: str
+    n: int
+    a: float
+    b: float
+    low: float
+    high: float
+    wins: int
+    losses: int
+    p: float
+
+
+def other_data(a: Stored, b: Stored) -> list[str]:
+    """Splits whose rows both evaluations read, but of other data: their scores don't compare."""
+    ours, theirs = (stored.facts.get("data", {}) for stored in (a, b))
+    return sorted(split for split in ours.keys() & theirs.keys() if ours[split] != theirs[split])
+
+
+def compare(a: Stored, b: Stored) -> list[Difference]:
+    """Differences in each task, and in the mean of the centered ones, for two evaluations of one kind."""
+    rng = np.random.default_rng(SEED)
+    found = []
+    total: Values = np.zeros(DRAWS)
+    means = []
+    for task in a.values:
+        keys = [key for key in a.values[task] if key in b.values.get(task, {})]
+        if not keys:
+            continue
+        ours, theirs = (np.array([side.values[task][key] for key in keys]) for side in (a, b))
+        centers = [np.array([side.centered[task][key] for key in keys]) for side in (a, b)]
+        change = theirs - ours
+        # Samples of examples, each with its pair of values.
+        kinds, counts = np.unique(change, return_counts=True)
+        if len(kinds) <= 64:
+            draws = rng.multinomial(len(keys), counts / len(keys), DRAWS) @ kinds / len(keys)
+        else:
+            draws = np.array([change[rng.integers(0, len(keys), len(keys))].mean() for _ in range(DRAWS)])
+        scale = _scale(np.concatenate([ours, theirs]), np.concatenate(centers))
+        total += draws * scale
+        means.append((float(centers[0].mean()), float(centers[1].mean())))
+        wins, losses = int((change > 0).sum()), int((change < 0).sum())
+        p = sign_test(wins, losses)
+        low, high = interval(draws)
+        found.append(Difference(task, len(keys), float(ours.mean()), float(theirs.mean()), low, high, wins, losses, p))
+    if found:
+        low, high = interval(total / len(means))
+        before, after = (sum(side) / len(means) for side in zip(*means, strict=True))
+        wins, losses = sum(d.wins for d in found), sum(d.losses for d in found)
+        n = sum(d.n for d in found)
+        found.append(Difference("mean, centered", n, before, after, low, high, wins, losses, math.nan))
+    return found
+
+
+def format_comparison(differences: Sequence[Difference]) -> str:
+    """A Markdown table."""
+    lines = [
+        "| task | examples | A | B | B - A | 95% | better | worse | p |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for d in differences:
+        p = "" if math.isnan(d.p) else f"{d.p:.3g}"
+        lines.append(
+            f"| {d.task} | {d.n} | {d.a:.4f} | {d.b:.4f} | {d.b - d.a:+.4f} | {d.low:+.4f} to {d.high:+.4f} "
+            f"| {d.wins} | {d.losses} | {p} |"
+        )
+    return "\n".join(lines)

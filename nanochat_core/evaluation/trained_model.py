@@ -1,0 +1,52 @@
+"""The trained model of a run or checkpoint, with its tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import attrs
+import torch
+
+from nanochat_core.config.schema import Experiment
+from nanochat_core.data.tokenizer_cache import load_tokenizer
+from nanochat_core.interfaces.model import Model, ModelContext
+from nanochat_core.interfaces.tokenizer import Tokenizer
+from nanochat_core.planning.build import build_model
+from nanochat_core.plugins.discovery import load_plugins
+from nanochat_core.runs.checkpoint import load_model_tensors, saved_tensors
+from nanochat_core.runs.directory import RunDirectory, find_run
+from nanochat_core.runs.restore import load_experiment, newest_checkpoint
+
+
+@attrs.frozen
+class TrainedModel:
+    """A model of a run with its tokenizer."""
+
+    model: Model
+    tokenizer: Tokenizer
+    experiment: Experiment
+    dtype: torch.dtype
+    checkpoint: Path
+
+
+def load_trained(reference: str, runs_dir: Path, device: torch.device) -> TrainedModel:
+    """The model and tokenizer of a run's newest sound checkpoint, on ``device``, in eval mode.
+
+    Raises:
+        CheckpointError: when there is no such run or checkpoint.
+        ConfigError: when its plugins are not installed.
+    """
+    run = find_run(reference, runs_dir)
+    checkpoint = newest_checkpoint(run)
+    return open_trained(run, checkpoint, load_experiment(run, checkpoint, load_plugins()), device)
+
+
+def open_trained(run: RunDirectory, checkpoint: Path, experiment: Experiment, device: torch.device) -> TrainedModel:
+    """The model of one checkpoint of a run; ``experiment`` has the checkpoint's options, see ``load_run``."""
+    tokenizer = load_tokenizer(experiment.tokenizer, run.tokenizer)
+    dtype: torch.dtype = getattr(torch, experiment.train.dtype)
+    context = ModelContext(tokenizer.vocab_size, experiment.train.max_seq_len, device, dtype)
+    model = build_model(experiment.model, context, torch.device("cpu"))
+    assert experiment.model.entry is not None
+    load_model_tensors(model, saved_tensors(checkpoint, experiment.model.entry), str(checkpoint))
+    return TrainedModel(model.to(device).eval(), tokenizer, experiment, dtype, checkpoint)

@@ -1,0 +1,46 @@
+"""Types that several interfaces share."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import attrs
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from nanochat_core.interfaces.loss import IGNORED as IGNORED
+
+Tokens: TypeAlias = npt.NDArray[np.int32]
+
+
+@attrs.frozen
+class Batch:
+    """Rows of one micro-batch.
+
+    Args:
+        ids_BT: int64 tokens that the model reads.
+        targets_BT: int64 tokens that follow them; ``IGNORED`` (-1) where there is nothing to predict.
+    """
+
+    ids_BT: Tensor
+    targets_BT: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        if device.type == "cpu":
+            return self
+        pinned = device.type == "cuda"
+        move = (lambda t: t.pin_memory().to(device, non_blocking=True)) if pinned else (lambda t: t.to(device))
+        return Batch(move(self.ids_BT), move(self.targets_BT))
+
+
+Split = Literal["train", "val"]
+
+
+@attrs.frozen
+class Resolved:
+    """What an "auto" option became: its value, and the formula in words."""
+
+    value: bool | int | float | str
+    formula: str

@@ -1,0 +1,53 @@
+"""Keeping loggers out of training's way: scheduling priority of a process and its children."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def _give_way(yes: bool = True) -> None:
+    """While training runs, take what it leaves: all threads, and what they started; threads to come inherit it. At the
+    end be ordinary programs again, as far as the system allows: they may share the machine with other work.
+
+    Under ``SCHED_IDLE`` a thread of training that wakes up gets its core back at once. With a niceness alone it waits
+    for the end of a slice, some milliseconds, and with it all threads that it works with. It counts within a session
+    ("autogroup"), so this process stays in that of training; a child that leads a session of its own is given the
+    niceness of one.
+    """
+    niceness = 19 if yes else 10
+    session = os.getsid(0)
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, 0, niceness)
+    for pid in family(os.getpid()):
+        for thread in Path(f"/proc/{pid}/task").glob("*"):
+            with contextlib.suppress(OSError):  # it has ended, or may not go back
+                if sys.platform == "linux":
+                    policy = os.SCHED_IDLE if yes else os.SCHED_OTHER
+                    os.sched_setscheduler(int(thread.name), policy, os.sched_param(0))
+                os.setpriority(os.PRIO_PROCESS, int(thread.name), niceness)
+        with contextlib.suppress(OSError):  # it has ended, or there are no such groups
+            if os.getsid(pid) != session:
+                _write_patiently(Path(f"/proc/{pid}/autogroup"), "19" if yes else "0")
+
+
+def family(pid: int) -> Iterator[int]:
+    """A process and its descendants."""
+    yield pid
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            for child in children.read_text().split():
+                yield from family(int(child))
+
+
+def _write_patiently(path: Path, text: str) -> None:
+    """Linux takes a niceness of a session once in 0.1 s, from all processes together."""
+    for _ in range(20):
+        with contextlib.suppress(BlockingIOError):
+            path.write_text(text)
+            return
+        time.sleep(0.11)

@@ -1,0 +1,75 @@
+"""What a logger's process is given to do, and how far it has got."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from nanochat_core.interfaces.logger import LoggerContext
+from nanochat_core.plugins.choice import Choice
+
+
+@attrs.frozen
+class Job:
+    """What one follower has to do.
+
+    Args:
+        timeout: seconds that building the logger, one record, and sending the rest at the end may take each.
+        hurry: at the end of the run, sending the rest is one task of ``timeout`` seconds; else only each record is.
+    """
+
+    choice: Choice
+    context: LoggerContext
+    timeout: float
+    hurry: bool = True
+
+
+@attrs.define
+class Progress:
+    """How far a logger got, as kept in ``loggers/<name>.json``.
+
+    Args:
+        offset: bytes of the ledger it was told; ``last_line``: digest of the line that ends there.
+        steps: last step told, by stream: "" for training steps, else the evaluator's entry.
+        failures: times it raised.
+        status: of the run, once the logger has been told; "" before.
+    """
+
+    offset: int = 0
+    last_line: str = ""
+    steps: dict[str, int] = attrs.field(factory=dict)
+    failures: int = 0
+    status: str = ""
+
+    @classmethod
+    def read(cls, path: Path) -> Progress:
+        """What the file says; a fresh start when there is none."""
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return cls()
+
+    def write(self, path: Path) -> None:
+        """Over the old content, in one call: it is written at every record, and a file renamed each time would cost."""
+        text = json.dumps(attrs.asdict(self, recurse=False))
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+        try:
+            size = os.fstat(descriptor).st_size
+            os.write(descriptor, text.ljust(max(size - 1, 0)).encode() + b"\n")
+        finally:
+            os.close(descriptor)
+
+    def already_told(self, record: dict[str, Any]) -> bool:
+        return record["step"] <= self.steps.get(record.get("evaluator", ""), -1)
+
+    def note(self, record: dict[str, Any]) -> None:
+        self.steps[record.get("evaluator", "")] = record["step"]
+
+
+def progress_file(directory: Path, name: str) -> Path:
+    """Where the logger ``name`` of the run in ``directory`` keeps how far it got."""
+    return directory / "loggers" / f"{name}.json"

@@ -1,0 +1,95 @@
+"""Building the model and the optimizer of an experiment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from nanochat_core.distributed.world import World
+from nanochat_core.errors import ConfigError, PluginError, Problem
+from nanochat_core.interfaces.model import Model, ModelContext
+from nanochat_core.interfaces.optimizer import Optimizer, OptimizerContext
+from nanochat_core.interfaces.tokenizer import Tokenizer, TokenizerContext
+from nanochat_core.planning.plan import Plan
+from nanochat_core.plugins.choice import Choice
+
+
+def planned_vocab_size(choice: Choice) -> int:
+    """Vocabulary size of a tokenizer before it is trained: its option, or that of a tokenizer that needs no training.
+
+    Raises:
+        PluginError: when a tokenizer without an option ``vocab_size`` asks for documents.
+    """
+    size = getattr(choice.config, "vocab_size", None)
+    if isinstance(size, int):
+        return size
+
+    def no_documents() -> Iterable[str]:
+        raise PluginError(
+            f"tokenizer plugin {choice.plugin!r} trains on documents but has no option vocab_size: its config class "
+            f"needs one, so that a run can be planned before the training"
+        )
+
+    tokenizer: Tokenizer = choice.build(TokenizerContext(documents=no_documents))
+    return tokenizer.vocab_size
+
+
+def build_model(
+    choice: Choice, context: ModelContext, device: torch.device, activation_checkpointing: bool = False
+) -> Model:
+    """Build a model on ``device`` and check its side of the contract.
+
+    Raises:
+        PluginError: when the factory returns no Model.
+        ConfigError: when its vocabulary is smaller than the tokenizer's, or it can't checkpoint its activations.
+    """
+    with torch.device(device):
+        model = choice.build(context)
+    if not isinstance(model, Model):
+        raise PluginError(
+            f"the factory of model {choice.plugin!r} must return a nanochat_core.Model, not {type(model)}"
+        )
+    for attribute in ("vocab_size", "hidden_size"):
+        if not isinstance(getattr(model, attribute, None), int):
+            raise PluginError(f"model {choice.plugin!r} must set self.{attribute} to an int")
+    if model.vocab_size < context.vocab_size:
+        message = (
+            f"the tokenizer has {context.vocab_size} tokens but the model only {model.vocab_size}: "
+            f"raise the model's vocabulary or lower tokenizer.vocab_size"
+        )
+        raise ConfigError([Problem("model.plugin", message)])
+    unknown = {n for n, _ in model.named_parameters()} - set(model.parameter_roles())
+    if unknown:
+        raise PluginError(f"parameter_roles() of model {choice.plugin!r} leaves out {', '.join(sorted(unknown))}")
+    if activation_checkpointing:
+        try:
+            model.checkpoint_activations()
+        except NotImplementedError:
+            message = f'model plugin "{choice.plugin}" can\'t compute activations again: set it to false'
+            raise ConfigError([Problem("train.activation_checkpointing", message)]) from None
+    return model
+
+
+def optimizer_context(
+    model: Model, world: World, total_batch_size: int, num_iterations: int, relative_data: float | None
+) -> OptimizerContext:
+    """What an optimizer may know of ``model``."""
+    return OptimizerContext(
+        parameters={n: p for n, p in model.named_parameters() if p.requires_grad},
+        roles=dict(model.parameter_roles()),
+        hidden_size=model.hidden_size,
+        world=world,
+        total_batch_size=total_batch_size,
+        num_iterations=num_iterations,
+        relative_data=relative_data,
+    )
+
+
+def build_optimizer(choice: Choice, model: Model, plan: Plan, world: World) -> Optimizer:
+    """The optimizer of ``model``."""
+    context = optimizer_context(model, world, plan.total_batch_size, plan.num_iterations, plan.relative_data)
+    optimizer = choice.build(context)
+    if not isinstance(optimizer, Optimizer):
+        raise PluginError(f"the factory of optimizer {choice.plugin!r} must return a nanochat_core.Optimizer")
+    return optimizer

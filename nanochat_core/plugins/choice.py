@@ -1,0 +1,124 @@
+"""A plugin entry that an experiment picks, and the keys that the core reserves on its table."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import attrs
+
+from nanochat_core.errors import NanochatError, PluginError
+from nanochat_core.plugins.options import _finite, _plain_name, above, at_least, option
+from nanochat_core.plugins.registry import Entry
+
+
+def _entry_name(_: Any, attribute: Any, value: str) -> None:
+    _plain_name(_, attribute, value)
+    if not value or "." in value:
+        raise ValueError(f"must be a name without dots, so that keys can hold it, not {value!r}")
+
+
+@attrs.frozen
+class EntryKeys:
+    """Keys the core reserves on every table that names a plugin."""
+
+    plugin: str = option(help="name of the plugin entry")
+
+
+@attrs.frozen
+class NamedKeys(EntryKeys):
+    """Keys the core reserves on the tables of lists."""
+
+    name: str = option("", "identity of the entry; default: the plugin's name", validator=_entry_name)
+
+
+@attrs.frozen
+class LoggerKeys(NamedKeys):
+    """Keys the core reserves on ``[[loggers]]``."""
+
+    timeout: float = option(
+        60.0,
+        "seconds that a logger may take to start, over one record, and to send the rest at the end; then it is ended, "
+        "and nanochat log-sync can send what it missed",
+        validator=_finite,
+    )
+
+
+@attrs.frozen
+class EvaluatorKeys(NamedKeys):
+    """Keys the core reserves on ``[[evaluators]]``."""
+
+    every: int = option(0, "evaluate every so many steps; 0 is off", validator=at_least(0))
+    at_start: bool = option(False, "evaluate before the first step")
+    at_end: bool = option(True, "evaluate after the last step")
+    time_budget: float | None = option(
+        None, "seconds an evaluation may take; what it found until then is marked as partial", validator=above(0)
+    )
+
+
+@attrs.frozen
+class DataSourceKeys(EntryKeys):
+    """Keys the core reserves on ``[data]``."""
+
+    packing: Literal["stream", "best_fit"] = option(
+        "stream",
+        "rows of tokens: stream cuts documents laid end to end; best_fit starts every row with a document, and crops "
+        "what fits nowhere",
+    )
+    packing_window: int = option(64, "documents that best_fit packs together", validator=at_least(1))
+    epochs: int | Literal["repeat", "error"] = option(
+        "repeat",
+        "when the training data are used up: repeat reads them again, error ends the run after saving, a number ends "
+        "it after so many passes",
+        validator=at_least(1), on_resume="free",
+    )  # fmt: skip
+    cache: bool = option(False, "keep the tokens on disk, so that they are made only once", on_resume="free")
+    threads: int = option(1, "threads of each process that read and tokenize", validator=at_least(1), on_resume="free")
+
+
+RESERVED: Mapping[str, type[EntryKeys]] = {
+    "data_source": DataSourceKeys, "evaluator": EvaluatorKeys, "logger": LoggerKeys,
+}  # fmt: skip
+
+
+@attrs.frozen
+class Choice:
+    """A plugin entry picked by an experiment.
+
+    Args:
+        keys: the values of the keys that the core reserves on the table.
+        entry: None when no installed plugin has it (``nanochat show`` goes on then).
+        config: the plugin's own typed config; without an entry the raw options.
+    """
+
+    keys: EntryKeys
+    entry: Entry | None
+    config: Any
+
+    @property
+    def plugin(self) -> str:
+        return self.keys.plugin
+
+    @property
+    def name(self) -> str:
+        return getattr(self.keys, "name", "") or self.keys.plugin
+
+    def build(self, context: Any) -> Any:
+        """Import the factory and call it.
+
+        Raises:
+            PluginError: with the original traceback, when the factory can't be imported or raises.
+            NanochatError: what the factory says of its options or of the data.
+        """
+        assert self.entry is not None, "load() refuses experiments with unknown plugins"
+        factory = self.entry.load()
+        try:
+            return factory(self.config, context)
+        except NanochatError:
+            raise
+        except Exception as error:
+            raise PluginError(
+                f"{self.entry.kind} {self.name!r} of {self.entry.distribution} {self.entry.version} can't be built: "
+                f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
+            ) from error

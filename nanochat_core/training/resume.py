@@ -1,0 +1,122 @@
+"""What a resumed run may change, and which run is resumed."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+
+from nanochat_core.config.origins import DEFAULT, add_places
+from nanochat_core.config.schema import Experiment
+from nanochat_core.config.tables import changed_options
+from nanochat_core.errors import CheckpointError, ConfigError, Problem
+from nanochat_core.planning.plan import Planned
+from nanochat_core.planning.schedule import lr_multiplier
+from nanochat_core.plugins.discovery import Plugins
+from nanochat_core.plugins.structure import fields_of, to_plain
+from nanochat_core.runs.checkpoint import read_model, remove_leftovers, saved_options
+from nanochat_core.runs.directory import RunDirectory, all_runs, find_run
+from nanochat_core.runs.restore import _sound_checkpoint, newest_checkpoint
+
+
+def _devices(run: RunDirectory) -> tuple[int, str]:
+    """How many devices of which kind a run was last trained on."""
+    plan = json.loads(run.provenance.read_text(encoding="utf-8"))["plan"]
+    return plan["world_size"], plan["device"]
+
+
+def _find_resume(resume: str | None, name: str, runs_dir: Path, held: ExitStack) -> tuple[RunDirectory, Path] | None:
+    """The run and checkpoint that ``--resume`` means. The run is locked first: who trains it makes others."""
+    if resume is None:
+        return None
+    if resume not in ("auto", "newest"):
+        run = find_run(resume, runs_dir)
+        held.enter_context(run.lock())
+        return run, newest_checkpoint(run)
+    why = f"there is no run of {name!r} under {runs_dir}"
+    for newest in all_runs(runs_dir, name)[:1]:
+        held.enter_context(newest.lock())
+        checkpoint = _sound_checkpoint(newest)
+        if checkpoint is not None:
+            return newest, checkpoint
+        newest.remove_leftovers()  # nobody goes on there
+        remove_leftovers(newest.checkpoints)
+        why = f"{newest.path} has no sound checkpoint"
+    if resume == "newest":
+        raise CheckpointError(f"{why}: leave --resume out to start a fresh run, or name an older one")
+    print(f"{why}: starting a fresh run")
+    return None
+
+
+def _check_version(checkpoint: Path, plugins: Plugins) -> None:
+    """Refuse to resume from an older version of the model: the optimizer's state is that of its parameters."""
+    record = read_model(checkpoint)
+    entry = plugins["model"].get(record.plugin)
+    if entry is not None and record.version < entry.model_version:
+        run = checkpoint.parents[1]
+        raise CheckpointError(
+            f"{checkpoint} has version {record.version} of model {entry.name!r}, {entry.distribution} {entry.version} "
+            f"has version {entry.model_version}, and a run can't go on with another: install the "
+            f"{entry.distribution} it was made with (its manifest.json says which), or start a fresh run from its "
+            f"weights, without --resume and with --set train.init_from={run}"
+        )
+
+
+def _compare_options(weights: Path, planned: Planned) -> None:
+    """Name options of the model that are others than those its weights were trained with; refuse one that nobody chose:
+    defaults change, weights don't."""
+    choice, problems = planned.experiment.model, []
+    assert choice.entry is not None
+    if read_model(weights).plugin != choice.plugin:
+        return
+    before, now = saved_options(weights, choice.entry), to_plain(choice.config, keep_none=True)
+    for name, field in fields_of(choice.entry.config).items():
+        old, new = before.get(name, now[name]), now[name]
+        if old == new or field.metadata.get("on_resume") == "free":
+            continue
+        key = f"model.{name}"
+        if planned.origins[key] != DEFAULT:
+            print(f"changed from {weights}: {key} was {old!r}, is {new!r}")
+            continue
+        values = " or ".join(f"--set '{key}={json.dumps(value)}'" for value in (old, new) if value is not None)
+        problems.append(Problem(key, f"was {old!r} in {weights}, the default is {new!r}: say which, with {values}"))
+    if problems:
+        raise ConfigError(problems)
+
+
+def _check_changes(old: Experiment, planned: Planned, run_dir: RunDirectory, allow_other_data: bool) -> None:
+    """Refuse to resume with options that would make it another run; name other changes."""
+    problems = []
+    for key, before, now, rule in changed_options(old, planned.experiment):
+        if rule == "refuse" and allow_other_data and key.startswith("data.") and not key.startswith("data.packing"):
+            rule = "warn"
+        if rule == "refuse":
+            keep = "keep it (leave it out)"
+            if before is not None:
+                keep = f"keep it (--set '{key}={json.dumps(before)}')"
+            elif planned.origins.get(key) == DEFAULT:
+                keep = "the old value can't be written in TOML: install the release it was made with,"
+            message = f"was {before!r} in {run_dir.path}, is {now!r}: a resumed run can't change it; {keep} "
+            problems.append(Problem(key, message + "or start a fresh run without --resume"))
+        elif rule == "warn":
+            print(f"changed on resume: {key} was {before!r}, is {now!r}")
+    if problems:
+        error = ConfigError(problems)
+        add_places(error, planned.origins)
+        raise error
+
+
+def _explain_horizon(old: Experiment, planned: Planned, run_dir: RunDirectory, step: int) -> None:
+    """Say what the learning rate does when a run goes on with another horizon or schedule."""
+    new, schedule = planned.plan, planned.experiment.schedule
+    old_horizon = run_dir.read_status().get("num_iterations", new.num_iterations)
+    if old_horizon == new.num_iterations and old.schedule == schedule:
+        return
+    before = lr_multiplier(old.schedule, max(step - 1, 0), old_horizon)
+    now = lr_multiplier(schedule, step, new.num_iterations)
+    warmdown = new.num_iterations - new.warmdown_steps
+    print(
+        f"the horizon was {old_horizon} steps, is {new.num_iterations}: the learning-rate multiplier goes from "
+        f"{before:.3f} at step {step - 1} to {now:.3f} at step {step}, and falls from step {warmdown} "
+        f"to {schedule.final_lr_frac:g} at the end"
+    )
