@@ -34,7 +34,7 @@ import torch
 from nanochat_core.data.loader import Step
 from nanochat_core.distributed.failures import Failures
 from nanochat_core.distributed.signals import StopRequest
-from nanochat_core.distributed.store import Board
+from nanochat_core.distributed.store import RankStore
 from nanochat_core.distributed.watchdog import Watchdog
 from nanochat_core.distributed.world import World
 from nanochat_core.interfaces.loss import IGNORED
@@ -89,7 +89,7 @@ def cost_of_guards(file: Path, runs: Path, steps: int) -> None:
     with contextlib.redirect_stdout(io.StringIO()), contextlib.ExitStack() as stack:
         setup = prepare(file, [], runs, None, world, stack)
         assert setup is not None
-        board = Board(None)
+        board = RankStore(None)
         watchdog = stack.enter_context(Watchdog(0, 1, board))
         session = _Session(setup, world, Failures(0, board), watchdog, StopRequest())
         session._open()

@@ -53,7 +53,7 @@ from .errors import Problem as Problem
 
 # Text: documents and tokenizers.
 from .data.documents import Documents as Documents
-from .data.documents import Problems as Problems
+from .data.documents import UnreadablePlaces as UnreadablePlaces
 from .data.documents import hold_out as hold_out
 from .data.texts import SPECIAL_TOKENS as SPECIAL_TOKENS
 from .data.texts import cut_long_runs as cut_long_runs

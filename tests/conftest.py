@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fixtures.install import install_fixture
-from support import BROKEN, THIRD_PARTY, Site, Trained, call, only_run, write_experiment, write_shards
+from helpers.install import install_fixture
+from helpers.support import BROKEN, THIRD_PARTY, Site, Trained, call, only_run, write_experiment, write_shards
 
 
 @pytest.fixture(scope="session", autouse=True)

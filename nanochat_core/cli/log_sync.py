@@ -74,7 +74,7 @@ def main(options: argparse.Namespace, _: Sequence[str]) -> int:
         return sum(not told.already_told(record) for record in records)
 
     before = missed()
-    process = LoggerProcess(Job(choice, context, choice.keys.timeout, hurry=False), print)
+    process = LoggerProcess(Job(choice, context, choice.keys.timeout, finish_at_once=False), print)
     try:
         ended = str(status.get("status"))
         process.end(ended if ended in ("finished", "preempted") else "failed")

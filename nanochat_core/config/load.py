@@ -8,7 +8,16 @@ from typing import Any
 
 import attrs
 
-from nanochat_core.config.merge import Path_, Tree, Value, _first_origin, _merge, _merge_overrides, _plain, _read_layers
+from nanochat_core.config.merge import (
+    Path_,
+    Tree,
+    Value,
+    first_origin,
+    merge_layer,
+    merge_overrides,
+    plain_values,
+    read_layers,
+)
 from nanochat_core.config.origins import DEFAULT, Origin
 from nanochat_core.config.schema import CORE_TABLES, HORIZONS, PLUGIN_LISTS, PLUGIN_TABLES, TABLES, WARMUPS, Experiment
 from nanochat_core.errors import ConfigError, Problem, did_you_mean
@@ -57,13 +66,13 @@ def load(
         ConfigError: with every problem found.
     """
     problems: list[Problem] = []
-    layers = _read_layers(Path(file), problems)
+    layers = read_layers(Path(file), problems)
     tree: Tree = {}
     for index, (layer, where) in enumerate(layers):
-        _merge(tree, layer, where, index, problems)
+        merge_layer(tree, layer, where, index, problems)
     for table, content in (instead or {}).items():
         tree[table] = {key: Value(value, Origin(instead_from, 0)) for key, value in content.items()}
-    _merge_overrides(tree, list(overrides), len(layers), problems)
+    merge_overrides(tree, list(overrides), len(layers), problems)
     return _Structurer(tree, plugins, problems, default_name=Path(file).stem).finish()
 
 
@@ -118,7 +127,7 @@ class _Structurer:
         return content if isinstance(content, dict) else {}
 
     def _problem(self, path: Path_, message: str, at: Any = None) -> None:
-        self.problems.append(Problem(".".join(path), message, _first_origin(at)))
+        self.problems.append(Problem(".".join(path), message, first_origin(at)))
 
     def _one_of(self, table: Tree, names: tuple[str, ...]) -> None:
         """Of options that exclude each other the one of the latest layer is in force."""
@@ -138,20 +147,20 @@ class _Structurer:
     def _structure(self, cls: type, path: Path_, table: Tree, owner: str = "", place: Any = None) -> Any:
         """An instance of an attrs class, or None after noting every problem, at ``place`` what has none of its own."""
         try:
-            config: Any = converter.structure(_plain(table), cls)
+            config: Any = converter.structure(plain_values(table), cls)
         except Mismatch as error:
             for inner, message in error.problems:
                 at: Any = table
                 for part in inner:
                     at = at[part] if isinstance(at, dict) and part in at else at
-                at = at if _first_origin(at) else place
+                at = at if first_origin(at) else place
                 self._problem((*path, *inner), message.replace("unknown key", f"unknown key{owner}"), at)
             return None
         for name in fields_of(cls):
             given = table.get(name)
             origin = given.origin if isinstance(given, Value) else DEFAULT
             self.origins[".".join((*path, name))] = (
-                Origin(_first_origin(given), 0) if isinstance(given, dict) else origin
+                Origin(first_origin(given), 0) if isinstance(given, dict) else origin
             )
         return config
 
@@ -185,8 +194,8 @@ class _Structurer:
                 if key not in kept:  # the plugin may have a default of its own
                     self.origins.pop(".".join((*path, key)), None)
             own = {k: v for k, v in table.items() if k not in reserved_names}
-            self.origins |= {".".join((*path, key)): Origin(_first_origin(value), 0) for key, value in own.items()}
-            return None if keys is None else Choice(keys, None, _plain(own))
+            self.origins |= {".".join((*path, key)): Origin(first_origin(value), 0) for key, value in own.items()}
+            return None if keys is None else Choice(keys, None, plain_values(own))
         missing = entry.missing()
         if missing:
             what = "its library is" if len(missing) == 1 else "its libraries are"

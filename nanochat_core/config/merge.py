@@ -30,12 +30,12 @@ class Value:
 Tree = dict[str, Any]  # nested, leaves are Value
 
 
-_Where = Mapping[Path_, str]
+Places = Mapping[Path_, str]
 
 
-def _read_layers(file: Path, problems: list[Problem]) -> list[tuple[Tree, _Where]]:
+def read_layers(file: Path, problems: list[Problem]) -> list[tuple[Tree, Places]]:
     """The chain of ``extends``, base first: plain trees with list entries keyed by name, and where each key stands."""
-    layers: list[tuple[Tree, _Where]] = []
+    layers: list[tuple[Tree, Places]] = []
     seen: list[Path] = []
     current: Path | None = file
     asked = ""
@@ -59,7 +59,7 @@ def _read_layers(file: Path, problems: list[Problem]) -> list[tuple[Tree, _Where
             raise ConfigError([Problem("", f"not valid TOML: {error}", place)]) from None
         lines = line_numbers(text)
         parent = raw.pop("extends", None)
-        layers.insert(0, _named(raw, lines, str(current), problems))
+        layers.insert(0, entries_by_name(raw, lines, str(current), problems))
         if parent is None:
             break
         asked = f"{current}:{lines.get(('extends',), 1)}"
@@ -69,9 +69,9 @@ def _read_layers(file: Path, problems: list[Problem]) -> list[tuple[Tree, _Where
     return layers
 
 
-def _named(
+def entries_by_name(
     raw: dict[str, Any], lines: Mapping[KeyPath, int], file: str, problems: list[Problem]
-) -> tuple[Tree, _Where]:
+) -> tuple[Tree, Places]:
     """Key list entries by name, and give every path its ``file:line``."""
     where: dict[Path_, str] = {(): file}
     renamed: dict[KeyPath, Path_] = {}
@@ -107,7 +107,7 @@ def _named(
     return tree, where
 
 
-def _place(where: _Where, path: Path_) -> str:
+def place_of(where: Places, path: Path_) -> str:
     """Where ``path`` stands, or the first key below it, or the nearest one above."""
     below = next((text for key, text in where.items() if key[: len(path)] == path), "")
     while path and path not in where and not below:
@@ -115,25 +115,25 @@ def _place(where: _Where, path: Path_) -> str:
     return where.get(path, below)
 
 
-def _merge(
-    base: Tree, layer: Mapping[str, Any], where: _Where, index: int, problems: list[Problem], path: Path_ = ()
+def merge_layer(
+    base: Tree, layer: Mapping[str, Any], where: Places, index: int, problems: list[Problem], path: Path_ = ()
 ) -> None:
     """Lay ``layer`` over ``base``, in place."""
     for key, value in layer.items():
         here = (*path, key)
         is_entry = len(here) == 2 and path[0] in PLUGIN_LISTS
         if is_entry and not isinstance(value, dict):
-            problems.append(Problem(".".join(here), "must be a table", _place(where, here)))
+            problems.append(Problem(".".join(here), "must be a table", place_of(where, here)))
         elif is_entry and value.get("name", key) != key:
             message = f'an entry keeps its name, "{key}": remove it and add another'
-            problems.append(Problem(".".join((*here, "name")), message, _place(where, (*here, "name"))))
+            problems.append(Problem(".".join((*here, "name")), message, place_of(where, (*here, "name"))))
         elif is_entry and "remove" in value:
             if value["remove"] is not True:
                 message = "must be true, or left out to keep the entry"
-                problems.append(Problem(".".join((*here, "remove")), message, _place(where, here)))
+                problems.append(Problem(".".join((*here, "remove")), message, place_of(where, here)))
             elif key not in base:
                 known = did_you_mean(key, base) or f" (inherited: {', '.join(base) or 'none'})"
-                problems.append(Problem(".".join(here), f"nothing to remove{known}", _place(where, here)))
+                problems.append(Problem(".".join(here), f"nothing to remove{known}", place_of(where, here)))
             base.pop(key, None)
         elif isinstance(value, dict):
             old = base.get(key)
@@ -144,9 +144,9 @@ def _merge(
                 if was != value["plugin"]:
                     old = None  # options of another plugin mean something else
             base[key] = old if isinstance(old, dict) else {}
-            _merge(base[key], value, where, index, problems, here)
+            merge_layer(base[key], value, where, index, problems, here)
         else:
-            base[key] = Value(value, Origin(_place(where, here), index))
+            base[key] = Value(value, Origin(place_of(where, here), index))
 
 
 def parse_override(text: str) -> tuple[Path_, Any]:
@@ -168,7 +168,7 @@ def parse_override(text: str) -> tuple[Path_, Any]:
     return path, value
 
 
-def _merge_overrides(tree: Tree, overrides: Sequence[str], index: int, problems: list[Problem]) -> None:
+def merge_overrides(tree: Tree, overrides: Sequence[str], index: int, problems: list[Problem]) -> None:
     layer: Tree = {}
     where: dict[Path_, str] = {(): "--set"}
     for text in overrides:
@@ -194,23 +194,23 @@ def _merge_overrides(tree: Tree, overrides: Sequence[str], index: int, problems:
             if name not in names and not (isinstance(entry, dict) and "plugin" in entry):
                 hint = did_you_mean(name, names) or f" (there is: {', '.join(names) or 'none'})"
                 message = f"no entry of this name{hint}; a new one needs --set {table}.{name}.plugin=..."
-                problems.append(Problem(f"{table}.{name}", message, _place(where, (table, name))))
+                problems.append(Problem(f"{table}.{name}", message, place_of(where, (table, name))))
                 del entries[name]
-    _merge(tree, layer, where, index, problems)
+    merge_layer(tree, layer, where, index, problems)
 
 
-def _plain(node: Any) -> Any:
+def plain_values(node: Any) -> Any:
     if isinstance(node, Value):
         return node.value
-    return {key: _plain(value) for key, value in node.items()} if isinstance(node, dict) else node
+    return {key: plain_values(value) for key, value in node.items()} if isinstance(node, dict) else node
 
 
-def _first_origin(node: Any) -> str:
+def first_origin(node: Any) -> str:
     if isinstance(node, Value):
         return "" if node.origin is DEFAULT else node.origin.text
     if isinstance(node, dict):
         for value in node.values():
-            found = _first_origin(value)
+            found = first_origin(value)
             if found:
                 return found
     return ""

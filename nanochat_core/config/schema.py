@@ -8,7 +8,7 @@ from typing import Any, Literal
 import attrs
 
 from nanochat_core.plugins.choice import Choice
-from nanochat_core.plugins.options import _finite, _plain_name, above, at_least, between, option
+from nanochat_core.plugins.options import above, at_least, between, finite, option, plain_name
 
 # ------------------------------------------------------------------------------------------- tables of the core
 
@@ -17,7 +17,7 @@ from nanochat_core.plugins.options import _finite, _plain_name, above, at_least,
 class Run:
     name: str = option(
         "", "name of the experiment and of its directory; default: the file's name",
-        validator=_plain_name, on_resume="refuse",
+        validator=plain_name, on_resume="refuse",
     )  # fmt: skip
     project: str = option("nanochat", "project that loggers file the run under")
     group: str = option("", "group of runs that belong together, such as the arms of an ablation")
@@ -51,9 +51,9 @@ class Train:
         validator=at_least(1), on_resume="refuse",
     )  # fmt: skip
     num_iterations: int | None = option(None, "horizon: optimizer steps", validator=at_least(1))
-    target_flops: float | None = option(None, "horizon: FLOPs of the whole training", validator=_finite)
+    target_flops: float | None = option(None, "horizon: FLOPs of the whole training", validator=finite)
     target_param_data_ratio: float | None = option(
-        None, "horizon: training tokens a parameter; 20 when no horizon is given", validator=_finite
+        None, "horizon: training tokens a parameter; 20 when no horizon is given", validator=finite
     )
     scaling_parameters: Literal["all", "matrix_and_head"] = option(
         "all", "which parameters the ratio and the auto batch size count"

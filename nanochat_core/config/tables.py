@@ -18,13 +18,13 @@ def to_tables(experiment: Experiment) -> dict[str, Any]:
     for table in TABLES:
         part = getattr(experiment, table)
         if isinstance(part, tuple):
-            tables[table] = [_choice_table(choice) for choice in part]
+            tables[table] = [choice_table(choice) for choice in part]
         else:
-            tables[table] = _choice_table(part) if isinstance(part, Choice) else to_plain(part)
+            tables[table] = choice_table(part) if isinstance(part, Choice) else to_plain(part)
     return {name: content for name, content in tables.items() if content}
 
 
-def _choice_table(choice: Choice) -> dict[str, Any]:
+def choice_table(choice: Choice) -> dict[str, Any]:
     keys = to_plain(choice.keys)
     if keys.get("name") == keys["plugin"]:
         del keys["name"]
@@ -44,7 +44,7 @@ def changed_options(old: Experiment, new: Experiment) -> list[tuple[str, Any, An
         a, b = getattr(old, table), getattr(new, table)
         if isinstance(a, tuple):
             continue  # what evaluates and logs may change freely
-        plain_a, plain_b = (_choice_table(x) if isinstance(x, Choice) else to_plain(x) for x in (a, b))
+        plain_a, plain_b = (choice_table(x) if isinstance(x, Choice) else to_plain(x) for x in (a, b))
         config: Any = a.config if isinstance(a, Choice) else a
         fields = fields_of(type(config)) if attrs.has(type(config)) else {}
         if isinstance(a, Choice):

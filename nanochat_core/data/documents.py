@@ -72,7 +72,7 @@ def hold_out(documents: Documents, fraction: float) -> tuple[Documents, Document
     return _Train(documents, k), _Val(documents, k)
 
 
-class Problems:
+class UnreadablePlaces:
     """What of a data source could not be read, and what that leads to. Any thread may use it.
 
     Args:
@@ -84,7 +84,7 @@ class Problems:
         self._lines: dict[str, None] = {}  # a set that keeps its order
         self._lock = Lock()
 
-    def meet(self, what: str, remedy: str, error: Exception | None = None) -> None:
+    def report(self, what: str, remedy: str, error: Exception | None = None) -> None:
         """Note that a place can't be read.
 
         Args:

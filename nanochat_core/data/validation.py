@@ -84,7 +84,7 @@ class ValidationRows:
             most = -(-len(ids) // self._world_size)  # rows of rank 0; no rank has more
             padded = -(-most // B) * B
             mine = slice(self._rank, None, self._world_size)
-            self._share = _pad(ids[mine], padded, 0), _pad(targets[mine], padded, IGNORED)
+            self._share = pad_rows(ids[mine], padded, 0), pad_rows(targets[mine], padded, IGNORED)
         return self._share
 
     def __len__(self) -> int:
@@ -99,6 +99,6 @@ class ValidationRows:
             yield Batch(*(torch.from_numpy(part.astype(np.int64)) for part in pair))
 
 
-def _pad(rows: Tokens, count: int, value: int) -> Tokens:
+def pad_rows(rows: Tokens, count: int, value: int) -> Tokens:
     """``rows`` [n, T] and as many rows of ``value`` as make them ``count``."""
     return np.concatenate((rows, np.full((count - len(rows), rows.shape[1]), value, dtype=np.int32)))

@@ -8,7 +8,7 @@ from typing import IO
 
 import torch.distributed as dist
 
-from nanochat_core.distributed.store import Board, Failure
+from nanochat_core.distributed.store import RankFailure, RankStore
 from nanochat_core.errors import NanochatError
 
 MOMENT = 3.0  # seconds in which our launcher notices that a rank has died, and marks it
@@ -19,15 +19,15 @@ class Failures:
 
     Args:
         rank: this process's.
-        board: shared with the other ranks.
+        store: shared with the other ranks.
     """
 
-    def __init__(self, rank: int, board: Board) -> None:
-        self.rank, self.board = rank, board
+    def __init__(self, rank: int, store: RankStore) -> None:
+        self.rank, self.store = rank, store
         self.terminal: IO[str] = sys.stderr
         self._code: int | None = None
 
-    def tell(self, error: BaseException) -> int:
+    def report_once(self, error: BaseException) -> int:
         """Show the error on the terminal if it is the first among the ranks. Returns the exit code, which is that of
         the first failure. Only the first call counts.
 
@@ -36,9 +36,9 @@ class Failures:
         if self._code is not None:
             return self._code
         is_ours, lost = isinstance(error, NanochatError), is_lost_connection(error)
-        before = self.board.failure(MOMENT) if lost else None
+        before = self.store.failure(MOMENT) if lost else None
         code = error.exit_code if isinstance(error, NanochatError) else 1
-        first = before or self.board.mark_failure(Failure(self.rank, code))
+        first = before or self.store.mark_failure(RankFailure(self.rank, code))
         self._code = first.code
         if first.rank == self.rank:
             prefix = "" if is_ours and self.rank == 0 else f"rank {self.rank}: "

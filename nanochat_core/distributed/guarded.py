@@ -23,7 +23,7 @@ FAILED, FINISHED = 1, 2
 STOPPED = "stopped by a signal"  # in place of an error
 
 
-OPERATIONS = {"sum": 3, "all_reduce": 4, "broadcast": 5, "publish": 6, "gather": 7, "barrier": 8}
+OPERATIONS = {"sum": 3, "all_reduce": 4, "broadcast": 5, "broadcast_object": 6, "all_gather_object": 7, "barrier": 8}
 
 
 class Cancelled(Exception):
@@ -78,7 +78,7 @@ class EvaluationWorld(World):
         self._turn.active = False
         if not went_wrong:
             return {}
-        errors = super().gather(error) if self.size > 1 else [error]
+        errors = super().all_gather_object(error) if self.size > 1 else [error]
         if not any(errors):
             return {0: "ranks were at different points of the evaluation: each must make the same collectives"}
         return {rank: text for rank, text in enumerate(errors) if text}
@@ -114,19 +114,19 @@ class EvaluationWorld(World):
         with self._together("broadcast"):
             super().broadcast(tensor)
 
-    def publish(self, value: Any = None) -> Any:
+    def broadcast_object(self, value: Any = None) -> Any:
         if self.size == 1:
             return value
         data = pickle.dumps(value)  # what can't be sent fails here, before others wait for it
-        with self._together("publish"):
-            return pickle.loads(super().publish(data))
+        with self._together("broadcast_object"):
+            return pickle.loads(super().broadcast_object(data))
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         if self.size == 1:
             return [value]
         data = pickle.dumps(value)
-        with self._together("gather"):
-            return [pickle.loads(each) for each in super().gather(data)]
+        with self._together("all_gather_object"):
+            return [pickle.loads(each) for each in super().all_gather_object(data)]
 
     def barrier(self) -> None:
         with self._together("barrier"):

@@ -14,7 +14,7 @@ from typing import Any
 import attrs
 
 from nanochat_core.distributed.signals import PREEMPTED_EXIT_CODE, SAME_SECONDS
-from nanochat_core.distributed.store import Board, Failure
+from nanochat_core.distributed.store import RankFailure, RankStore
 from nanochat_core.distributed.watchdog import PIPE
 from nanochat_core.files import rank_log_name
 
@@ -36,7 +36,7 @@ def launch(arguments: Sequence[str], nproc: int) -> int:
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     read_end, write_end = os.pipe()  # ours closes with us, however we end
     threads = str(max((os.cpu_count() or 1) // nproc, 1))
-    launcher = _Launcher(Board(store), has_logs=arguments[0] == "run")
+    launcher = _Launcher(RankStore(store), has_logs=arguments[0] == "run")
     before: dict[int, Any] = {n: signal.signal(n, launcher.relay) for n in SIGNALS}
     try:
         for rank in range(nproc):
@@ -77,7 +77,7 @@ def launch(arguments: Sequence[str], nproc: int) -> int:
 class _Launcher:
     """The workers, in rank order, and what they have been told."""
 
-    board: Board
+    store: RankStore
     has_logs: bool  # ranks write some, in a run directory
     workers: list[subprocess.Popen[bytes]] = attrs.field(factory=list)
     signalled: float | None = None  # when the first signal was passed on
@@ -110,7 +110,7 @@ class _Launcher:
                     continue
                 failed = code
                 # Others that find their connections broken are not the first, and wait no longer.
-                first = self.board.mark_failure(Failure(rank, code))
+                first = self.store.mark_failure(RankFailure(rank, code))
                 if worker.returncode < 0 and self.signalled is None and first.rank == rank:
                     log = f"; what it said last is in {rank_log_name(rank)} of the run directory" * self.has_logs
                     print(_obituary(rank, -worker.returncode) + log, file=sys.stderr, flush=True)

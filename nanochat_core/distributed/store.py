@@ -15,14 +15,14 @@ TIMEOUT = timedelta(seconds=10)
 
 
 @attrs.frozen
-class Failure:
+class RankFailure:
     """The first rank that failed, and its exit code."""
 
     rank: int
     code: int
 
 
-class Board:
+class RankStore:
     """A connection to the store. Once that is gone, with the process that held it, nothing is read or written any more.
 
     Args:
@@ -35,14 +35,14 @@ class Board:
         self._store = None if store is None else dist.PrefixStore(f"nanochat/{attempt}", store)
 
     @classmethod
-    def open(cls, world_size: int) -> Board:
+    def open(cls, world_size: int) -> RankStore:
         """This rank's own connection to the store that the environment names. Call it once the process group stands."""
         if world_size == 1:
             return cls(None)
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         return cls(dist.TCPStore(host, port, is_master=False, timeout=TIMEOUT, wait_for_workers=False))
 
-    def mark_failure(self, failure: Failure) -> Failure:
+    def mark_failure(self, failure: RankFailure) -> RankFailure:
         """Say that a rank failed. Returns the failure that was marked first, which may be another."""
         text = f"{failure.rank} {failure.code}"
         if self._store is not None:
@@ -50,7 +50,7 @@ class Board:
                 text = store.compare_set("failure", "", text).decode()
         return _failure(text)
 
-    def failure(self, wait: float = 0.0) -> Failure | None:
+    def failure(self, wait: float = 0.0) -> RankFailure | None:
         """The failure that was marked first. ``wait``: seconds to wait for one."""
         end = time.monotonic() + wait
         while not (text := self._read("failure")):
@@ -86,6 +86,6 @@ class Board:
             self._store = None
 
 
-def _failure(text: str) -> Failure:
+def _failure(text: str) -> RankFailure:
     rank, code = text.split()
-    return Failure(int(rank), int(code))
+    return RankFailure(int(rank), int(code))

@@ -17,7 +17,7 @@ from types import FrameType
 
 import attrs
 
-from nanochat_core.distributed.store import Board
+from nanochat_core.distributed.store import RankStore
 
 PIPE = "NANOCHAT_LAUNCHER_PIPE"  # file descriptor of a pipe whose other end our launcher holds as long as it lives
 LOOK_SECONDS = 0.5
@@ -27,7 +27,7 @@ POST_SECONDS = 3.0  # what ranks get to say where they are
 
 
 @attrs.frozen
-class Whereabouts:
+class RankStatus:
     """What the main thread is doing.
 
     Args:
@@ -49,11 +49,11 @@ class Watchdog:
 
     Args:
         rank, size: of this process, and of the world.
-        board: what ranks say to each other.
+        store: what ranks say to each other.
     """
 
-    def __init__(self, rank: int, size: int, board: Board) -> None:
-        self.rank, self.size, self.board = rank, size, board
+    def __init__(self, rank: int, size: int, store: RankStore) -> None:
+        self.rank, self.size, self.store = rank, size, store
         self._pipe = int(pipe) if (pipe := os.environ.pop(PIPE, "")) else None
         self._deadline: tuple[float, int] | None = None  # when to end the process, and its exit code
         self._beat = ("", time.monotonic())
@@ -73,7 +73,7 @@ class Watchdog:
         self._ended.set()
         self._thread.join()
 
-    def beat(self, doing: str) -> None:
+    def heartbeat(self, doing: str) -> None:
         """Something was done, and something new begins: ``after step 8``, ``in evaluation core``. As good as free."""
         self._beat = (doing, time.monotonic())
 
@@ -88,7 +88,7 @@ class Watchdog:
             report: tells people a line; ``note``: writes one to this rank's log. Both are called in another thread.
         """
         self._packages, self._report, self._note = {"nanochat_core", *packages}, report, note
-        self.beat("at the start")
+        self.heartbeat("at the start")
         self._patience = self._next = patience
 
     def stop_watching(self) -> None:
@@ -114,7 +114,7 @@ class Watchdog:
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
 
     def _look_at_others(self) -> None:
-        if self._deadline is None and (failure := self.board.failure()) is not None:
+        if self._deadline is None and (failure := self.store.failure()) is not None:
             self.end_within(OTHERS_GRACE if self.rank else MAIN_GRACE, failure.code)
         if self._deadline is not None and time.monotonic() > self._deadline[0]:
             self._note(f"the process is ended with exit code {self._deadline[1]}; its stacks:\n{all_stacks()}")
@@ -127,7 +127,7 @@ class Watchdog:
         beat = self._beat
         if self._stalled is not None and beat is not self._stalled:
             self._next = self._patience
-            self.board.post(self.rank, "")
+            self.store.post(self.rank, "")
             if self.rank == 0:
                 self._report(f"goes on after {beat[1] - self._stalled[1]:.0f} s")
             self._stalled = None
@@ -136,8 +136,8 @@ class Watchdog:
             return
         self._stalled = beat
         self._next *= 2
-        here = whereabouts(self._packages)
-        self.board.post(self.rank, json.dumps(attrs.astuple(here)))
+        here = rank_status(self._packages)
+        self.store.post(self.rank, json.dumps(attrs.astuple(here)))
         self._note(f"no progress for {silent:.0f} s {beat[0]}; stacks:\n{all_stacks()}")
         if self.rank == 0:
             takes = (
@@ -145,7 +145,7 @@ class Watchdog:
             )
             self._report(f"{takes} {silent:.0f} s: {self._describe(here)}")
 
-    def _describe(self, here: Whereabouts) -> str:
+    def _describe(self, here: RankStatus) -> str:
         """Where all ranks are; those that others wait for come first."""
         if self.size == 1:
             return here.text
@@ -153,11 +153,11 @@ class Watchdog:
         end = time.monotonic() + POST_SECONDS
         while len(found) < self.size and time.monotonic() < end:
             for rank in set(range(self.size)) - found.keys():
-                if text := self.board.posted(rank):
-                    found[rank] = Whereabouts(*json.loads(text))
+                if text := self.store.posted(rank):
+                    found[rank] = RankStatus(*json.loads(text))
             time.sleep(0.1)
-        missing = Whereabouts("says nothing")
-        groups: dict[Whereabouts, list[int]] = {}
+        missing = RankStatus("says nothing")
+        groups: dict[RankStatus, list[int]] = {}
         for rank in range(self.size):
             groups.setdefault(found.get(rank, missing), []).append(rank)
         parts = sorted(groups.items(), key=lambda group: group[0].waits)
@@ -209,7 +209,7 @@ def _named(frame: FrameType | None) -> str:
     return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
 
 
-def whereabouts(packages: Collection[str]) -> Whereabouts:
+def rank_status(packages: Collection[str]) -> RankStatus:
     """What the main thread is doing, seen from its stack and those of the threads that make data for it."""
     stack = _stack(threading.main_thread())
     if any(_module(f) == "nanochat_core.data.loader" and f.f_code.co_name == "__next__" for f in stack):
@@ -219,14 +219,14 @@ def whereabouts(packages: Collection[str]) -> Whereabouts:
             _place(_stack(t), packages, leave_out="nanochat_core.data.loader")
             for t in sorted(threads, key=lambda t: "lane" not in t.name)
         ]
-        return Whereabouts(f"waits for training data: {_named(next((p for p in places if p is not None), None))}")
+        return RankStatus(f"waits for training data: {_named(next((p for p in places if p is not None), None))}")
     if any(_module(f) in COMPILERS for f in stack):
-        return Whereabouts("compiles the model")
+        return RankStatus("compiles the model")
     caller = _place(stack, packages, leave_out="nanochat_core.distributed.world")
     operation = next((f.f_code.co_name for f in stack if _module(f) == "torch.distributed.distributed_c10d"), None)
     line = linecache.getline(stack[0].f_code.co_filename, stack[0].f_lineno) if stack else ""
     if operation is not None or ".wait()" in line:
-        return Whereabouts(f"waits for the other ranks in {operation or 'a collective'} ({_named(caller)})", True)
+        return RankStatus(f"waits for the other ranks in {operation or 'a collective'} ({_named(caller)})", True)
     if any(call in line for call in (".tolist()", ".item()", "synchronize(")):  # how a GPU's collectives are waited for
-        return Whereabouts(f"waits for the device, and perhaps for other ranks: {_named(caller)}", True)
-    return Whereabouts(f"is at {_named(caller)}")
+        return RankStatus(f"waits for the device, and perhaps for other ranks: {_named(caller)}", True)
+    return RankStatus(f"is at {_named(caller)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import attrs
 import torch
@@ -55,7 +55,7 @@ class World:
         if self.size > 1:
             dist.broadcast(tensor, src=0)
 
-    def publish(self, value: Any = None) -> Any:
+    def broadcast_object(self, value: Any = None) -> Any:
         """Rank 0's ``value``, on every rank (pickled; all ranks are processes of one job)."""
         if self.size == 1:
             return value
@@ -77,18 +77,19 @@ class World:
             except Exception as raised:
                 error = raised
                 code = raised.exit_code if isinstance(raised, NanochatError) else 1
-        value, code = self.publish((value, code))
+        value, code = self.broadcast_object((value, code))
         if error is not None:
             raise error
         if code:
             raise OtherRankFailed(code)
         return value
 
-    def agreed(self, error: NanochatError) -> Exception:
-        """What a rank raises when all ranks raise ``error``: it is told once, by rank 0."""
-        return error if self.is_main else OtherRankFailed(error.exit_code)
+    def raise_on_main(self, error: NanochatError) -> NoReturn:
+        """Raise ``error``, which all ranks have, so that it is reported once: rank 0 raises it, the others
+        OtherRankFailed."""
+        raise error if self.is_main else OtherRankFailed(error.exit_code)
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         """Every rank's ``value``, in rank order, on every rank."""
         if self.size == 1:
             return [value]

@@ -9,7 +9,7 @@ import attrs
 import numpy as np
 
 from nanochat_core.evaluation.results import Stored
-from nanochat_core.evaluation.statistics import DRAWS, SEED, Values, _scale, interval, sign_test
+from nanochat_core.evaluation.statistics import DRAWS, SEED, Values, interval, scale_of, sign_test
 
 
 @attrs.frozen
@@ -59,7 +59,7 @@ def compare(a: Stored, b: Stored) -> list[Difference]:
             draws = rng.multinomial(len(keys), counts / len(keys), DRAWS) @ kinds / len(keys)
         else:
             draws = np.array([change[rng.integers(0, len(keys), len(keys))].mean() for _ in range(DRAWS)])
-        scale = _scale(np.concatenate([ours, theirs]), np.concatenate(centers))
+        scale = scale_of(np.concatenate([ours, theirs]), np.concatenate(centers))
         total += draws * scale
         means.append((float(centers[0].mean()), float(centers[1].mean())))
         wins, losses = int((change > 0).sum()), int((change < 0).sum())

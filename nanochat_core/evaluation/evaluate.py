@@ -128,7 +128,7 @@ class Evaluations:
         world: the one that the evaluators' contexts have.
         directory: of the run: texts go to ``samples``, tables and examples to ``evaluations``.
         report: called with a line for people.
-        beat: called with what begins, before each evaluation.
+        heartbeat: called with what begins, before each evaluation.
     """
 
     evaluators: tuple[BuiltEvaluator, ...]
@@ -137,7 +137,7 @@ class Evaluations:
     world: World
     directory: Path
     report: Callable[[str], None]
-    beat: Callable[[str], None] = lambda doing: None
+    heartbeat: Callable[[str], None] = lambda doing: None
     _told: set[str] = attrs.field(factory=set, init=False, eq=False)
 
     def due(self, step: int) -> list[BuiltEvaluator]:
@@ -168,7 +168,7 @@ class Evaluations:
             choice, evaluator = built.choice, built.evaluator
             if choice.name in done:
                 continue
-            self.beat(f"in evaluation {choice.name}")
+            self.heartbeat(f"in evaluation {choice.name}")
             try:
                 evaluation = evaluate(choice, evaluator, model, self.dtype, step, self.world)
             except EvaluationFailed as error:

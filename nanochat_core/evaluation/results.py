@@ -17,7 +17,7 @@ import attrs
 import numpy as np
 
 from nanochat_core.errors import DataError
-from nanochat_core.evaluation.statistics import DRAWS, SEED, Values, _scale, bootstrap_means, interval
+from nanochat_core.evaluation.statistics import DRAWS, SEED, Values, bootstrap_means, interval, scale_of
 from nanochat_core.files import write_atomic
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def markdown(evaluation: Evaluation) -> str:
         values = np.array([row["value"] for row in rows], dtype=np.float64)
         centered = np.array([row.get("centered", row["value"]) for row in rows], dtype=np.float64)
         means = bootstrap_means(values, rng)
-        scale = _scale(values, centered)
+        scale = scale_of(values, centered)
         moved = centered.mean() + (means - values.mean()) * scale
         total += moved
         centers.append(float(centered.mean()))

@@ -18,7 +18,7 @@ from nanochat_core.data.sources import build_source
 from nanochat_core.data.tokenizer_cache import build_tokenizer
 from nanochat_core.distributed.failures import Failures
 from nanochat_core.distributed.guarded import EvaluationWorld
-from nanochat_core.distributed.store import Board
+from nanochat_core.distributed.store import RankStore
 from nanochat_core.distributed.watchdog import Watchdog
 from nanochat_core.distributed.world import OtherRankFailed, World, join_world, leave_world
 from nanochat_core.errors import CheckpointError, ConfigError, Problem
@@ -173,8 +173,8 @@ def evaluate_model(target: str, names: Sequence[str], overrides: Sequence[str], 
             shown, and all ranks return its exit code.
     """
     world = join_world()
-    board = Board.open(world.size)
-    with Watchdog(world.rank, world.size, board):
+    store = RankStore.open(world.size)
+    with Watchdog(world.rank, world.size, store):
         try:
             subject: Subject = world.on_main(lambda: find_subject(target, runs_dir))
             experiment: Experiment = world.on_main(lambda: _checked(subject, names, overrides))
@@ -184,7 +184,7 @@ def evaluate_model(target: str, names: Sequence[str], overrides: Sequence[str], 
         except Exception as error:
             if world.size == 1:
                 raise
-            return Failures(world.rank, board).tell(error)
+            return Failures(world.rank, store).report_once(error)
         finally:
             leave_world()
 

@@ -39,7 +39,7 @@ def sign_test(wins: int, losses: int) -> float:
     return min(1.0, 2 * math.fsum(math.exp(x) for x in log_p))
 
 
-def _scale(values: Values, centered: Values) -> float:
+def scale_of(values: Values, centered: Values) -> float:
     """By how much centering, which is linear, stretches."""
     spread = float(values.max() - values.min())
     return float(centered.max() - centered.min()) / spread if spread else 0.0

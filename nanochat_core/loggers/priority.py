@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
-def _give_way(yes: bool = True) -> None:
+def lower_priority(yes: bool = True) -> None:
     """While training runs, take what it leaves: all threads, and what they started; threads to come inherit it. At the
     end be ordinary programs again, as far as the system allows: they may share the machine with other work.
 
@@ -32,7 +32,7 @@ def _give_way(yes: bool = True) -> None:
                 os.setpriority(os.PRIO_PROCESS, int(thread.name), niceness)
         with contextlib.suppress(OSError):  # it has ended, or there are no such groups
             if os.getsid(pid) != session:
-                _write_patiently(Path(f"/proc/{pid}/autogroup"), "19" if yes else "0")
+                _write_with_retries(Path(f"/proc/{pid}/autogroup"), "19" if yes else "0")
 
 
 def family(pid: int) -> Iterator[int]:
@@ -44,7 +44,7 @@ def family(pid: int) -> Iterator[int]:
                 yield from family(int(child))
 
 
-def _write_patiently(path: Path, text: str) -> None:
+def _write_with_retries(path: Path, text: str) -> None:
     """Linux takes a niceness of a session once in 0.1 s, from all processes together."""
     for _ in range(20):
         with contextlib.suppress(BlockingIOError):

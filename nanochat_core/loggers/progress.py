@@ -15,17 +15,18 @@ from nanochat_core.plugins.choice import Choice
 
 @attrs.frozen
 class Job:
-    """What one follower has to do.
+    """What one logger worker has to do.
 
     Args:
         timeout: seconds that building the logger, one record, and sending the rest at the end may take each.
-        hurry: at the end of the run, sending the rest is one task of ``timeout`` seconds; else only each record is.
+        finish_at_once: whether sending the rest at the end of the run is one task of ``timeout`` seconds, or each
+            record is one.
     """
 
     choice: Choice
     context: LoggerContext
     timeout: float
-    hurry: bool = True
+    finish_at_once: bool = True
 
 
 @attrs.define

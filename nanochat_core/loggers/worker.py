@@ -1,4 +1,4 @@
-"""The program of one logger: ``python -m nanochat_core.loggers.worker``, started by ``logger_process``. Imports no torch.
+"""The program of one logger: ``python -m nanochat_core.loggers.worker``, started by ``process.py``. Imports no torch.
 
 It builds the logger, tells it every line that comes to the ledger, and keeps in ``loggers/<name>.json`` how far it got.
 The training process is at the other end of two pipes, but nothing here waits for it and it waits for nothing here:
@@ -31,7 +31,7 @@ import attrs
 
 from nanochat_core.errors import NanochatError, PluginError
 from nanochat_core.interfaces.logger import Logger
-from nanochat_core.loggers.priority import _give_way
+from nanochat_core.loggers.priority import lower_priority
 from nanochat_core.loggers.progress import Job, Progress, progress_file
 
 POLL_SECONDS = 1.0  # how often the ledger is looked at; what came since is told in one go, which costs least
@@ -39,7 +39,7 @@ LONGEST_PAUSE = 60.0  # between two tries of a record that the logger raises on
 INCOMPLETE, CANT_START = 3, 4  # exit codes
 
 
-class Follower:
+class LoggerWorker:
     """Tells a logger the ledger's lines.
 
     Args:
@@ -133,10 +133,10 @@ class Follower:
         Raises:
             Exception: what the logger raised.
         """
-        with self._watched("finish") if self.job.hurry else contextlib.nullcontext():
+        with self._watched("finish") if self.job.finish_at_once else contextlib.nullcontext():
             self.send_new()
             try:
-                with contextlib.nullcontext() if self.job.hurry else self._watched("finish"):
+                with contextlib.nullcontext() if self.job.finish_at_once else self._watched("finish"):
                     self.logger.finish(status)  # type: ignore[arg-type]
             except Exception as error:
                 self._failed(f"failed to finish: {type(error).__name__}: {error}")
@@ -201,19 +201,19 @@ class _Ended(threading.Thread):
         return self.event.wait(seconds) or os.getppid() != self.parent
 
 
-def _follow(follower: Follower, ended: _Ended) -> bool:
+def _follow(worker: LoggerWorker, ended: _Ended) -> bool:
     """Follow the ledger to the end of the run. Returns whether the logger was told everything."""
     pause = POLL_SECONDS
     while not ended.wait(pause):
         try:
-            follower.send_new()
+            worker.send_new()
             pause = POLL_SECONDS
         except Exception:
             pause = min(max(1.0, 2 * pause), LONGEST_PAUSE)
-    if follower.job.context.live:
-        _give_way(False)
+    if worker.job.context.live:
+        lower_priority(False)
     try:
-        follower.finish(ended.status)
+        worker.finish(ended.status)
     except Exception:
         return False
     return True
@@ -250,20 +250,20 @@ def main() -> int:
         _lock(progress_file(job.context.directory, job.choice.name).with_suffix(".lock"), job.timeout)
         if job.context.live:
             os.nice(10)
-        follower = Follower(job, say)
-        follower.start()
+        worker = LoggerWorker(job, say)
+        worker.start()
     except Exception as error:
         traceback.print_exc()
         reason = str(error).splitlines()[0] if isinstance(error, NanochatError) else repr(error)
         say(report=f"can't start, training goes on without it: {reason}")
         return CANT_START
     if job.context.live:
-        _give_way()
-    return 0 if _follow(follower, ended) else INCOMPLETE
+        lower_priority()
+    return 0 if _follow(worker, ended) else INCOMPLETE
 
 
 def _lock(path: Path, timeout: float) -> None:
-    """One follower a logger: that of a training process that has just died may still be at work."""
+    """One worker per logger: that of a training process that has just died may still be at work."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)  # kept open as long as this process lives
     deadline = time.monotonic() + timeout
     while True:

@@ -15,7 +15,7 @@ from nanochat_core.interfaces.model import Model
 from nanochat_core.interfaces.optimizer import Multipliers, Optimizer
 
 
-class _Alive(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):
     """Counts the bytes of tensors that operations make, for as long as somebody holds them. What was there before does
     not count."""
 
@@ -119,7 +119,7 @@ def estimate_memory(
     model.train()
     model.zero_grad(set_to_none=True)
     try:
-        with _Alive() as alive:
+        with LiveBytes() as alive:
             if accumulates:  # what micro-batches before this one left; a gradient is added to the one that is there
                 loss = torch.zeros((), device="meta")
                 for parameter in model.parameters():

@@ -37,7 +37,7 @@ def settle_batch_size(planned: Planned, world: World, fits: Callable[[int], bool
         return planned
     on_this_rank = fits or (lambda rows: _fits(planned, world, rows))
     rows = largest_that_fits(
-        list(plan.choices), plan.device_batch_size, lambda rows: all(world.gather(on_this_rank(rows)))
+        list(plan.choices), plan.device_batch_size, lambda rows: all(world.all_gather_object(on_this_rank(rows)))
     )
     if rows is None:
         raise OutOfMemory(plan, "probing device_batch_size")

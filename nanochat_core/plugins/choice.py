@@ -9,12 +9,12 @@ from typing import Any, Literal
 import attrs
 
 from nanochat_core.errors import NanochatError, PluginError
-from nanochat_core.plugins.options import _finite, _plain_name, above, at_least, option
+from nanochat_core.plugins.options import above, at_least, finite, option, plain_name
 from nanochat_core.plugins.registry import Entry
 
 
 def _entry_name(_: Any, attribute: Any, value: str) -> None:
-    _plain_name(_, attribute, value)
+    plain_name(_, attribute, value)
     if not value or "." in value:
         raise ValueError(f"must be a name without dots, so that keys can hold it, not {value!r}")
 
@@ -41,7 +41,7 @@ class LoggerKeys(NamedKeys):
         60.0,
         "seconds that a logger may take to start, over one record, and to send the rest at the end; then it is ended, "
         "and nanochat log-sync can send what it missed",
-        validator=_finite,
+        validator=finite,
     )
 
 

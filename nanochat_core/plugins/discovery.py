@@ -35,7 +35,7 @@ _COMPARE: Mapping[str, Callable[[Any, Any], bool]] = {
 
 
 @attrs.frozen
-class Failure:
+class PluginFailure:
     """A plugin that failed to load: its entry-point name, distribution, one line why, and the traceback."""
 
     plugin: str
@@ -48,7 +48,7 @@ class Failure:
 
 
 @attrs.frozen
-class Loaded:
+class LoadedPlugin:
     """A plugin that loaded: its entry-point name, distribution and version, and the seconds its import took."""
 
     plugin: str
@@ -58,7 +58,7 @@ class Loaded:
 
 
 @attrs.frozen
-class Observing:
+class ObserverPlugin:
     """A plugin that implements hooks of a run's lifecycle."""
 
     plugin: str
@@ -71,10 +71,10 @@ class Plugins:
     """All registries, and what became of each plugin."""
 
     registries: dict[Kind, Registry] = attrs.field(factory=lambda: {kind: Registry(kind) for kind in KINDS})
-    loaded: list[Loaded] = attrs.field(factory=list)
-    failures: list[Failure] = attrs.field(factory=list)
+    loaded: list[LoadedPlugin] = attrs.field(factory=list)
+    failures: list[PluginFailure] = attrs.field(factory=list)
     commands: list[Command] = attrs.field(factory=list)
-    observers: list[Observing] = attrs.field(factory=list)
+    observers: list[ObserverPlugin] = attrs.field(factory=list)
 
     def __getitem__(self, kind: Kind) -> Registry:
         return self.registries[kind]
@@ -121,12 +121,14 @@ def load_plugins(only: str | None = None) -> Plugins:
                 registry.discard(point.name, distribution)
             plugins.commands = [c for c in plugins.commands if (c.plugin, c.distribution) != (point.name, distribution)]
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            plugins.failures.append(Failure(point.name, distribution, reason, traceback.format_exc()))
+            plugins.failures.append(PluginFailure(point.name, distribution, reason, traceback.format_exc()))
         else:
-            plugins.loaded.append(Loaded(point.name, distribution, version, time.perf_counter() - start))
+            plugins.loaded.append(LoadedPlugin(point.name, distribution, version, time.perf_counter() - start))
     for name in wanted:
         if name not in {p.plugin for p in plugins.loaded} | {f.plugin for f in plugins.failures}:
-            plugins.failures.append(Failure(name, "no distribution", "NANOCHAT_PLUGINS names it, nothing has it", ""))
+            plugins.failures.append(
+                PluginFailure(name, "no distribution", "NANOCHAT_PLUGINS names it, nothing has it", "")
+            )
     return plugins
 
 
@@ -164,7 +166,7 @@ def _register(
     if _COMMANDS in implemented:
         module.nanochat_register_commands(CommandRegistrar(plugins.commands, name, distribution))
     if set(_OBSERVERS) & set(implemented):
-        plugins.observers.append(Observing(name, distribution, module))
+        plugins.observers.append(ObserverPlugin(name, distribution, module))
 
 
 def _own_version() -> str:

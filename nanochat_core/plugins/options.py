@@ -76,11 +76,11 @@ def between(low: float, high: float) -> Callable[[Any, Any, Any], None]:
     return check
 
 
-def _plain_name(_: Any, attribute: Any, value: str) -> None:
+def plain_name(_: Any, attribute: Any, value: str) -> None:
     if value != value.strip() or any(c in value for c in '/\\\0:"') or value.startswith("."):
         raise ValueError(f"must be usable as a directory name, not {value!r}")
 
 
-def _finite(_: Any, attribute: Any, value: Any) -> None:
+def finite(_: Any, attribute: Any, value: Any) -> None:
     if value is not None and not 0 < value < math.inf:
         raise ValueError(f"must be a finite number greater than 0, not {value}")

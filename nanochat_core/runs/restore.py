@@ -91,13 +91,13 @@ def newest_checkpoint(run: RunDirectory) -> Path:
     Raises:
         CheckpointError: when there is none.
     """
-    checkpoint = _sound_checkpoint(run)
+    checkpoint = sound_checkpoint(run)
     if checkpoint is None:
         raise CheckpointError(f"{run.path} has no sound checkpoint; set checkpoint.save_every to save on the way")
     return checkpoint
 
 
-def _sound_checkpoint(run: RunDirectory) -> Path | None:
+def sound_checkpoint(run: RunDirectory) -> Path | None:
     checkpoint, damaged = latest_checkpoint(run.checkpoints)
     for line in damaged:
         print(line, file=sys.stderr)

@@ -21,12 +21,12 @@ from nanochat_core.runs.checkpoint import load_state
 from nanochat_core.runs.directory import RunDirectory, create_run, find_run
 from nanochat_core.runs.restore import load_experiment, newest_checkpoint
 from nanochat_core.training.resume import (
-    _check_changes,
-    _check_version,
-    _compare_options,
-    _devices,
-    _explain_horizon,
-    _find_resume,
+    check_changes,
+    check_version,
+    compare_options,
+    devices_of,
+    explain_horizon,
+    find_resume,
 )
 
 
@@ -57,13 +57,13 @@ def prepare(
     runs_dir: Path,
     resume: str | None,
     world: World,
-    held: ExitStack,
+    exit_stack: ExitStack,
     allow_other_data: bool = False,
 ) -> Setup | None:
     """Load and plan, print the plan, choose the run directory. None when there is nothing left to do.
 
     Args:
-        held: keeps the run directory's lock, from before its checkpoints are looked at.
+        exit_stack: keeps the run directory's lock, from before its checkpoints are looked at.
 
     Raises:
         NanochatError: when the user has to mend something.
@@ -72,16 +72,16 @@ def prepare(
     for failure in plugins.failures:
         print(failure, file=sys.stderr)
     loaded = load(file, overrides, plugins).require_all()
-    found = _find_resume(resume, loaded.experiment.run.name, runs_dir, held)
+    found = find_resume(resume, loaded.experiment.run.name, runs_dir, exit_stack)
     old = None
     if found is not None:
-        _check_version(found[1], plugins)
+        check_version(found[1], plugins)
         old = load_experiment(*found, plugins)
     if found is not None and old is not None:  # a run stays as it began, to the last bit
         train, kept = loaded.experiment.train, list[str]()
         if train.compile == "auto":
             kept.append(f"train.compile={str(old.train.compile).lower()}")
-        if train.device_batch_size == "auto" and _devices(found[0]) == (world.size, device_spec(world.device).name):
+        if train.device_batch_size == "auto" and devices_of(found[0]) == (world.size, device_spec(world.device).name):
             kept.append(f"train.device_batch_size={old.train.device_batch_size}")
         loaded = load(file, [*overrides, *kept], plugins).require_all()
     planned = make_plan(loaded, world.size, world.device)
@@ -94,12 +94,12 @@ def prepare(
         weights = None
         if experiment.train.init_from is not None:
             weights = newest_checkpoint(find_run(experiment.train.init_from, runs_dir))
-            _compare_options(weights, planned)
+            compare_options(weights, planned)
         run_dir, lock = create_run(runs_dir, experiment.run.name)
-        held.enter_context(lock)
+        exit_stack.enter_context(lock)
         return Setup(planned, run_dir, None, weights, plugins.versions(), observers)
     run_dir, checkpoint = found
-    _check_changes(old, planned, run_dir, allow_other_data)
+    check_changes(old, planned, run_dir, allow_other_data)
     step = load_state(checkpoint).step
     horizon = planned.plan.num_iterations
     if step > horizon or (step == horizon and run_dir.read_status().get("status") == "finished"):
@@ -109,11 +109,11 @@ def prepare(
         )
         return None
     print(f"resuming {run_dir.path} from {checkpoint.name}")
-    before, now = _devices(run_dir), (planned.plan.world_size, planned.plan.device)
+    before, now = devices_of(run_dir), (planned.plan.world_size, planned.plan.device)
     if before != now:
         print(
             f"it was trained on {before[0]} x {before[1]}, goes on with {now[0]} x {now[1]}: the data and the global "
             f"batch stay the same, sums may be taken in another order, so that numbers agree within rounding"
         )
-    _explain_horizon(old, planned, run_dir, step)
+    explain_horizon(old, planned, run_dir, step)
     return Setup(planned, run_dir, checkpoint, None, plugins.versions(), observers, allow_other_data)

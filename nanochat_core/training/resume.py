@@ -16,27 +16,29 @@ from nanochat_core.plugins.discovery import Plugins
 from nanochat_core.plugins.structure import fields_of, to_plain
 from nanochat_core.runs.checkpoint import read_model, remove_leftovers, saved_options
 from nanochat_core.runs.directory import RunDirectory, all_runs, find_run
-from nanochat_core.runs.restore import _sound_checkpoint, newest_checkpoint
+from nanochat_core.runs.restore import newest_checkpoint, sound_checkpoint
 
 
-def _devices(run: RunDirectory) -> tuple[int, str]:
+def devices_of(run: RunDirectory) -> tuple[int, str]:
     """How many devices of which kind a run was last trained on."""
     plan = json.loads(run.provenance.read_text(encoding="utf-8"))["plan"]
     return plan["world_size"], plan["device"]
 
 
-def _find_resume(resume: str | None, name: str, runs_dir: Path, held: ExitStack) -> tuple[RunDirectory, Path] | None:
+def find_resume(
+    resume: str | None, name: str, runs_dir: Path, exit_stack: ExitStack
+) -> tuple[RunDirectory, Path] | None:
     """The run and checkpoint that ``--resume`` means. The run is locked first: who trains it makes others."""
     if resume is None:
         return None
     if resume not in ("auto", "newest"):
         run = find_run(resume, runs_dir)
-        held.enter_context(run.lock())
+        exit_stack.enter_context(run.lock())
         return run, newest_checkpoint(run)
     why = f"there is no run of {name!r} under {runs_dir}"
     for newest in all_runs(runs_dir, name)[:1]:
-        held.enter_context(newest.lock())
-        checkpoint = _sound_checkpoint(newest)
+        exit_stack.enter_context(newest.lock())
+        checkpoint = sound_checkpoint(newest)
         if checkpoint is not None:
             return newest, checkpoint
         newest.remove_leftovers()  # nobody goes on there
@@ -48,7 +50,7 @@ def _find_resume(resume: str | None, name: str, runs_dir: Path, held: ExitStack)
     return None
 
 
-def _check_version(checkpoint: Path, plugins: Plugins) -> None:
+def check_version(checkpoint: Path, plugins: Plugins) -> None:
     """Refuse to resume from an older version of the model: the optimizer's state is that of its parameters."""
     record = read_model(checkpoint)
     entry = plugins["model"].get(record.plugin)
@@ -62,7 +64,7 @@ def _check_version(checkpoint: Path, plugins: Plugins) -> None:
         )
 
 
-def _compare_options(weights: Path, planned: Planned) -> None:
+def compare_options(weights: Path, planned: Planned) -> None:
     """Name options of the model that are others than those its weights were trained with; refuse one that nobody chose:
     defaults change, weights don't."""
     choice, problems = planned.experiment.model, []
@@ -84,7 +86,7 @@ def _compare_options(weights: Path, planned: Planned) -> None:
         raise ConfigError(problems)
 
 
-def _check_changes(old: Experiment, planned: Planned, run_dir: RunDirectory, allow_other_data: bool) -> None:
+def check_changes(old: Experiment, planned: Planned, run_dir: RunDirectory, allow_other_data: bool) -> None:
     """Refuse to resume with options that would make it another run; name other changes."""
     problems = []
     for key, before, now, rule in changed_options(old, planned.experiment):
@@ -106,7 +108,7 @@ def _check_changes(old: Experiment, planned: Planned, run_dir: RunDirectory, all
         raise error
 
 
-def _explain_horizon(old: Experiment, planned: Planned, run_dir: RunDirectory, step: int) -> None:
+def explain_horizon(old: Experiment, planned: Planned, run_dir: RunDirectory, step: int) -> None:
     """Say what the learning rate does when a run goes on with another horizon or schedule."""
     new, schedule = planned.plan, planned.experiment.schedule
     old_horizon = run_dir.read_status().get("num_iterations", new.num_iterations)

@@ -21,7 +21,7 @@ from nanochat_core.data.tokenizer_cache import load_tokenizer, make_tokenizer
 from nanochat_core.distributed.failures import Failures
 from nanochat_core.distributed.guarded import EvaluationWorld
 from nanochat_core.distributed.signals import PREEMPTED_EXIT_CODE, Stopped, StopRequest
-from nanochat_core.distributed.store import Board, Failure
+from nanochat_core.distributed.store import RankFailure, RankStore
 from nanochat_core.distributed.watchdog import Watchdog
 from nanochat_core.distributed.world import OtherRankFailed, World, join_world, leave_world
 from nanochat_core.errors import CheckpointError, ConfigError, DataError, NanochatError, Problem
@@ -82,14 +82,14 @@ def run_experiment(
         world = join_world()
     if world.device.type == "cpu":
         keep_freed_memory()
-    board = Board.open(world.size)
-    failures = Failures(world.rank, board)
-    with Watchdog(world.rank, world.size, board) as watchdog:
+    store = RankStore.open(world.size)
+    failures = Failures(world.rank, store)
+    with Watchdog(world.rank, world.size, store) as watchdog:
         try:
-            with contextlib.ExitStack() as held:
+            with contextlib.ExitStack() as exit_stack:
                 with stop.interruptible():
                     setup = world.on_main(
-                        lambda: prepare(file, overrides, runs_dir, resume, world, held, allow_other_data)
+                        lambda: prepare(file, overrides, runs_dir, resume, world, exit_stack, allow_other_data)
                     )
                     if setup is None:
                         return 0
@@ -99,13 +99,13 @@ def run_experiment(
         except OtherRankFailed as failure:
             return failure.exit_code
         except Stopped:
-            board.mark_failure(Failure(world.rank, PREEMPTED_EXIT_CODE))  # others may wait for this rank
+            store.mark_failure(RankFailure(world.rank, PREEMPTED_EXIT_CODE))  # others may wait for this rank
             watchdog.end_within(LAST_SECONDS, PREEMPTED_EXIT_CODE)
             raise
         except Exception as error:
             if world.size == 1:
                 raise
-            return failures.tell(error)
+            return failures.report_once(error)
         finally:
             leave_world()
 
@@ -136,7 +136,7 @@ class _Session:
                 last.enter_context(trainer.loader)  # closed last: it waits for a read in progress
                 self.logs.report(f"run directory {self.run_dir.path}")
                 status = trainer.fit()
-                found = self.world.gather(list(trainer.data_problems()))
+                found = self.world.all_gather_object(list(trainer.data_problems()))
                 problems = sorted({line for lines in found for line in lines})
                 if problems:
                     text = "places in the data could not be read and were skipped; see log.txt"
@@ -171,7 +171,7 @@ class _Session:
             if is_out_of_memory(error):
                 error = OutOfMemory(self.plan, f"the run was at step {self.state.step}", str(error))
         if self.world.size > 1:
-            self.failures.tell(error)
+            self.failures.report_once(error)
         return error
 
     def _open(self) -> None:
@@ -254,13 +254,13 @@ class _Session:
                 guarded,
                 self.run_dir.path,
                 logs.report,
-                self.watchdog.beat,
+                self.watchdog.heartbeat,
             ),
             state=self.state,
             logs=logs,
             saver=self._saver(),
             stop=self.stop,
-            beat=self.watchdog.beat,
+            heartbeat=self.watchdog.heartbeat,
             documents=source.documents("train"),
             data_problems=source.problems,
             evaluated=evaluated,

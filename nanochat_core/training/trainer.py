@@ -56,7 +56,7 @@ class Trainer:
     Args:
         saver: writes checkpoints on the main rank.
         stop: tells whether this rank was asked to stop.
-        beat: called with what begins, once a step.
+        heartbeat: called with what begins, once a step.
         documents: of the training split.
         data_problems: what the data source could not read so far.
         evaluated: entries that have evaluated the step the run starts at, before it was interrupted.
@@ -74,7 +74,7 @@ class Trainer:
     logs: Logs
     saver: Saver
     stop: StopRequest
-    beat: Callable[[str], None]
+    heartbeat: Callable[[str], None]
     documents: Sequence[str]
     data_problems: Callable[[], Sequence[str]]
     evaluated: Collection[str] = ()
@@ -106,7 +106,7 @@ class Trainer:
         with self._profiler() as profiler:
             started = time.perf_counter()
             while state.step < horizon:
-                self.beat(f"after step {state.step}")
+                self.heartbeat(f"after step {state.step}")
                 waiting = time.perf_counter()
                 step = self._next_step()
                 if step is None and self.world.size == 1:
@@ -124,7 +124,7 @@ class Trainer:
                     return self._preempted()
                 if self._data_ended and not at_end:
                     self._finish_saving()
-                    raise self.world.agreed(self._data_used_up())
+                    self.world.raise_on_main(self._data_used_up())
                 if not self._evaluate():
                     return self._preempted()
                 started = time.perf_counter()
@@ -223,7 +223,7 @@ class Trainer:
         )
         if self._skipped_in_row > train.max_skipped_steps:
             self._finish_saving()
-            raise self.world.agreed(self._diverged(step, before, loss_mean, norm, multipliers.lr))
+            self.world.raise_on_main(self._diverged(step, before, loss_mean, norm, multipliers.lr))
         return stops > 0
 
     @property
@@ -350,7 +350,7 @@ class Trainer:
         state = self.state
         self._saved = state.step
         optimizer_state = self.optimizer.state_dict()  # collective
-        parts = self.world.gather((dict(self.state.cursors), rng_state(self.world.device)))
+        parts = self.world.all_gather_object((dict(self.state.cursors), rng_state(self.world.device)))
         if self.world.is_main:
             for cursors, _ in parts:
                 state.cursors.update(cursors)
@@ -380,7 +380,7 @@ class Trainer:
         done = self.state.step - 1
         indices = self.loader.documents(before, step)
         dtype = getattr(torch, self.plan.dtype)
-        parts = self.world.gather(describe_batch(self.model, dtype, step, self.documents, indices))
+        parts = self.world.all_gather_object(describe_batch(self.model, dtype, step, self.documents, indices))
         path = self.run_dir.path / f"diverged_step_{done:06d}.json"
         content = {"step": done, "loss": str(loss), "grad_norm": str(norm), "lrm": lrm, "ranks": parts}
         written = f" (see {path})"

@@ -95,7 +95,7 @@ class HarnessModel(LM):  # type: ignore[misc]
         return found
 
     def _score(self, spans: list[Span]) -> list[Any]:
-        self.context.world.publish(("score", [(span.ids, span.start) for span in spans]))
+        self.context.world.broadcast_object(("score", [(span.ids, span.start) for span in spans]))
         return scored(self.model, spans, self.context)
 
 
@@ -116,12 +116,12 @@ class LMEval(Evaluator):
         world = self.context.world
         if not world.is_main:
             while True:
-                what, spans = world.publish()
+                what, spans = world.broadcast_object()
                 if what == "done":
                     return Evaluation()
                 scored(model, [Span(ids, start) for ids, start in spans], self.context)
         evaluation = self._run(model)
-        world.publish(("done", []))
+        world.broadcast_object(("done", []))
         return evaluation
 
     def _run(self, model: Model) -> Evaluation:

@@ -269,7 +269,7 @@ class Exchange:
             self._learn_order(self._completed)
 
     def _learn_order(self, completed: list[int]) -> None:
-        order: list[int] = self.world.publish(completed)
+        order: list[int] = self.world.broadcast_object(completed)
         rest = [i for i in range(len(self.messages)) if i not in order]
         self._queue = [self.messages[i] for i in (*order, *rest)]
         self._completed = None

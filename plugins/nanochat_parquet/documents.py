@@ -13,7 +13,7 @@ import attrs
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanochat_core import DataError, Documents, Problems
+from nanochat_core import DataError, Documents, UnreadablePlaces
 from nanochat_parquet.files import File, read_tail
 
 # Lanes of a training run drift apart, so that several row groups are in use at once. What is kept in memory for them:
@@ -50,9 +50,13 @@ class ParquetDocuments(Documents):
     """
 
     def __init__(
-        self, shards: Sequence[Shard], column: str, problems: Problems | None = None, cache_bytes: int = CACHE_BYTES
+        self,
+        shards: Sequence[Shard],
+        column: str,
+        problems: UnreadablePlaces | None = None,
+        cache_bytes: int = CACHE_BYTES,
     ) -> None:
-        self._column, self._problems, self._cache_bytes = column, problems or Problems(), cache_bytes
+        self._column, self._problems, self._cache_bytes = column, problems or UnreadablePlaces(), cache_bytes
         self._groups = [(shard, i) for shard in shards for i in range(len(shard.footer.rows))]
         self._starts = [0, *accumulate(rows for shard in shards for rows in shard.footer.rows)]
         self._cache: OrderedDict[int, pa.ChunkedArray] = OrderedDict()  # most recently used last
@@ -74,7 +78,7 @@ class ParquetDocuments(Documents):
             except UnicodeDecodeError as error:
                 shard, i = self._groups[group]
                 what = f"row {index - start} of row group {i} of {shard.file.name} is not UTF-8 ({error})"
-                self._problems.meet(what, "mend the file", error)
+                self._problems.report(what, "mend the file", error)
                 yield ""
 
     def _row_group(self, group: int) -> pa.ChunkedArray:
@@ -101,10 +105,10 @@ class ParquetDocuments(Documents):
         except FileNotFoundError as error:  # the disk is gone, not a part of the data
             raise DataError(f"data.path: {what} ({error}); put this file back") from error
         except (pa.ArrowException, OSError) as error:
-            self._problems.meet(f"{what}: its {rows} documents ({error})", "get this file again", error)
+            self._problems.report(f"{what}: its {rows} documents ({error})", "get this file again", error)
             return pa.chunked_array([pa.nulls(rows, pa.string())])
         if len(column) != rows:
-            self._problems.meet(f"{what}: it holds {len(column)} rows instead of {rows}", "get this file again")
+            self._problems.report(f"{what}: it holds {len(column)} rows instead of {rows}", "get this file again")
             return pa.chunked_array([pa.nulls(rows, pa.string())])
         return column
 

@@ -147,7 +147,7 @@ def download_all(hub: Hub, files: Sequence[HubFile], column: str, workers: int) 
         return []
     if hub.offline is not None:
         raise hub.offline
-    hub.need(missing)
+    hub.check_disk_space(missing)
     progress = _Progress(total, len(missing))
     queue, failures = list(missing), dict[str, str]()
 

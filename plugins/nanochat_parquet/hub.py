@@ -29,7 +29,7 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 from nanochat_core import DataError
 from nanochat_parquet.documents import Footer, parse_footer
 from nanochat_parquet.files import footer_bytes
-from nanochat_parquet.patience import patiently
+from nanochat_parquet.patience import with_retries
 
 ABANDONED = 3600.0  # seconds without a byte after which a part of a file belongs to nobody
 PATHS_A_REQUEST = 500
@@ -83,7 +83,7 @@ class Hub:
     def _listing(self) -> tuple[str | None, list[str], DataError | None]:
         """Commit, names of all files, and why the hub did not answer. Without the hub: what it said the last time."""
         try:
-            info = patiently(
+            info = with_retries(
                 f"data set {self.repo}",
                 lambda: self._api.dataset_info(self.repo, revision=self.revision, timeout=30),
                 self._backoff,
@@ -124,7 +124,7 @@ class Hub:
         found: dict[str, HubFile] = {}
         for start in range(0, len(names), PATHS_A_REQUEST):
             part = list(names[start : start + PATHS_A_REQUEST])
-            infos = patiently(f"data set {self.repo}", partial(self._paths_info, part), self._backoff)
+            infos = with_retries(f"data set {self.repo}", partial(self._paths_info, part), self._backoff)
             for info in infos:
                 lfs = getattr(info, "lfs", None)
                 found[info.path] = HubFile(info.path, lfs.sha256 if lfs else info.blob_id, info.size)
@@ -213,7 +213,7 @@ class Hub:
                 raise OSError(f"{len(data)} bytes instead of {file.size - start}")
             return data
 
-        return patiently(f"the footer of {file.name}", get, self._backoff)
+        return with_retries(f"the footer of {file.name}", get, self._backoff)
 
     # -- whole files
 
@@ -227,7 +227,7 @@ class Hub:
         """What has arrived of a file. Machines that share a disk have one each: not all disks lock between machines."""
         return self._blobs / f"{file.etag}.{platform.node()}.incomplete"
 
-    def need(self, files: Sequence[HubFile]) -> None:
+    def check_disk_space(self, files: Sequence[HubFile]) -> None:
         """Check that there is room for files, after removing what killed downloads of other files have left.
 
         Raises:
@@ -291,7 +291,7 @@ class Hub:
             )
 
         with FileLock(lock):
-            path = self.local(file) or patiently(f"{file.name} of {self.repo}", get, self._backoff)
+            path = self.local(file) or with_retries(f"{file.name} of {self.repo}", get, self._backoff)
         tell(file.size)
         return path
 

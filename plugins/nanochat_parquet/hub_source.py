@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 
-from nanochat_core import DataContext, DataError, DataSource, Documents, Problems, Split
+from nanochat_core import DataContext, DataError, DataSource, Documents, Split, UnreadablePlaces
 from nanochat_parquet.config import ClimbmixConfig, FinewebEduConfig, HubConfig, HubParquetConfig
 from nanochat_parquet.documents import ParquetDocuments, Shard
 from nanochat_parquet.downloads import ArrivingFile, Downloads, download_all, say
@@ -31,7 +31,7 @@ class HubSource(DataSource):
 
     def __init__(self, hub: Hub, config: HubConfig, names: Sequence[str] | None = None) -> None:
         self._hub, self._config, self._names = hub, config, names
-        self._problems = Problems(config.on_error)
+        self._problems = UnreadablePlaces(config.on_error)
 
     @cached_property
     def _files(self) -> list[HubFile]:
@@ -75,7 +75,7 @@ class HubSource(DataSource):
 
     @cached_property
     def _train(self) -> Documents:
-        self._hub.need([file for file in self._files if self._hub.local(file) is None])
+        self._hub.check_disk_space([file for file in self._files if self._hub.local(file) is None])
         return ParquetDocuments(self._shards[:-1], self._config.text_column, self._problems)
 
     @cached_property

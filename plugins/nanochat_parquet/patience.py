@@ -27,7 +27,7 @@ EDQUOT = getattr(errno, "EDQUOT", errno.ENOSPC)  # not every system has it
 LATER = "run it again when the network is back: what has arrived is kept"
 
 
-def patiently(what: str, work: Callable[[], Result], backoff: float, attempts: int = ATTEMPTS) -> Result:
+def with_retries(what: str, work: Callable[[], Result], backoff: float, attempts: int = ATTEMPTS) -> Result:
     """What ``work`` returns.
 
     Args:

@@ -9,7 +9,7 @@ from functools import cached_property
 
 import pyarrow as pa
 
-from nanochat_core import DataContext, DataError, DataSource, Documents, Problems, Split, hold_out
+from nanochat_core import DataContext, DataError, DataSource, Documents, Split, UnreadablePlaces, hold_out
 from nanochat_parquet.config import ParquetConfig
 from nanochat_parquet.documents import ParquetDocuments, Shard, read_shard
 from nanochat_parquet.files import File, HttpFile, find, hash_file, hash_samples
@@ -26,7 +26,7 @@ class ParquetSource(DataSource):
     """
 
     def __init__(self, config: ParquetConfig) -> None:
-        self._config, self._problems = config, Problems(config.on_error)
+        self._config, self._problems = config, UnreadablePlaces(config.on_error)
         files = find(config.path, "data.path")
         self._files: dict[Split, list[File]] = {"train": files, "val": files}
         if config.val_path is not None:
@@ -75,7 +75,7 @@ class ParquetSource(DataSource):
             return read_shard(file, self._config.text_column)
         except (pa.ArrowException, OSError) as error:
             remedy = "get this file again, or remove it"
-            self._problems.meet(f"{file.name} can't be read as parquet ({error})", remedy, error)
+            self._problems.report(f"{file.name} can't be read as parquet ({error})", remedy, error)
             return None
 
     def _open(self, split: Split) -> ParquetDocuments:

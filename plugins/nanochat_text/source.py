@@ -10,7 +10,7 @@ from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 
-from nanochat_core import DataContext, DataError, DataSource, Documents, Problems, Split, hold_out
+from nanochat_core import DataContext, DataError, DataSource, Documents, Split, UnreadablePlaces, hold_out
 from nanochat_text.config import FilesConfig, JsonlConfig, TextConfig
 from nanochat_text.files import COMPRESSED, find, fingerprint, is_damage, open_compressed, plain
 from nanochat_text.index import Spans, load_index
@@ -27,7 +27,7 @@ class SpanDocuments(Documents):
     """
 
     def __init__(
-        self, files: Sequence[tuple[Path, Path, Spans]], parse: Callable[[bytes], str], problems: Problems
+        self, files: Sequence[tuple[Path, Path, Spans]], parse: Callable[[bytes], str], problems: UnreadablePlaces
     ) -> None:
         self._files, self._parse, self._problems = files, parse, problems
         self._starts = [0, *accumulate(len(spans) for _, _, spans in files)]
@@ -58,7 +58,7 @@ class SpanDocuments(Documents):
         try:
             return self._parse(data)
         except ValueError as error:
-            self._problems.meet(f"the document at byte {start:,} of {name} can't be read ({error})", MEND, error)
+            self._problems.report(f"the document at byte {start:,} of {name} can't be read ({error})", MEND, error)
             return ""
 
 
@@ -72,7 +72,7 @@ def _open(path: Path, name: Path) -> int:
 class FileDocuments(Documents):
     """One document a file."""
 
-    def __init__(self, paths: Sequence[Path], problems: Problems) -> None:
+    def __init__(self, paths: Sequence[Path], problems: UnreadablePlaces) -> None:
         self._paths, self._problems = paths, problems
 
     def __len__(self) -> int:
@@ -87,7 +87,7 @@ class FileDocuments(Documents):
             except OSError as error:
                 raise DataError(f"data.path: {path} can't be read ({error}); put it back") from error
             except ValueError as error:
-                self._problems.meet(f"{path} can't be read ({error})", MEND, error)
+                self._problems.report(f"{path} can't be read ({error})", MEND, error)
             yield ""
 
     def _bytes(self, path: Path) -> bytes:
@@ -135,7 +135,7 @@ class FilesSource(DataSource):
 
     def __init__(self, config: FilesConfig, cache_dir: Path) -> None:
         self._config, self._directory = config, cache_dir / "text"
-        self._problems = Problems(config.on_error)
+        self._problems = UnreadablePlaces(config.on_error)
         self._suffixes = (".jsonl", ".ndjson") if isinstance(config, JsonlConfig) else (".txt",)
         self._train_files = find(config.path, self._suffixes, "data.path")
         self._val_files = self._train_files
@@ -178,7 +178,7 @@ class FilesSource(DataSource):
         for path in paths:
             content = plain(path, self._directory, keep_damaged=config.on_error == "skip")
             if content.problem:
-                self._problems.meet(content.problem, MEND)
+                self._problems.report(content.problem, MEND)
             spans = load_index(
                 content.path, self._directory, config.separator if isinstance(config, TextConfig) else None
             )

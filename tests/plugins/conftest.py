@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support import call, only_run, write_experiment
+from helpers.support import call, only_run, write_experiment
 
 LOGGERS = """
 [[loggers]]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import call, ledger, losses, metrics
+from helpers.support import call, ledger, losses, metrics
 
 aim = pytest.importorskip("aim")
 

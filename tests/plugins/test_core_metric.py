@@ -14,8 +14,8 @@ from typing import Any
 import attrs
 import pytest
 import torch
-from core_bundle import TASKS, examples, plain_reading, write_bundle
-from support import Trained, call
+from helpers.core_bundle import TASKS, examples, plain_reading, write_bundle
+from helpers.support import Trained, call
 
 from nanochat_core import ConfigError, DataError, Evaluation, EvaluatorContext, Model, ModelContext, Tokenizer, World
 from nanochat_core.data.tokenizer_cache import build_tokenizer

@@ -6,7 +6,7 @@ import csv
 import json
 from pathlib import Path
 
-from support import losses, metrics
+from helpers.support import losses, metrics
 
 
 def read(file: Path) -> list[dict[str, str]]:

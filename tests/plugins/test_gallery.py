@@ -10,8 +10,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from fixtures.install import install_fixture
-from support import ROOT, Site, call, losses, metrics, only_run, write_experiment
+from helpers.install import install_fixture
+from helpers.support import ROOT, Site, call, losses, metrics, only_run, write_experiment
 
 from nanochat_core.plugins.scaffold import write_package
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from gpt_reading import ALL, CONFIGS, SMALL, VOCAB, T, batch, make, norm, recipe_logits
+from helpers.gpt_reading import ALL, CONFIGS, SMALL, VOCAB, T, batch, make, norm, recipe_logits
 
 from nanochat_core import ConfigError, ModelContext
 from nanochat_gpt.config import GPTConfig

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpt_reading import ALL, OPTIONS, SMALL, THREE, VOCAB, T, batch, make
+from helpers.gpt_reading import ALL, OPTIONS, SMALL, THREE, VOCAB, T, batch, make
 from torch import Tensor
 
 from nanochat_core import ModelContext

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from core_bundle import TASKS, examples, plain_reading, write_bundle
-from support import call
+from helpers.core_bundle import TASKS, examples, plain_reading, write_bundle
+from helpers.support import call
 
 from nanochat_core import (
     EvaluatorContext,

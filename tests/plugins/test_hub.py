@@ -17,9 +17,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from hub_server import HubServer, serve
+from helpers.hub_server import HubServer, serve
 
 from nanochat_core import DataError
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lm_eval_tasks import ROWS, write_task
-from ranks import on_ranks
+from helpers.lm_eval_tasks import ROWS, write_task
+from helpers.ranks import on_ranks
 
 from nanochat_core import EvaluatorContext, Model, ModelContext, Tokenizer, World
 from nanochat_core.data.tokenizer_cache import build_tokenizer

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import on_ranks
+from helpers.ranks import on_ranks
 from torch import Tensor, nn
 
 from nanochat_core import Model, ModelContext, Multipliers, OptimizerContext, PluginError, World
@@ -138,7 +138,7 @@ def steps_of(bag: Bag, steps: range) -> dict[str, Any]:
 
 def on_two(world: World) -> dict[str, Any]:
     straight = Bag(world)
-    held = straight.optimizer.state_bytes()
+    exit_stack = straight.optimizer.state_bytes()
     found = steps_of(straight, range(2))
     middle = found["after"]
 
@@ -171,7 +171,7 @@ def on_two(world: World) -> dict[str, Any]:
         "norms": torch.cat([found["norms"], rest["norms"]]),
         "after": rest["after"],
         "again": again["after"],
-        "held": held,
+        "exit_stack": exit_stack,
         "planned": Bag(World(world.rank, 2, torch.device("meta"))).optimizer.state_bytes(),
         "gpt": train_gpt(world, torch.float32),
         "gpt_bf16": train_gpt(world, torch.bfloat16),
@@ -231,8 +231,8 @@ def test_state_of_two_ranks_goes_on_with_three_and_with_one(two: list[dict[str, 
 def test_a_rank_holds_its_share_of_the_state(two: list[dict[str, Any]], alone: dict[str, Any]) -> None:
     whole = sum(t.nbytes for key, t in alone["after"].items() if "/" in key and not key.endswith("/step"))
     for rank in two:
-        assert rank["held"] == rank["planned"]  # known on the meta device
-        assert rank["held"] < 0.55 * whole
+        assert rank["exit_stack"] == rank["planned"]  # known on the meta device
+        assert rank["exit_stack"] < 0.55 * whole
 
 
 def test_a_gpt_trains_alike(two: list[dict[str, Any]]) -> None:

@@ -3,7 +3,6 @@ from __future__ import annotations
 import os
 import random
 import shutil
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers.hub_server import serve
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from hub_server import serve
 
 from nanochat_core import DataContext, DataError
 from nanochat_parquet.config import ParquetConfig

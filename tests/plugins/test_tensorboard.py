@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from support import losses, metrics
+from helpers.support import losses, metrics
 
 from nanochat_core import LoggerContext
 from nanochat_core.plugins.discovery import load_plugins

@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat_core import DataContext, DataError, documents
+from nanochat_core import DataContext, DataError
+from nanochat_core.data import documents
 from nanochat_text import index
 from nanochat_text.config import JsonlConfig, TextConfig
 from nanochat_text.source import FilesSource, build_jsonl, build_text

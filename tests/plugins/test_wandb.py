@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from logging_run import Run, wait_for
-from support import ROOT, call, ledger, losses, metrics, only_run, write_experiment
-from wandb_server import WandbServer, serve
+from helpers.logging_run import Run, wait_for
+from helpers.support import ROOT, call, ledger, losses, metrics, only_run, write_experiment
+from helpers.wandb_server import WandbServer, serve
 
 from nanochat_core.plugins.discovery import load_plugins
 from nanochat_core.runs.ledger import rewind_ledger
@@ -83,7 +83,7 @@ KILLED = """
 import os, signal, sys
 sys.path[:0] = {paths!r}
 from pathlib import Path
-from logging_run import Run, wait_for
+from helpers.logging_run import Run, wait_for
 run = Run(Path({directory!r})).start("wandb", mode="offline").train(0, 1)
 progress = run.directory / "loggers" / "wandb.json"
 wait_for(progress.exists, 60)

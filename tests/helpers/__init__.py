@@ -1,0 +1,1 @@
+"""What tests share: processes, servers, files and plugins that they make."""
