@@ -1,0 +1,44 @@
+"""Which checkpoints are kept."""
+
+from __future__ import annotations
+from collections.abc import Iterable
+from collections.abc import Mapping
+from nanochat_core.config.schema import Checkpoint
+import math
+
+
+def steps_to_delete(steps: Iterable[int], scores: Mapping[int, float], options: Checkpoint) -> list[int]:
+    """Which checkpoints ``options`` does not keep, oldest first.
+
+    The newest is always kept. ``keep_best`` looks at those that have a score; of equal ones the older is better. While
+    none has one, nothing is deleted, because any might turn out best.
+
+    Args:
+        steps: of the checkpoints there are.
+        scores: ``options.best_metric`` by step.
+    """
+    newest_first = sorted(steps, reverse=True)
+    if options.keep_last is options.keep_every is options.keep_best is None:
+        return []
+    keep = set(newest_first[: options.keep_last or 1])
+    if options.keep_every is not None:
+        keep |= {step for step in newest_first if step % options.keep_every == 0}
+    if options.keep_best is not None:
+        sign = -1 if options.best_is == "largest" else 1
+        scored = [step for step in newest_first if math.isfinite(scores.get(step, math.nan))]
+        if not scored:
+            return []
+        keep.update(sorted(scored, key=lambda step: (sign * scores[step], step))[: options.keep_best])
+    return [step for step in reversed(newest_first) if step not in keep]
+
+
+def most_at_once(count: int, options: Checkpoint) -> int:
+    """How many of a run's ``count`` checkpoints are on disk at one time at most: what is kept of those before the last,
+    and the last, which is written before any of them goes. Those that ``keep_best`` keeps count as none of the others.
+    """
+    before = count - 1
+    if options.keep_last is options.keep_every is options.keep_best is None:
+        return count
+    last = min(options.keep_last or 1, before)
+    every = (options.save_every or 0) * (before - last) // options.keep_every if options.keep_every else 0
+    return 1 + min(last + every + (options.keep_best or 0), before)
