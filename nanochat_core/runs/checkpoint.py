@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nanochat_core.errors import CheckpointError
+from nanochat_core.files import sync
 from nanochat_core.plugins.registry import Entry
 from nanochat_core.runs.state import TrainState
 from nanochat_core.runs.upgrades import ModelRecord, upgrade_manifest, upgrade_model
-from nanochat_core.files import sync
 
 VERSION = 3  # upgrades.py reads older ones
 MANIFEST = "manifest.json"
@@ -159,8 +159,6 @@ def remove_leftovers(directory: Path) -> list[str]:
     for path in found:
         shutil.rmtree(path, ignore_errors=True)
     return [path.name for path in found if not path.exists()]
-
-
 
 
 def _sha256(path: Path) -> str:

@@ -7,7 +7,6 @@ import datetime
 import fcntl
 import json
 import os
-import shutil
 import socket
 import time
 from pathlib import Path
@@ -16,9 +15,7 @@ from typing import IO, Any
 import attrs
 
 from nanochat_core.errors import CheckpointError, ConfigError, Problem, did_you_mean
-from nanochat_core.files import rank_log_name
-from nanochat_core.files import remove
-from nanochat_core.files import write_atomic
+from nanochat_core.files import rank_log_name, remove, write_atomic
 
 ID_FORMAT = "%Y%m%d-%H%M%S-%f"
 LOCK = "lock"
@@ -138,10 +135,6 @@ class RunDirectory:
         return False
 
 
-
-
-
-
 def _stamp(id: str) -> datetime.datetime | None:
     try:
         return datetime.datetime.strptime(id, ID_FORMAT)
@@ -191,8 +184,6 @@ def _remove_dead_start(run: RunDirectory) -> None:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not run.ledger.exists():
                 remove(run.path)
-
-
 
 
 def all_runs(runs_dir: Path, name: str | None = None) -> list[RunDirectory]:

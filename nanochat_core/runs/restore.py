@@ -5,21 +5,17 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from nanochat_core.runs.checkpoint import MANIFEST, list_checkpoints, read_model, saved_options
-from nanochat_core.errors import CheckpointError, ConfigError, PluginError, Problem
 from nanochat_core.config.load import LoadedExperiment, load
-from nanochat_core.plugins.discovery import Plugins
-from nanochat_core.runs.directory import RunDirectory
 from nanochat_core.config.schema import Experiment
+from nanochat_core.errors import CheckpointError, ConfigError, PluginError, Problem
 from nanochat_core.plugins.choice import Choice
-from nanochat_core.errors import CheckpointError
-from nanochat_core.runs.checkpoint import latest_checkpoint
+from nanochat_core.plugins.discovery import Plugins
+from nanochat_core.runs.checkpoint import MANIFEST, latest_checkpoint, list_checkpoints, read_model, saved_options
 from nanochat_core.runs.directory import RunDirectory
-from pathlib import Path
-import sys
 
 
 def distributions_of(experiment: Experiment) -> dict[str, str]:

@@ -1,10 +1,11 @@
 """Which checkpoints are kept."""
 
 from __future__ import annotations
-from collections.abc import Iterable
-from collections.abc import Mapping
-from nanochat_core.config.schema import Checkpoint
+
 import math
+from collections.abc import Iterable, Mapping
+
+from nanochat_core.config.schema import Checkpoint
 
 
 def steps_to_delete(steps: Iterable[int], scores: Mapping[int, float], options: Checkpoint) -> list[int]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,11 @@ from typing import Any
 import attrs
 from torch import Tensor
 
-from nanochat_core.runs.checkpoint import CheckpointContent, list_checkpoints, remove_checkpoint, save_checkpoint
-from nanochat_core.files import sync
-from nanochat_core.errors import CheckpointError
 from nanochat_core.config.schema import Checkpoint
+from nanochat_core.errors import CheckpointError
+from nanochat_core.files import sync
+from nanochat_core.runs.checkpoint import CheckpointContent, list_checkpoints, remove_checkpoint, save_checkpoint
 from nanochat_core.runs.retention import steps_to_delete
-
-
-
-
 
 
 @attrs.define

@@ -12,8 +12,8 @@ import attrs
 from torch import Tensor
 
 from nanochat_core.errors import CheckpointError, PluginError
-from nanochat_core.plugins.registry import Entry
 from nanochat_core.plugins.choice import Choice
+from nanochat_core.plugins.registry import Entry
 from nanochat_core.plugins.structure import to_plain
 
 Parts = tuple[dict[str, Any], dict[str, Tensor]]

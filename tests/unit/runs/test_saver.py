@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.support import Site, Trained, assert_same_end, call, losses, metrics, only_run
 from hypothesis import given
 from hypothesis import strategies as st
-from helpers.support import Site, Trained, assert_same_end, call, losses, metrics, only_run
 
 from nanochat_core.config.schema import Checkpoint
 from nanochat_core.runs.checkpoint import (
