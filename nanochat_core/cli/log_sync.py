@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace, _: Sequence[str]) -> int:
+    from nanochat_core.config.load import Tables
     from nanochat_core.config.tables import to_tables
     from nanochat_core.errors import CheckpointError, ConfigError, PluginError
     from nanochat_core.interfaces.logger import LoggerContext
@@ -44,7 +45,8 @@ def main(options: argparse.Namespace, _: Sequence[str]) -> int:
     experiment = load_recorded(run, plugins).experiment
     new = name not in [choice.name for choice in experiment.loggers]
     overrides = [f"loggers.{name}.{option}" for option in options.options]
-    loaded = load_recorded(run, plugins, [f"loggers.{name}.plugin={name}", *overrides] if new else overrides)
+    added = [Tables({"loggers": {name: {"plugin": name}}}, f"--to {name}")] if new else []
+    loaded = load_recorded(run, plugins, overrides, added)
     missing = [problem for problem in loaded.missing if problem.key.startswith(f"loggers.{name}")]
     if missing:
         raise ConfigError(missing)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from nanochat_core.cli import add_experiment, add_runs_dir, positive
 from nanochat_core.distributed.signals import PREEMPTED_EXIT_CODE, Stopped, StopRequest
 from nanochat_core.errors import ConfigError, Problem
+from nanochat_core.training.request import RunRequest
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,14 +40,11 @@ def _reference(text: str) -> str:
 
 
 def main(options: argparse.Namespace, arguments: Sequence[str]) -> int:
-    from nanochat_core.config.load import load
-    from nanochat_core.plugins.discovery import load_plugins
-
     if options.allow_other_data and options.resume is None:
         raise ConfigError([Problem("", "goes with --resume: a fresh run has no data yet", "--allow-other-data")])
     is_worker = "WORLD_SIZE" in os.environ
-    if not is_worker:  # before torch is imported: a typo costs no seconds
-        load(options.file, options.overrides, load_plugins()).require_all()
+    request = RunRequest(options.file, options.overrides, options.runs_dir, options.resume, options.allow_other_data)
+    loaded = None if is_worker else request.load()  # before torch is imported: a mistake is reported at once
     if options.nproc > 1 and not is_worker:
         from nanochat_core.distributed.launcher import launch
 
@@ -55,9 +53,7 @@ def main(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         try:
             with stop.interruptible():
                 from nanochat_core.training.session import run_experiment
-            return run_experiment(
-                options.file, options.overrides, options.runs_dir, options.resume, options.allow_other_data, stop
-            )
+            return run_experiment(request, stop, loaded)
         except Stopped:
             if os.environ.get("RANK", "0") == "0":
                 print("stopped by a signal before training began; run it again with --resume auto", file=sys.stderr)

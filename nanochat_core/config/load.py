@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,43 +46,64 @@ class LoadedExperiment:
             raise ConfigError(self.missing)
         return self
 
+    def keep(self, values: Mapping[str, Any], run: str) -> LoadedExperiment:
+        """Options of the core's tables replaced by what they are in an earlier run.
+
+        Args:
+            values: by dotted key, such as ``train.compile``.
+            run: the run they are kept from, as the origin names it.
+        """
+        experiment, origins = self.experiment, dict(self.origins)
+        for key, value in values.items():
+            table, _, option = key.partition(".")
+            changed: dict[str, Any] = {table: attrs.evolve(getattr(experiment, table), **{option: value})}
+            experiment = attrs.evolve(experiment, **changed)
+            origins[key] = origins[key].kept_from(run)
+        return attrs.evolve(self, experiment=experiment, origins=origins)
+
+
+@attrs.frozen
+class Tables:
+    """Tables that come from elsewhere than the experiment's file. They lie over the file and below overrides.
+
+    Args:
+        content: options by table; entries of a list by table and name.
+        origin: where they come from, such as a checkpoint or an option of the command.
+        replace: tables of the file with these names are left out, instead of merged with.
+    """
+
+    content: Mapping[str, Mapping[str, Any]]
+    origin: str
+    replace: bool = False
+
 
 def load(
-    file: str | Path,
-    overrides: Iterable[str],
-    plugins: Plugins,
-    instead: Mapping[str, Mapping[str, Any]] | None = None,
-    instead_from: str = "",
+    file: str | Path | None, overrides: Iterable[str], plugins: Plugins, tables: Sequence[Tables] = ()
 ) -> LoadedExperiment:
     """Read an experiment.
 
     Args:
-        file: the TOML file.
+        file: the TOML file; None when everything comes from ``tables`` and ``overrides``.
         overrides: ``key=value`` texts; list entries are addressed by name, as in ``evaluators.bpb.every=50``.
         plugins: what is installed.
-        instead: tables that stand in for those of the file; ``instead_from``: where they come from.
+        tables: what lies between the file and the overrides, lowest first.
 
     Raises:
         ConfigError: with every problem found.
     """
     problems: list[Problem] = []
-    layers = read_layers(Path(file), problems)
+    layers = read_layers(Path(file), problems) if file is not None else []
     tree: Tree = {}
-    for index, (layer, where) in enumerate(layers):
-        merge_layer(tree, layer, where, index, problems)
-    for table, content in (instead or {}).items():
-        tree[table] = {key: Value(value, Origin(instead_from, 0)) for key, value in content.items()}
-    merge_overrides(tree, list(overrides), len(layers), problems)
-    return _Structurer(tree, plugins, problems, default_name=Path(file).stem).finish()
-
-
-# ------------------------------------------------------------------------------------------------ files to layers
-
-
-# -------------------------------------------------------------------------------------------------------- merging
-
-
-# ------------------------------------------------------------------------------------------------- to an experiment
+    for index, (layer, places) in enumerate(layers):
+        merge_layer(tree, layer, places, index, problems)
+    index = len(layers)
+    for added in tables:
+        for table in added.content if added.replace else ():
+            tree.pop(table, None)
+        merge_layer(tree, added.content, {(): added.origin}, index, problems)
+        index += 1
+    merge_overrides(tree, list(overrides), index, problems)
+    return _Structurer(tree, plugins, problems, default_name=Path(file).stem if file is not None else "").finish()
 
 
 class _Structurer:
@@ -165,59 +186,70 @@ class _Structurer:
         return config
 
     def _choice(self, path: Path_, table: Tree, kind: Any) -> Choice | None:
-        """The plugin entry a table picks, with its config."""
-        registry = self.plugins[kind]
-        word = kind.replace("_", " ")
-        chosen = table.get("plugin")
-        if chosen is None and len(path) == 2 and isinstance(table, dict) and registry.claims(path[1]):
-            chosen = Value(path[1], DEFAULT)
-        if not isinstance(chosen, Value) or not isinstance(chosen.value, str):
-            names = ", ".join(e.name for e in registry) or "none"
-            self._problem((*path, "plugin"), f"missing: name a {word} plugin (installed: {names})", chosen or table)
+        """The plugin entry a table picks, with its config; None after noting what is wrong."""
+        chosen = self._chosen(path, table, kind)
+        if chosen is None:
             return None
-        name = chosen.value
         reserved_class = RESERVED.get(kind, EntryKeys)
-        reserved_names = list(fields_of(reserved_class))
-        entry = registry.get(name)
+        reserved = list(fields_of(reserved_class))
+        registry = self.plugins[kind]
+        entry = registry.get(chosen.value)
+        if entry is not None:
+            for old, new in entry.aliases.items():
+                self._apply_alias(path, table, old, new)
+        own = {k: v for k, v in table.items() if k not in reserved}
+        kept = {k: v for k, v in table.items() if k in reserved} | {"plugin": chosen}
+        if "name" in reserved:
+            kept.setdefault("name", Value(path[-1], chosen.origin))
         if entry is None:
-            if registry.claims(name):
-                self._problem((*path, "plugin"), registry.explain_clash(name), chosen)
-                return None
-            message = f'no {word} plugin "{name}" is installed{registry.suggest(name)}'
-            message += "; install the package that brings it" + self.plugins.explain_failure(name)
-            self.missing.append(Problem(".".join((*path, "plugin")), message, chosen.origin.text))
-            kept = {k: v for k, v in table.items() if k in reserved_names} | {"plugin": chosen}
-            if "name" in reserved_names:
-                kept.setdefault("name", Value(path[-1], chosen.origin))
-            keys = self._structure(reserved_class, path, kept)
-            for key in reserved_names:
-                if key not in kept:  # the plugin may have a default of its own
-                    self.origins.pop(".".join((*path, key)), None)
-            own = {k: v for k, v in table.items() if k not in reserved_names}
-            self.origins |= {".".join((*path, key)): Origin(first_origin(value), 0) for key, value in own.items()}
-            return None if keys is None else Choice(keys, None, plain_values(own))
+            return self._unknown_choice(path, kind, chosen, reserved_class, kept, own)
         missing = entry.missing()
         if missing:
             what = "its library is" if len(missing) == 1 else "its libraries are"
             message = f"{what} missing ({', '.join(missing)}); in your environment: {entry.how_to_install()}"
             self.missing.append(Problem(".".join(path), message, chosen.origin.text))
-        for old, new in entry.aliases.items():
-            self._apply_alias(path, table, old, new)
-        own = {k: v for k, v in table.items() if k not in reserved_names}
-        kept = {k: v for k, v in table.items() if k in reserved_names}
-        kept["plugin"] = chosen
-        if "name" in reserved_names:
-            kept.setdefault("name", Value(path[-1], chosen.origin))
         for key, default in entry.defaults.items():
             kept.setdefault(key, Value(default, DEFAULT))
+        owner = f' of {_word(kind)} plugin "{entry.name}"'
         known = fields_of(entry.config)
-        for key in list(own):
-            if key not in known:  # suggest among the core's keys too
-                hint = did_you_mean(key, [*known, *reserved_names, *(["remove"] if len(path) == 2 else [])])
-                self._problem((*path, key), f'unknown key of {word} plugin "{name}"{hint}', own.pop(key))
+        for key in [key for key in own if key not in known]:
+            # The core's keys are suggested too.
+            hint = did_you_mean(key, [*known, *reserved, *(["remove"] if len(path) == 2 else [])])
+            self._problem((*path, key), f"unknown key{owner}{hint}", own.pop(key))
         keys = self._structure(reserved_class, path, kept)
-        config = self._structure(entry.config, path, own, owner=f' of {word} plugin "{name}"', place=chosen)
+        config = self._structure(entry.config, path, own, owner=owner, place=chosen)
         return Choice(keys, entry, config) if keys is not None and config is not None else None
+
+    def _chosen(self, path: Path_, table: Tree, kind: Any) -> Value | None:
+        """The plugin's name that a table gives, or that the name of its entry is."""
+        registry = self.plugins[kind]
+        chosen = table.get("plugin")
+        if chosen is None and len(path) == 2 and isinstance(table, dict) and registry.claims(path[1]):
+            chosen = Value(path[1], DEFAULT)
+        if not isinstance(chosen, Value) or not isinstance(chosen.value, str):
+            names = ", ".join(e.name for e in registry) or "none"
+            message = f"missing: name a {_word(kind)} plugin (installed: {names})"
+            self._problem((*path, "plugin"), message, chosen or table)
+            return None
+        return chosen
+
+    def _unknown_choice(
+        self, path: Path_, kind: Any, chosen: Value, keys_class: type[EntryKeys], kept: Tree, own: Tree
+    ) -> Choice | None:
+        """A choice without entry, for those who go on without the plugin, such as ``nanochat show``."""
+        registry, name = self.plugins[kind], chosen.value
+        if registry.claims(name):
+            self._problem((*path, "plugin"), registry.explain_clash(name), chosen)
+            return None
+        message = f'no {_word(kind)} plugin "{name}" is installed{registry.suggest(name)}'
+        message += "; install the package that brings it" + self.plugins.explain_failure(name)
+        self.missing.append(Problem(".".join((*path, "plugin")), message, chosen.origin.text))
+        keys = self._structure(keys_class, path, kept)
+        for key in fields_of(keys_class):
+            if key not in kept:  # the plugin may have a default of its own
+                self.origins.pop(".".join((*path, key)), None)
+        self.origins |= {".".join((*path, key)): Origin(first_origin(value), 0) for key, value in own.items()}
+        return None if keys is None else Choice(keys, None, plain_values(own))
 
     def _apply_alias(self, path: Path_, table: Tree, old: str, new: str) -> None:
         if old not in table:
@@ -233,4 +265,5 @@ class _Structurer:
         table[new] = alias
 
 
-# -------------------------------------------------------------------------------------------------------- and back
+def _word(kind: str) -> str:
+    return kind.replace("_", " ")

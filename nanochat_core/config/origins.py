@@ -14,12 +14,16 @@ class Origin:
     """Where a value came from.
 
     Args:
-        text: ``file:line``, ``--set``, ``default``, or the formula of an auto value.
+        text: ``file:line``, ``--set KEY=VALUE``, ``default``, ``kept from RUN``, or the formula of an auto value.
         layer: 0 for the innermost base file, rising towards ``--set``; -1 for defaults.
     """
 
     text: str
     layer: int = -1
+
+    def kept_from(self, run: str) -> Origin:
+        """The origin of a value that stays what it is in ``run``, where the experiment says "auto"."""
+        return Origin(f"kept from {run}" + (f" [{self.text}]" if self.layer >= 0 else ""))
 
 
 DEFAULT = Origin("default")

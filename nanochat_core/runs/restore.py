@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from nanochat_core.config.load import LoadedExperiment, load
+from nanochat_core.config.load import LoadedExperiment, Tables, load
 from nanochat_core.config.schema import Experiment
 from nanochat_core.errors import CheckpointError, ConfigError, PluginError, Problem
 from nanochat_core.plugins.choice import Choice
@@ -40,8 +40,17 @@ def missing_distributions(checkpoint: Path) -> list[str]:
     return lines
 
 
-def load_run(run: RunDirectory, checkpoint: Path, plugins: Plugins, overrides: Sequence[str] = ()) -> LoadedExperiment:
+def load_run(
+    run: RunDirectory,
+    checkpoint: Path,
+    plugins: Plugins,
+    overrides: Sequence[str] = (),
+    tables: Sequence[Tables] = (),
+) -> LoadedExperiment:
     """The experiment of a run. Its model is that of a checkpoint, whatever the defaults are today.
+
+    Args:
+        overrides, tables: as ``load`` takes them.
 
     Raises:
         CheckpointError: when the installed plugin can't build the model.
@@ -50,12 +59,12 @@ def load_run(run: RunDirectory, checkpoint: Path, plugins: Plugins, overrides: S
     record = read_model(checkpoint)
     entry = plugins["model"].get(record.plugin)
     options = record.options if entry is None else saved_options(checkpoint, entry)
-    model = {"plugin": record.plugin, **options}
-    return load(run.experiment, overrides, plugins, {"model": model}, str(checkpoint / MANIFEST))
+    model = Tables({"model": {"plugin": record.plugin, **options}}, str(checkpoint / MANIFEST), replace=True)
+    return load(run.experiment, overrides, plugins, [model, *tables])
 
 
 def load_experiment(run: RunDirectory, checkpoint: Path, plugins: Plugins) -> Experiment:
-    """The same, complete.
+    """The experiment of a run whose plugins are all needed. Its model is that of the checkpoint.
 
     Raises:
         CheckpointError: when the installed plugin can't build the model.
@@ -68,7 +77,9 @@ def load_experiment(run: RunDirectory, checkpoint: Path, plugins: Plugins) -> Ex
         raise ConfigError([*error.problems, *(Problem("", line, str(run.path)) for line in lines)]) from None
 
 
-def load_recorded(run: RunDirectory, plugins: Plugins, overrides: Sequence[str] = ()) -> LoadedExperiment:
+def load_recorded(
+    run: RunDirectory, plugins: Plugins, overrides: Sequence[str] = (), tables: Sequence[Tables] = ()
+) -> LoadedExperiment:
     """The experiment of a run for those who don't need its weights. Its model is that of the newest checkpoint, where
     there is one: today's plugin may not know the options of the run's file.
 
@@ -77,8 +88,8 @@ def load_recorded(run: RunDirectory, plugins: Plugins, overrides: Sequence[str] 
     """
     for checkpoint in list_checkpoints(run.checkpoints):
         with contextlib.suppress(CheckpointError, PluginError):
-            return load_run(run, checkpoint, plugins, overrides)
-    return load(run.experiment, overrides, plugins)
+            return load_run(run, checkpoint, plugins, overrides, tables)
+    return load(run.experiment, overrides, plugins, tables)
 
 
 def newest_checkpoint(run: RunDirectory) -> Path:

@@ -7,13 +7,14 @@ import faulthandler
 import json
 import shutil
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import attrs
 import torch
 
+from nanochat_core.config.load import LoadedExperiment
 from nanochat_core.config.origins import add_places
 from nanochat_core.config.tables import dump, to_tables
 from nanochat_core.data.sources import build_source
@@ -39,6 +40,7 @@ from nanochat_core.planning.banner import format_plan
 from nanochat_core.planning.build import build_model, build_optimizer
 from nanochat_core.planning.out_of_memory import OutOfMemory, is_out_of_memory
 from nanochat_core.planning.probe import settle_batch_size
+from nanochat_core.plugins.discovery import Plugins
 from nanochat_core.runs.checkpoint import (
     CheckpointContent,
     load_checkpoint,
@@ -53,25 +55,20 @@ from nanochat_core.runs.saver import Saver
 from nanochat_core.runs.state import TrainState, restore_rng
 from nanochat_core.training.build import build_loader
 from nanochat_core.training.prepare import Setup, prepare
+from nanochat_core.training.request import RunRequest
 from nanochat_core.training.trainer import Trainer
 
 LAST_SECONDS = 5.0  # what a run that was told to stop, and is saved, waits for reads in progress
 
 
 def run_experiment(
-    file: Path,
-    overrides: Sequence[str],
-    runs_dir: Path,
-    resume: str | None,
-    allow_other_data: bool,
-    stop: StopRequest,
+    request: RunRequest, stop: StopRequest, loaded: tuple[Plugins, LoadedExperiment] | None = None
 ) -> int:
     """Run an experiment on this rank of the world that the environment describes. Returns the exit code.
 
     Args:
-        resume: None for a fresh run, "newest", "auto", or a reference to a run.
-        allow_other_data: a resumed run may go on with other data.
         stop: listens for signals.
+        loaded: what ``request.load`` gave, if this process has called it already; else rank 0 calls it.
 
     Raises:
         NanochatError: when the user has to mend something. With several ranks nothing is raised: the first failure is
@@ -88,9 +85,7 @@ def run_experiment(
         try:
             with contextlib.ExitStack() as exit_stack:
                 with stop.interruptible():
-                    setup = world.on_main(
-                        lambda: prepare(file, overrides, runs_dir, resume, world, exit_stack, allow_other_data)
-                    )
+                    setup = world.on_main(lambda: prepare(request, *(loaded or request.load()), world, exit_stack))
                     if setup is None:
                         return 0
                     planned = settle_batch_size(setup.planned, world)
