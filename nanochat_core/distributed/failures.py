@@ -1,4 +1,4 @@
-"""A failure of any rank is shown once, first, and ends the others: they write what they see of it to their own logs."""
+"""The first failure of any rank is reported once and ends the others, which write to their own logs."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ MOMENT = 3.0  # seconds in which our launcher notices that a rank has died, and 
 
 
 class Failures:
-    """Tells a failure of this rank, unless another rank failed before.
+    """Reports a failure of this rank, unless another rank failed earlier.
 
     Args:
-        rank: this process's.
+        rank: of this process.
         store: shared with the other ranks.
     """
 
@@ -28,10 +28,10 @@ class Failures:
         self._code: int | None = None
 
     def report_once(self, error: BaseException) -> int:
-        """Show the error on the terminal if it is the first among the ranks. Returns the exit code, which is that of
-        the first failure. Only the first call counts.
+        """Print the error if no other rank failed earlier. Returns the exit code of the first failure. Only the first
+        call on a rank has an effect.
 
-        Call it before connections to other ranks are closed: it is what those find when theirs break.
+        Call it before connections to other ranks are closed: the other ranks look for the failure when theirs break.
         """
         if self._code is not None:
             return self._code
@@ -48,7 +48,7 @@ class Failures:
 
 
 def is_lost_connection(error: BaseException) -> bool:
-    """Whether an error only says that another rank does not answer."""
+    """Whether an error only means that another rank does not answer."""
     if isinstance(error, dist.DistError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in ("gloo/", "NCCL"))

@@ -1,4 +1,4 @@
-"""Ranks that may fail: each says what it is about to do before anything is exchanged."""
+"""Collectives among ranks that may fail: ranks agree on the next operation before they exchange anything."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OPERATIONS = {"sum": 3, "all_reduce": 4, "broadcast": 5, "broadcast_object": 6, 
 
 
 class Cancelled(Exception):
-    """Another rank failed, so that this evaluation ends on all of them."""
+    """Another rank failed, so this evaluation ends on all ranks."""
 
 
 @attrs.define
@@ -35,8 +35,8 @@ class _Turn:
     """One evaluation in progress.
 
     Args:
-        active: an evaluator is at work.
-        settled: ranks have found that it can't go on.
+        active: an evaluator is running.
+        settled: the ranks have agreed that it can't continue.
     """
 
     active: bool = False
@@ -46,11 +46,12 @@ class _Turn:
 
 @attrs.frozen
 class EvaluationWorld(World):
-    """The ranks, as evaluators see them. Before anything is exchanged each rank says what it is about to do. When one
-    has failed, or they want different things, all of them stop, where they would wait for each other forever.
+    """The world that evaluators get. Before each collective the ranks compare what each is about to do. When one has
+    failed, or they are about to do different things, the evaluation is cancelled on all ranks; otherwise they would
+    wait for each other forever.
 
     Args:
-        stop: cuts an evaluation short, but not in the middle of an exchange.
+        stop: interrupts an evaluation, but never inside a collective.
     """
 
     stop: StopRequest = attrs.field(factory=StopRequest, eq=False)
@@ -61,7 +62,7 @@ class EvaluationWorld(World):
         return cls(world.rank, world.size, world.device, stop or StopRequest())
 
     def begin(self, seconds: float | None) -> None:
-        """An evaluator starts, and may take so long."""
+        """An evaluator starts, and may take this many seconds (None: any number)."""
         self._turn.active, self._turn.settled = True, False
         self._turn.deadline = math.inf if seconds is None else time.monotonic() + seconds
 
@@ -70,8 +71,8 @@ class EvaluationWorld(World):
         return self._turn.deadline - time.monotonic()
 
     def settle(self, error: str) -> dict[int, str]:
-        """The evaluator has ended here, with ``error`` unless it is empty. Returns what went wrong, by rank, the same
-        on every rank; nothing if all is well."""
+        """The evaluator has ended on this rank, with ``error`` unless that is empty. Returns the errors by rank, the
+        same on every rank; empty when no rank failed."""
         with contextlib.suppress(Cancelled):
             self._agree(FAILED if error else FINISHED)
         went_wrong = self._turn.settled or bool(error)
@@ -80,11 +81,11 @@ class EvaluationWorld(World):
             return {}
         errors = super().all_gather_object(error) if self.size > 1 else [error]
         if not any(errors):
-            return {0: "ranks were at different points of the evaluation: each must make the same collectives"}
+            return {0: "ranks were at different points of the evaluation: every rank must call the same collectives"}
         return {rank: text for rank, text in enumerate(errors) if text}
 
     def _agree(self, code: int) -> None:
-        """Raises Cancelled on all ranks unless all of them are about to do the same."""
+        """Raise Cancelled on all ranks unless all of them are about to do the same."""
         if not self._turn.active or self.size == 1:
             return
         if self._turn.settled:
@@ -94,7 +95,7 @@ class EvaluationWorld(World):
         dist.all_reduce(codes)
         if bool((codes == FAILED).any()) or len(set(codes.tolist())) > 1:
             self._turn.settled = True
-            raise Cancelled("another rank failed or does something else")
+            raise Cancelled("another rank failed or calls another collective")
 
     @contextlib.contextmanager
     def _together(self, operation: str) -> Iterator[None]:
@@ -117,7 +118,7 @@ class EvaluationWorld(World):
     def broadcast_object(self, value: Any = None) -> Any:
         if self.size == 1:
             return value
-        data = pickle.dumps(value)  # what can't be sent fails here, before others wait for it
+        data = pickle.dumps(value)  # a value that can't be pickled fails here, before other ranks wait for it
         with self._together("broadcast_object"):
             return pickle.loads(super().broadcast_object(data))
 

@@ -1,4 +1,4 @@
-"""``--nproc N``: one worker process a device on this machine. Several machines are torchrun's business."""
+"""``--nproc N``: one worker process per device on this machine. For several machines use torchrun."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from nanochat_core.distributed.watchdog import PIPE
 from nanochat_core.files import rank_log_name
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-GRACE_SECONDS = 30.0  # what other workers get to end by themselves after one has failed; see also the watchdog's
+GRACE_SECONDS = (
+    30.0  # seconds that the other workers have to end by themselves after one has failed; see also the watchdog's
+)
 NOW_SECONDS = 2.0  # the same after a second signal
 
 
@@ -75,10 +77,10 @@ def launch(arguments: Sequence[str], nproc: int) -> int:
 
 @attrs.define
 class _Launcher:
-    """The workers, in rank order, and what they have been told."""
+    """The worker processes in rank order, and the signals that were passed on to them."""
 
     store: RankStore
-    has_logs: bool  # ranks write some, in a run directory
+    has_logs: bool  # ranks have log files, in a run directory
     workers: list[subprocess.Popen[bytes]] = attrs.field(factory=list)
     signalled: float | None = None  # when the first signal was passed on
     deadline: float = float("inf")  # when those that are left are killed
@@ -88,7 +90,7 @@ class _Launcher:
         self.send(number)
         if self.signalled is None:
             self.signalled = now
-        elif now > self.signalled + SAME_SECONDS:  # a worker that waits for another one hears no signal
+        elif now > self.signalled + SAME_SECONDS:  # a worker that waits in a collective handles no signal
             self.deadline = min(self.deadline, now + NOW_SECONDS)
 
     def send(self, number: int) -> None:
@@ -112,7 +114,7 @@ class _Launcher:
                 # Others that find their connections broken are not the first, and wait no longer.
                 first = self.store.mark_failure(RankFailure(rank, code))
                 if worker.returncode < 0 and self.signalled is None and first.rank == rank:
-                    log = f"; what it said last is in {rank_log_name(rank)} of the run directory" * self.has_logs
+                    log = f"; its last lines are in {rank_log_name(rank)} of the run directory" * self.has_logs
                     print(_obituary(rank, -worker.returncode) + log, file=sys.stderr, flush=True)
                 self.deadline = min(self.deadline, time.monotonic() + GRACE_SECONDS)
             if time.monotonic() > self.deadline:
@@ -128,8 +130,8 @@ def _obituary(rank: int, number: int) -> str:
         name = f"signal {number}"
     why = "a crash in native code, or a plugin that sent it"
     if number == signal.SIGKILL:
-        why = "mostly because the machine was out of memory (dmesg tells): use fewer workers, or a smaller "
+        why = "most likely because the machine was out of memory (see dmesg): use fewer workers, or a smaller "
         why += "train.device_batch_size"
     elif number in SIGNALS:
-        why = "somebody sent it to this process alone"
+        why = "it was sent to this process only"
     return f"rank {rank} was killed by {name}, {why}"

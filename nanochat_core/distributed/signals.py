@@ -1,4 +1,4 @@
-"""A signal asks for a stop: remembered until the run can follow, or followed at once where nothing is lost by it."""
+"""Signals that ask a run to stop: remembered until the step ends, or raised at once where nothing is lost."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ SAME_SECONDS = 1.0  # a launcher and a terminal, or a job system, may both pass 
 
 
 class Stopped(BaseException):
-    """A stop was asked for. No Exception, so that code that handles failures lets it through."""
+    """A stop was asked for. It is not an Exception subclass, so that code that handles failures lets it through."""
 
 
 class StopRequest:
-    """SIGTERM, SIGINT and SIGUSR1 ask for a stop; a second one, which comes after a second at least, exits at once.
-    Listens while it is entered."""
+    """A context in which SIGTERM, SIGINT and SIGUSR1 ask for a stop. A second signal that comes a second or more after
+    the first one exits at once."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -38,7 +38,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Raise ``Stopped`` in here as soon as a stop is asked for, or at once when it already has been."""
+        """A context in which ``Stopped`` is raised as soon as a stop is asked for, or on entering if it already was."""
         before, self._interruptible = self._interruptible, True
         try:
             if self.signal is not None:
@@ -49,7 +49,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def postponed(self) -> Iterator[None]:
-        """What is done in here is done as a whole, such as what several ranks do together."""
+        """A context that is not interrupted, for what several ranks must do together."""
         before, self._interruptible = self._interruptible, False
         try:
             yield

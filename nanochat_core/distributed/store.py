@@ -1,4 +1,4 @@
-"""What ranks tell each other while collectives fail or hang: short texts in the store beside the process group."""
+"""Short messages between ranks while collectives fail or hang, in the store beside the process group."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class RankFailure:
 
 
 class RankStore:
-    """A connection to the store. Once that is gone, with the process that held it, nothing is read or written any more.
+    """A connection to the store. After the process that holds the store has died, reads give nothing.
 
     Args:
         store: of the process group; None when there is only one rank.
@@ -36,14 +36,15 @@ class RankStore:
 
     @classmethod
     def open(cls, world_size: int) -> RankStore:
-        """This rank's own connection to the store that the environment names. Call it once the process group stands."""
+        """This rank's own connection to the store that the environment names. Call it after the process group is
+        initialised."""
         if world_size == 1:
             return cls(None)
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         return cls(dist.TCPStore(host, port, is_master=False, timeout=TIMEOUT, wait_for_workers=False))
 
     def mark_failure(self, failure: RankFailure) -> RankFailure:
-        """Say that a rank failed. Returns the failure that was marked first, which may be another."""
+        """Record that a rank failed. Returns the failure that was recorded first, which may be of another rank."""
         text = f"{failure.rank} {failure.code}"
         if self._store is not None:
             with self._while_it_stands() as store:
@@ -51,7 +52,7 @@ class RankStore:
         return _failure(text)
 
     def failure(self, wait: float = 0.0) -> RankFailure | None:
-        """The failure that was marked first. ``wait``: seconds to wait for one."""
+        """The failure that was recorded first. ``wait``: seconds to wait for one."""
         end = time.monotonic() + wait
         while not (text := self._read("failure")):
             if time.monotonic() >= end or self._store is None:
@@ -60,13 +61,13 @@ class RankStore:
         return _failure(text)
 
     def post(self, rank: int, text: str) -> None:
-        """Put up a rank's text, in place of an earlier one; an empty one takes it down."""
+        """Post a rank's text in place of its earlier one; an empty text removes it."""
         if self._store is not None:
             with self._while_it_stands() as store:
                 store.set(f"post/{rank}", text)
 
     def posted(self, rank: int) -> str:
-        """What a rank has put up, or nothing."""
+        """The text that a rank has posted, or an empty string."""
         return self._read(f"post/{rank}")
 
     def _read(self, key: str) -> str:

@@ -1,4 +1,4 @@
-"""A thread in each rank that looks after it: reports stalls, and ends a process that waits for what will not come."""
+"""A thread in each rank that reports stalls, and ends a process that waits for a rank that has failed."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from nanochat_core.distributed.store import RankStore
 
 PIPE = "NANOCHAT_LAUNCHER_PIPE"  # file descriptor of a pipe whose other end our launcher holds as long as it lives
 LOOK_SECONDS = 0.5
-# What a rank gets to end by itself once another has failed. The main rank may be saving, or telling its loggers.
+# Seconds that a rank has to end by itself once another has failed. The main rank may be saving, or waiting for loggers.
 MAIN_GRACE, OTHERS_GRACE = 20.0, 5.0
-POST_SECONDS = 3.0  # what ranks get to say where they are
+POST_SECONDS = 3.0  # seconds that ranks have to post their status
 
 
 @attrs.frozen
@@ -32,7 +32,7 @@ class RankStatus:
 
     Args:
         text: for people.
-        waits: for other ranks, or perhaps for them.
+        waits: whether it waits for other ranks, or may.
     """
 
     text: str
@@ -40,16 +40,16 @@ class RankStatus:
 
 
 class Watchdog:
-    """Runs from when it is entered until it is left.
+    """A context manager that runs the thread.
 
-    - A stall is reported, on the main rank with what every rank is doing, and the stacks of every thread go to each
-      rank's log. Again at doubling intervals, and when it is over.
-    - Once another rank has failed, and this process does not end by itself, it is ended.
-    - When our launcher dies this process gets a SIGTERM.
+    - A stall is reported: on the main rank with what every rank is doing, and each rank writes the stacks of its
+      threads to its log. It is reported again at doubling intervals, and when it is over.
+    - When another rank has failed and this process does not end by itself, the watchdog ends it.
+    - When our launcher dies, this process gets a SIGTERM.
 
     Args:
         rank, size: of this process, and of the world.
-        store: what ranks say to each other.
+        store: the messages between ranks.
     """
 
     def __init__(self, rank: int, size: int, store: RankStore) -> None:
@@ -74,29 +74,29 @@ class Watchdog:
         self._thread.join()
 
     def heartbeat(self, doing: str) -> None:
-        """Something was done, and something new begins: ``after step 8``, ``in evaluation core``. As good as free."""
+        """Note progress, with what begins now: ``after step 8``, ``in evaluation core``. Costs next to nothing."""
         self._beat = (doing, time.monotonic())
 
     def report_stalls(
         self, patience: float, packages: Collection[str], report: Callable[[str], None], note: Callable[[str], None]
     ) -> None:
-        """From now on, report when no ``beat`` comes.
+        """From now on, report when ``heartbeat`` is not called for ``patience`` seconds.
 
         Args:
             patience: seconds.
-            packages: top-level modules whose code is named as the place; the core's own is known.
-            report: tells people a line; ``note``: writes one to this rank's log. Both are called in another thread.
+            packages: top-level modules whose code a report may name, besides the core.
+            report, note: called with a line for people, and with one for this rank's log, in the watchdog's thread.
         """
         self._packages, self._report, self._note = {"nanochat_core", *packages}, report, note
         self.heartbeat("at the start")
         self._patience = self._next = patience
 
     def stop_watching(self) -> None:
-        """The run is over."""
+        """Report no more stalls: the run is over."""
         self._patience = self._next = float("inf")
 
     def end_within(self, seconds: float, code: int) -> None:
-        """End the process with this exit code if it is still there then."""
+        """End the process with this exit code if it still runs after so many seconds."""
         self._deadline = time.monotonic() + seconds, code
 
     # -- in the thread
@@ -108,7 +108,9 @@ class Watchdog:
             self._look_at_stall()
 
     def _look_at_launcher(self) -> None:
-        if self._pipe is not None and select.select([self._pipe], [], [], 0)[0]:  # nobody writes: it has ended
+        if (
+            self._pipe is not None and select.select([self._pipe], [], [], 0)[0]
+        ):  # nobody writes to the pipe: it has ended
             self._pipe = None
             self._note("the launcher has died: stopping as if told by a signal")
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
@@ -146,7 +148,7 @@ class Watchdog:
             self._report(f"{takes} {silent:.0f} s: {self._describe(here)}")
 
     def _describe(self, here: RankStatus) -> str:
-        """Where all ranks are; those that others wait for come first."""
+        """The status of all ranks; those that others wait for come first."""
         if self.size == 1:
             return here.text
         found = {0: here}
@@ -174,7 +176,7 @@ COMPILERS = ("torch._dynamo.convert_frame", "torch._inductor.compile_fx")
 
 
 def _stack(thread: threading.Thread) -> list[FrameType]:
-    """Innermost first."""
+    """Its frames, innermost first."""
     frame = sys._current_frames().get(thread.ident or 0)
     stack = []
     while frame is not None:
@@ -184,7 +186,7 @@ def _stack(thread: threading.Thread) -> list[FrameType]:
 
 
 def all_stacks() -> str:
-    """The stacks of all threads but this."""
+    """The stacks of all threads but the current one."""
     parts = []
     for thread in threading.enumerate():
         if thread is not threading.current_thread():
@@ -198,7 +200,7 @@ def _module(frame: FrameType) -> str:
 
 
 def _place(stack: list[FrameType], packages: Collection[str], *, leave_out: str = "") -> FrameType | None:
-    """The innermost frame in one of the packages, without that module."""
+    """The innermost frame in one of the packages, ``leave_out`` excepted."""
     own = (f for f in stack if _module(f).split(".")[0] in packages and _module(f) != leave_out)
     return next(own, None)
 

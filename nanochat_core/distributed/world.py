@@ -1,4 +1,4 @@
-"""One process a device: the process group, and what ranks say to each other."""
+"""One process per device: the process group and its collectives."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nanochat_core.hardware.machine import pick_device
 
 
 class OtherRankFailed(Exception):
-    """Rank 0 failed and has said why; carries the exit code."""
+    """Rank 0 failed and has reported the reason; carries the exit code."""
 
     def __init__(self, exit_code: int) -> None:
         super().__init__(f"rank 0 failed with exit code {exit_code}")
@@ -26,7 +26,7 @@ class OtherRankFailed(Exception):
 
 @attrs.frozen
 class World:
-    """This process's place among the ranks, and the collectives the core uses. Everything works with one rank too."""
+    """This process's place among the ranks, and collectives, which also work with a single rank."""
 
     rank: int
     size: int
@@ -56,7 +56,7 @@ class World:
             dist.broadcast(tensor, src=0)
 
     def broadcast_object(self, value: Any = None) -> Any:
-        """Rank 0's ``value``, on every rank (pickled; all ranks are processes of one job)."""
+        """Rank 0's ``value`` on every rank. It is pickled, which is safe among processes of one job."""
         if self.size == 1:
             return value
         box = [value]
@@ -64,7 +64,7 @@ class World:
         return box[0]
 
     def on_main(self, work: Callable[[], Any]) -> Any:
-        """What ``work`` returns on rank 0, on every rank.
+        """Call ``work`` on rank 0. Returns its result on every rank.
 
         Raises:
             OtherRankFailed: on other ranks, when ``work`` raised on rank 0.
@@ -90,7 +90,7 @@ class World:
         raise error if self.is_main else OtherRankFailed(error.exit_code)
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        """Every rank's ``value``, in rank order, on every rank."""
+        """The values of all ranks, in rank order, on every rank."""
         if self.size == 1:
             return [value]
         boxes: list[Any] = [None] * self.size
@@ -103,14 +103,14 @@ class World:
 
 
 def join_world() -> World:
-    """Join the process group that the environment describes (our launcher's or torchrun's), or be a world of one."""
+    """Join the process group that the environment describes (our launcher's or torchrun's), or make a world of one."""
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device = pick_device(int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if size > 1 and not dist.is_initialized():
         if device.type == "mps":
-            device = torch.device("cpu")  # no process group drives MPS
+            device = torch.device("cpu")  # no backend of torch.distributed supports MPS
         backend = "nccl" if device.type == "cuda" else "gloo"
         device_id = device if device.type == "cuda" else None
         dist.init_process_group(backend, timeout=timedelta(minutes=30), device_id=device_id)

@@ -1,4 +1,4 @@
-"""What the machine can do: compute dtype, peak FLOPs, memory."""
+"""Facts and settings of this machine: compute dtype, peak FLOPs, memory, determinism."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def device_name(device: torch.device) -> str:
 
 
 def device_spec(device: torch.device) -> DeviceSpec:
-    """What is to be known of a device that is here."""
+    """Specification of a local device."""
     name = device_name(device)
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -48,19 +48,19 @@ def device_spec(device: torch.device) -> DeviceSpec:
 
 
 def machine_memory() -> int:
-    """Bytes of memory of the machine, or what a container may use of it."""
+    """Memory of the machine in bytes, or of the container if it is limited."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
             total = min(total, int(Path(limit).read_text(encoding="utf-8")))
-        except (OSError, ValueError):  # not such a machine, or "max"
+        except (OSError, ValueError):  # no such file, or "max"
             continue
     return total
 
 
 @functools.cache
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """(peak FLOPs a second, where the number is from): a table for known GPUs, else the best of a few matmuls."""
+    """Peak FLOPs per second and the source of the number: a table for known GPUs, else the best of a few matmuls."""
     if device.type == "cuda" and dtype.itemsize == 2:  # both kinds of 16 bits are equally fast
         known = known_gpu(torch.cuda.get_device_name(device))
         if known is not None and known.peak is not None:
@@ -78,15 +78,15 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
 
 @contextlib.contextmanager
 def determinism(wanted: bool) -> Iterator[None]:
-    """Inside, only algorithms that repeat bit for bit, if ``wanted``; an operation without such raises a RuntimeError.
-    What cuBLAS needs for that stands in the environment before torch is imported; see ``cli``."""
+    """A context in which, if ``wanted``, only algorithms that repeat bit for bit are used; an operation that has none
+    raises a RuntimeError. cuBLAS also needs an environment variable, which ``cli`` sets before torch is imported."""
     if not wanted:
         yield
         return
     import torch._inductor.config as inductor
 
     settings: list[tuple[Any, str, bool]] = [
-        (torch.backends.cudnn, "benchmark", False),  # chooses by time
+        (torch.backends.cudnn, "benchmark", False),  # chooses algorithms by timing them
         (torch.utils.deterministic, "fill_uninitialized_memory", False),  # shows errors, and costs time
         (inductor, "deterministic", True),  # not in torch 2.9
     ]
@@ -105,7 +105,7 @@ def determinism(wanted: bool) -> Iterator[None]:
 
 
 def peak_memory_mib(device: torch.device) -> float:
-    """Most memory this process has used, MiB: of the device on CUDA, resident memory elsewhere."""
+    """Peak memory of this process in MiB: of the device on CUDA, resident memory elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     import resource
@@ -115,8 +115,8 @@ def peak_memory_mib(device: torch.device) -> float:
 
 
 def keep_freed_memory() -> None:
-    """Let malloc keep what a step frees, instead of giving it back and faulting it in again at the next step: 8% of a
-    training step's CPU time at depth 4. Does nothing without glibc."""
+    """Let malloc keep the memory that a step frees, instead of returning it and faulting it in again in the next step,
+    which took 8% of a training step's CPU time at depth 4. Does nothing without glibc."""
     try:
         libc = ctypes.CDLL("libc.so.6")
     except OSError:

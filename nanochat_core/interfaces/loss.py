@@ -7,8 +7,8 @@ are made, used for loss and gradients, and dropped. Peak memory is one chunk's l
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,19 +17,26 @@ from torch.autograd.function import once_differentiable
 
 from nanochat_core.hardware.devices import device_type
 
-if TYPE_CHECKING:
-    from nanochat_core.interfaces.model import Model
-
-IGNORED = -1  # the same as in interfaces, which imports this module's users
+IGNORED = -1  # in place of a target where there is nothing to predict
 
 # Logits in one chunk. On a CPU they should stay in the cache; a GPU wants enough of them to fill it.
 CHUNK_ELEMENTS_CPU = 2**21
 CHUNK_ELEMENTS = 2**26
 
 
+class HasLogits(Protocol):
+    """The part of a ``Model`` that a loss needs."""
+
+    vocab_size: int
+
+    def logits(self, hidden_ND: Tensor) -> Tensor: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def cross_entropy(
-    model: Model, hidden_BTD: Tensor, targets_BT: Tensor, reduction: Literal["sum", "none"] = "sum"
+    model: HasLogits, hidden_BTD: Tensor, targets_BT: Tensor, reduction: Literal["sum", "none"] = "sum"
 ) -> Tensor:
     """Cross-entropy of ``model.logits(hidden_BTD)`` against ``targets_BT``, in nats; ignored targets (-1) give 0.
 
@@ -67,10 +74,10 @@ def chunk_rows(vocab_size: int, device: torch.device) -> int:
     return max(64, elements // vocab_size)
 
 
-_heads: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], list[Tensor]]] = weakref.WeakKeyDictionary()
+_heads: weakref.WeakKeyDictionary[HasLogits, tuple[tuple[int, ...], list[Tensor]]] = weakref.WeakKeyDictionary()
 
 
-def head_parameters(model: Model, hidden_ND: Tensor) -> list[Tensor]:
+def head_parameters(model: HasLogits, hidden_ND: Tensor) -> list[Tensor]:
     """The trainable parameters that ``model.logits`` uses, found by trying it on one position; remembered."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     ids = tuple(map(id, trainable))

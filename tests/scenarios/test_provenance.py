@@ -70,7 +70,7 @@ def test_show_of_the_file_that_a_resumed_run_wrote_gives_each_value(tiny: Path, 
         if "(unset)" in left:
             assert origin == "default", left
         else:
-            assert origin.startswith(f"{run / 'experiment.toml'}:") or origin.startswith("auto: "), (left, origin)
+            assert origin.startswith((f"{run / 'experiment.toml'}:", "auto: ")), (left, origin)
     values = {left.split(" = ")[0].strip(): left.partition(" = ")[2].strip() for left, _, _ in rows}
     plan = _provenance(run)["plan"]
     assert values["train.device_batch_size"] == str(plan["device_batch_size"])

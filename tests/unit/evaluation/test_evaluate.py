@@ -162,7 +162,7 @@ def choice(**keys: Any) -> Choice:
     return Choice(EvaluatorKeys(plugin="scripted", name="scripted", **keys), None, None)
 
 
-DIFFERENT = "on rank 0: ranks were at different points of the evaluation: each must make the same collectives"
+DIFFERENT = "on rank 0: ranks were at different points of the evaluation: every rank must call the same collectives"
 CASES: list[tuple[list[list[str]], str]] = [
     ([["sum"], ["sum"]], "2.0"),
     ([["sum", "raise"], ["sum", "sum"]], "on rank 0: ValueError: boom"),
