@@ -34,7 +34,7 @@ Places = Mapping[Path_, str]
 
 
 def read_layers(file: Path, problems: list[Problem]) -> list[tuple[Tree, Places]]:
-    """The chain of ``extends``, base first: plain trees with list entries keyed by name, and where each key stands."""
+    """The chain of ``extends``, base first: plain trees with list entries keyed by name, and the place of each key."""
     layers: list[tuple[Tree, Places]] = []
     seen: list[Path] = []
     current: Path | None = file
@@ -108,7 +108,7 @@ def entries_by_name(
 
 
 def place_of(where: Places, path: Path_) -> str:
-    """Where ``path`` stands, or the first key below it, or the nearest one above."""
+    """The place of ``path``, else of the first key below it, else of the nearest key above."""
     below = next((text for key, text in where.items() if key[: len(path)] == path), "")
     while path and path not in where and not below:
         path = path[:-1]
@@ -150,7 +150,7 @@ def merge_layer(
 
 
 def parse_override(text: str) -> tuple[Path_, Any]:
-    """``a.b.c=VALUE``: the path, and VALUE as TOML; what is no TOML literal is a string.
+    """``a.b.c=VALUE``: the path, and VALUE as TOML; anything that is not valid TOML is a string.
 
     Raises:
         ConfigError: when there is no key or no ``=``.

@@ -1,4 +1,4 @@
-"""What an experiment is: attrs classes of the core's tables, and strict structuring of any config class by cattrs."""
+"""An experiment: attrs classes of the core's tables, and the choices of plugins."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ class Schedule:
         None, "part of the run over which the learning rate rises linearly; or give warmup_steps",
         validator=between(0, 1),
     )  # fmt: skip
-    warmup_steps: int | None = option(None, "the same in optimizer steps", validator=at_least(0))
+    warmup_steps: int | None = option(
+        None, "length of the warmup in optimizer steps; or give warmup_ratio", validator=at_least(0)
+    )
     warmdown_ratio: float = option(
         0.2, "part of the run, at its end, over which the learning rate falls linearly", validator=between(0, 1)
     )
@@ -43,17 +45,17 @@ class Schedule:
 class Train:
     max_seq_len: int = option(2048, "context length T, in tokens", validator=at_least(1), on_resume="refuse")
     device_batch_size: int | Literal["auto"] = option(
-        32, "sequences a device and micro-batch: lower it when memory runs out; auto: the largest that fits",
+        32, "sequences per device and micro-batch: lower it when memory runs out; auto: the largest that fits",
         validator=at_least(1), on_resume="free",
     )  # fmt: skip
     total_batch_size: int | Literal["auto"] = option(
-        524288, "tokens an optimizer step, all devices; auto: 2^19 (D / D12)^0.383 to the nearest power of two",
+        524288, "tokens per optimizer step, all devices; auto: 2^19 (D / D12)^0.383 to the nearest power of two",
         validator=at_least(1), on_resume="refuse",
     )  # fmt: skip
     num_iterations: int | None = option(None, "horizon: optimizer steps", validator=at_least(1))
     target_flops: float | None = option(None, "horizon: FLOPs of the whole training", validator=finite)
     target_param_data_ratio: float | None = option(
-        None, "horizon: training tokens a parameter; 20 when no horizon is given", validator=finite
+        None, "horizon: training tokens per parameter; 20 when no horizon is given", validator=finite
     )
     scaling_parameters: Literal["all", "matrix_and_head"] = option(
         "all", "which parameters the ratio and the auto batch size count"
@@ -67,7 +69,7 @@ class Train:
     compile: bool | Literal["auto"] = option("auto", "torch.compile; auto: when the run is long enough to earn it back")
     activation_checkpointing: bool = option(
         False,
-        "keep only what enters each block, and compute the rest again in the backward pass: less memory, more time",
+        "keep only the input of each block and recompute the rest in the backward pass: less memory, more time",
     )
     profile: int = option(
         0, "optimizer steps to trace once training has settled, which slows them; profile/ in the run directory has "
@@ -81,8 +83,8 @@ class Train:
         validator=above(0), on_resume="free",
     )  # fmt: skip
     deterministic: bool = option(
-        False, "only algorithms that repeat bit for bit, on CUDA slower ones; an operation without such is an error. "
-        "A CPU repeats without it", on_resume="warn", unverified="it never ran on a CUDA device",
+        False, "use only algorithms that repeat bit for bit, which are slower on CUDA; an operation without one is an "
+        "error. A CPU repeats without it", on_resume="warn", unverified="it never ran on a CUDA device",
     )  # fmt: skip
     seed: int = option(1337, "seed of the initial weights", validator=between(0, 2**63 - 1), on_resume="refuse")
     init_from: str | None = option(None, "start from the newest checkpoint of this run", on_resume="refuse")
@@ -91,24 +93,24 @@ class Train:
 @attrs.frozen
 class Checkpoint:
     save_every: int | None = option(
-        None, "save a checkpoint every so many steps; the end is always saved", validator=at_least(1)
+        None, "optimizer steps between checkpoints; the last step is always saved", validator=at_least(1)
     )
     asynchronous: bool = option(
         False, "write checkpoints in the background: training waits only for the copy off the device, and for the "
         "save before, if that is still being written",
     )  # fmt: skip
     keep_last: int | None = option(
-        None, "keep the newest so many checkpoints; without any keep_ option all are kept, with one the newest and "
+        None, "number of newest checkpoints to keep; without any keep_ option all are kept, with one the newest and "
         "what any of them keeps", validator=at_least(1),
     )  # fmt: skip
     keep_every: int | None = option(
         None, "keep checkpoints of steps that are a multiple of this", validator=at_least(1)
     )
     keep_best: int | None = option(
-        None, "keep so many checkpoints that best_metric finds best, of those evaluated at their very step",
+        None, "number of checkpoints to keep that are best by best_metric, among those evaluated at their own step",
         validator=at_least(1),
     )  # fmt: skip
-    best_metric: str = option("val/bpb", "what keep_best looks at: an evaluation metric as the ledger names it")
+    best_metric: str = option("val/bpb", "metric that keep_best compares, as the ledger names it")
     best_is: Literal["smallest", "largest"] = option("smallest", "which value of best_metric is best")
 
     def __attrs_post_init__(self) -> None:

@@ -43,7 +43,7 @@ def changed_options(old: Experiment, new: Experiment) -> list[tuple[str, Any, An
     for table in TABLES:
         a, b = getattr(old, table), getattr(new, table)
         if isinstance(a, tuple):
-            continue  # what evaluates and logs may change freely
+            continue  # evaluators and loggers may change freely
         plain_a, plain_b = (choice_table(x) if isinstance(x, Choice) else to_plain(x) for x in (a, b))
         config: Any = a.config if isinstance(a, Choice) else a
         fields = fields_of(type(config)) if attrs.has(type(config)) else {}
@@ -60,8 +60,8 @@ def changed_options(old: Experiment, new: Experiment) -> list[tuple[str, Any, An
 
 
 def unverified_options(experiment: Experiment) -> dict[str, str]:
-    """Options whose value is another than the default, and whose code never ran on the hardware it is for: dotted key
-    to what never ran where. To be asked before each "auto" becomes a value."""
+    """Options whose value differs from the default and whose code was never run on the hardware it is for: dotted key
+    to what is unverified. Call it while "auto" values still say "auto"."""
     found = {}
     for table in TABLES:
         part = getattr(experiment, table)

@@ -1,4 +1,4 @@
-"""Best-fit packing: every row begins with a document, and what fits nowhere is cropped."""
+"""Best-fit packing: every row begins with a document, and a document that fits in no row is cropped."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def best_fit(documents: Sequence[Tokens], capacity: int) -> tuple[Rows, int]:
     first) is cropped to fill the row, and its rest is lost. No padding: an unfinished last row is dropped.
 
     Returns:
-        The rows, and the number of tokens lost to no row, because there is none. Otherwise the last row counts what was
-        dropped.
+        The rows, and the number of dropped tokens when there is no row that could count them; else the last row counts
+        them.
     """
     order = sorted(range(len(documents)), key=lambda i: len(documents[i]))
     lengths = [len(documents[i]) for i in order]
@@ -57,7 +57,7 @@ class BestFitLane(Lane):
 
     Its documents are cut into windows of ``window``, each packed by itself; the last window takes what is left over,
     fewer than twice as many. While the rows of a window are dealt, the next window is tokenized bit by bit, so that
-    the work comes evenly.
+    the work is spread evenly over the steps.
     """
 
     def _begin(self) -> None:
@@ -66,7 +66,7 @@ class BestFitLane(Lane):
             raise self._misplaced(self._next)
         self._ready: deque[tuple[Cursor, Rows, int]] = deque()  # packed windows from the lane's cursor on
         self._num_ready = 0  # rows in them, from the cursor on
-        self._offset = 0  # rows of the first of them that are dealt already
+        self._offset = 0  # rows of the first of them that have been dealt
         self._tokens: list[Tokens] = []  # the first documents of the next window
 
     @property
@@ -92,7 +92,7 @@ class BestFitLane(Lane):
         return True
 
     def _stop(self, start: int) -> int:
-        """Where the window that starts with document ``start`` ends."""
+        """The document after the window that starts with document ``start``."""
         return self.num_documents if start == self._starts[-1] else start + self._starts[1]
 
     def _tokenize(self, count: int) -> None:
@@ -111,7 +111,7 @@ class BestFitLane(Lane):
         if offset > 0 and offset >= len(rows.tokens):
             raise self._misplaced(self._next)
         self._tokens = []
-        if offset > 0:  # only the first window of a lane, where a run goes on
+        if offset > 0:  # only for the first window of a lane, when a run is resumed
             self._offset = offset
         self._ready.append((Cursor(epoch, start), rows, lost))
         self._num_ready += len(rows.tokens) - offset
@@ -136,7 +136,7 @@ class BestFitLane(Lane):
         return join(parts)
 
     def _tokenize_some(self) -> None:
-        """As large a part of the next window as is dealt of this one."""
+        """Tokenize as large a part of the next window as has been dealt of this one."""
         if len(self._ready) == 1 and self._offset > 0:
             start = self._next.document
             dealt = self._offset / len(self._ready[0][1].tokens)

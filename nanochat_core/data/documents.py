@@ -1,5 +1,4 @@
-"""Long sequences of documents that are read when they are asked for, the part of them that is held out, and what can't
-be read of them."""
+"""Sequences of documents that are read on demand, a part held out for validation, and places that can't be read."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ from typing import Literal, overload
 
 from nanochat_core.errors import DataError
 
-MOST_SKIPPED = 10_000  # places; beyond that the data are broken as a whole, or an option is wrong
+MOST_SKIPPED = 10_000  # places; with more the data are broken as a whole, or an option is wrong
 
 
 class Documents(Sequence[str]):
@@ -18,8 +17,8 @@ class Documents(Sequence[str]):
 
     @abstractmethod
     def read(self, indices: Iterable[int]) -> Iterator[str]:
-        """The documents at ``indices``, all of them in [0, len). Neighbouring ones are asked for together, so that an
-        implementation reads what they share (a row group, a file) once. Any thread may call it."""
+        """The documents at ``indices``, all of them in [0, len). Neighbouring documents are requested together, so that
+        an implementation reads a row group or file that they share once. Any thread may call it."""
 
     @overload
     def __getitem__(self, index: int) -> str: ...
@@ -73,10 +72,10 @@ def hold_out(documents: Documents, fraction: float) -> tuple[Documents, Document
 
 
 class UnreadablePlaces:
-    """What of a data source could not be read, and what that leads to. Any thread may use it.
+    """The places of a data source that can't be read: skipped, or the end of the run. Thread-safe.
 
     Args:
-        on_error: of ``[data]``: whether it ends the run, or is noted and skipped.
+        on_error: the option of ``[data]``: "fail" raises an error, "skip" records the place.
     """
 
     def __init__(self, on_error: Literal["fail", "skip"] = "fail") -> None:
@@ -85,13 +84,13 @@ class UnreadablePlaces:
         self._lock = Lock()
 
     def report(self, what: str, remedy: str, error: Exception | None = None) -> None:
-        """Note that a place can't be read.
+        """Report a place that can't be read.
 
         Args:
             remedy: what the user could do about it.
 
         Raises:
-            DataError: unless it is to be skipped; also after ``MOST_SKIPPED`` places.
+            DataError: with "fail"; with "skip" after ``MOST_SKIPPED`` places.
         """
         what = " ".join(what.split())  # messages of libraries have line breaks
         if self.on_error == "fail":
@@ -102,6 +101,6 @@ class UnreadablePlaces:
                 raise DataError(f"data.on_error: more than {MOST_SKIPPED:,} places can't be read, the last: {what}")
 
     def lines(self) -> list[str]:
-        """A line for each place, in the order they were met; see ``DataSource.problems``."""
+        """A line for each place, in the order they were reported; see ``DataSource.problems``."""
         with self._lock:
             return list(self._lines)

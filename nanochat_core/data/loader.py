@@ -1,7 +1,7 @@
-"""Training steps and validation rows, dealt to ranks.
+"""Training steps, dealt to ranks.
 
-G rows a step, S lanes, R ranks, B rows a device batch, T tokens a row. Lane s fills slots [s G/S, (s+1) G/S) of every
-step; rank r takes slots [r G/R, (r+1) G/R). The rows of a step are the same whatever R is.
+G rows per step, S lanes, R ranks, B rows per device batch, T tokens per row. Lane s fills slots [s G/S, (s+1) G/S) of
+every step; rank r takes slots [r G/R, (r+1) G/R). The rows of a step are the same for every R.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ AHEAD = 2  # steps made in advance
 
 @attrs.frozen
 class Step:
-    """One optimizer step's data of one rank.
+    """The data of one optimizer step on one rank.
 
     Args:
         batches: micro-batches, each [B, T], on the CPU (pinned when the device is a GPU).
         cursors: where the lanes of this rank stand after the step, by lane: the state to save.
-        epoch: passes over the data so far, the mean of this rank's lanes.
+        epoch: passes over the data so far, averaged over this rank's lanes.
         cropped: tokens cut off documents so that they end with a row of this rank; see ``packing.best_fit``.
         dropped: tokens of unfinished rows at the ends of windows.
-        is_last: no rows are left for another step within the epochs allowed, in a lane of this rank.
+        is_last: a lane of this rank has no rows for another step within the allowed epochs.
     """
 
     batches: list[Batch]
@@ -54,7 +54,7 @@ class TrainLoader:
     """An iterator over this rank's steps, endless unless ``epochs`` are limited. A background thread reads, tokenizes
     and packs two steps ahead.
 
-    What is made in advance is no state: a loader that starts from a step's cursors goes on with exactly the next rows.
+    Steps made in advance are not state: a loader that starts from the cursors of a step gives exactly the next rows.
     Memory is bounded by the steps ahead, and of each lane a chunk of documents (``stream``) or two windows
     (``best_fit``). It ends its threads when it is closed, collected, or the interpreter exits.
 
@@ -65,8 +65,8 @@ class TrainLoader:
         device: where the batches will go.
         cursors: a cursor for every lane of this rank (others are ignored), or None to start from the beginning.
         packing, window: how rows are made; see ``packing``.
-        epochs: passes over the data that may be made, None for any number. The last step within them says so; asking
-            for another is a DataError.
+        epochs: passes over the data that may be made, None for any number. The last step within them has ``is_last``;
+            requesting another one raises a DataError.
         threads: lanes that are read and tokenized at the same time.
 
     Raises:
@@ -127,7 +127,7 @@ class TrainLoader:
         try:
             step = self._ahead[0].result()
         except Exception as error:
-            self._error = error  # the lanes stand somewhere in the middle: what was made after it is of no use
+            self._error = error  # lanes have advanced by a part of the step: later steps would be wrong
             self.close()
             raise
         self._ahead.popleft()
@@ -161,19 +161,21 @@ class TrainLoader:
         return tensor.pin_memory() if self._device.type == "cuda" else tensor
 
     def documents(self, before: Mapping[int, Cursor], step: Step) -> list[int]:
-        """Documents of the source that a step of this rank is made of, rising.
+        """Indices of the documents in this rank's part of a step, ascending.
 
         Args:
-            before: where the lanes stood before the step; without a cursor at the start.
+            before: cursors of the lanes before the step; a lane without one is at the start.
         """
         found = [self._lanes[lane].documents(before.get(lane, START), c) for lane, c in step.cursors.items()]
         return sorted({document for documents in found for document in documents})
 
     def close(self) -> None:
-        """End the threads; what they made in advance is dropped. May be called twice."""
+        """End the threads and drop the steps made in advance. May be called twice."""
         self._ahead.clear()
         if self._helpers is not None:
-            self._helpers.shutdown(wait=False, cancel_futures=True)  # a step in progress fails, and nobody asks for it
+            self._helpers.shutdown(
+                wait=False, cancel_futures=True
+            )  # a step in progress fails, and is not requested any more
         self._thread.shutdown(wait=True, cancel_futures=True)
         if self._helpers is not None:
             self._helpers.shutdown(wait=True)

@@ -5,9 +5,9 @@ Document k of lane s is document s + k S of the data source. Two packings:
 - ``stream`` lays the documents of a lane end to end, each led by bos, epoch after epoch, and cuts the stream into rows:
   T + 1 tokens each, one shared with the next row, so that every token but the very first is a target once.
 - ``best_fit`` packs windows of documents, each window by itself. A row of T + 1 tokens starts with a document's bos and
-  shares nothing; documents that don't fit are cropped, and what is lost is counted.
+  shares nothing; documents that don't fit are cropped, and the tokens lost are counted.
 
-No row needs anything but the documents from its cursor on. G rows a step, S lanes, T tokens a row.
+A row depends only on the documents from its cursor on. G rows per step, S lanes, T tokens per row.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from nanochat_core.interfaces.types import Tokens
 MAX_LANES = 64
 CHUNK = 16  # documents read and tokenized at once: slices are cheaper than single documents
 WINDOW = 64  # documents that best_fit packs together
-WINDOWS_A_LANE = 4  # and how many windows of them an epoch of a lane should hold
+WINDOWS_A_LANE = 4  # windows that an epoch of a lane should hold
 
 Packing = Literal["stream", "best_fit"]
 
@@ -46,7 +46,7 @@ class TokenSource(Protocol):
 
 @attrs.frozen
 class Encoder:
-    """Documents, tokenized when they are asked for."""
+    """Documents that are tokenized on demand."""
 
     documents: Sequence[str]
     tokenizer: Tokenizer
@@ -73,7 +73,7 @@ class Cursor(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Rows and what was lost on the way to each.
+    """Rows, and the tokens lost before each.
 
     Args:
         tokens: int32 [n, T + 1]: ids are ``row[:-1]``, targets ``row[1:]``.
@@ -125,7 +125,8 @@ class Lane(ABC):
 
     Raises:
         DataError: when the lane has no documents.
-        CheckpointError: (also from ``next_rows``) when the cursor points at what isn't there.
+        CheckpointError: when the cursor points at a document, token or row that does not exist; also from
+            ``next_rows``.
     """
 
     def __init__(
@@ -145,7 +146,7 @@ class Lane(ABC):
             raise DataError(f"{len(source)} training documents are too few for {lanes} lanes; give more data")
         if not 0 <= cursor.document < self.num_documents:
             raise self._misplaced(cursor)
-        self._next = cursor  # first document (or window) that isn't prepared yet
+        self._next = cursor  # first document (or window) that is not prepared
         self._begin()
 
     @abstractmethod
@@ -154,8 +155,8 @@ class Lane(ABC):
 
     def _misplaced(self, cursor: Cursor) -> CheckpointError:
         return CheckpointError(
-            f"lane {self._lane} was to go on at {cursor}, but there is no such document, token or row: "
-            f"the data source or the tokenizer isn't the one the run was started with"
+            f"lane {self._lane} can't continue at {cursor}, there is no such document, token or row: "
+            f"the data source or the tokenizer differs from the one that the run was started with"
         )
 
     def _read(self, first: int, last: int) -> Sequence[Tokens]:

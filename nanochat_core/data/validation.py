@@ -22,10 +22,10 @@ def validation_rows(
 
     Args:
         documents: all documents of the split, read once from the start, no further than needed.
-        tokens: rounded down to whole rows, one at least; where the split has fewer, the last row is filled up.
+        tokens: rounded down to whole rows, at least one; if the split has fewer, the last row is padded.
 
     Returns:
-        ids (filled up with 0) and targets (filled up with ``IGNORED``), both int32 [n, T].
+        ids (padded with 0) and targets (padded with ``IGNORED``), both int32 [n, T].
 
     Raises:
         DataError: when the split holds nothing to predict.
@@ -52,8 +52,8 @@ def validation_rows(
 class ValidationRows:
     """This rank's share of a fixed list of rows: row i goes to rank i % R.
 
-    Each iteration gives the same batches, always [B, T], on the CPU, filled up with rows of ``IGNORED`` targets so that
-    every rank gets equally many. The documents are tokenized on the first iteration; the rank's rows stay in memory.
+    Each iteration gives the same batches, always [B, T], on the CPU, padded with rows of ``IGNORED`` targets so that
+    every rank has the same number. The documents are tokenized on the first iteration; the rank's rows stay in memory.
 
     Args:
         documents: all documents of the split.
@@ -100,5 +100,5 @@ class ValidationRows:
 
 
 def pad_rows(rows: Tokens, count: int, value: int) -> Tokens:
-    """``rows`` [n, T] and as many rows of ``value`` as make them ``count``."""
+    """``rows`` [n, T], padded with rows of ``value`` to [count, T]."""
     return np.concatenate((rows, np.full((count - len(rows), rows.shape[1]), value, dtype=np.int32)))

@@ -14,10 +14,10 @@ from nanochat_core.interfaces.types import Split
 
 @attrs.frozen
 class DataContext:
-    """What a data source may know when it is built.
+    """Facts that the factory of a data source gets.
 
     Args:
-        cache_dir: an existing directory for what is worth keeping between runs (downloads, extracted text).
+        cache_dir: an existing directory for files that are kept between runs (downloads, extracted text).
     """
 
     cache_dir: Path
@@ -43,7 +43,7 @@ class DataSource(ABC):
         return digest.hexdigest()
 
     def problems(self) -> Sequence[str]:
-        """What was skipped so far because it can't be read: a line each, in the order it was met."""
+        """Places that were skipped so far because they can't be read: one line per place, in the order of reading."""
         return ()
 
     def describe(self) -> Mapping[str, str | int]:
@@ -53,5 +53,5 @@ class DataSource(ABC):
         return {}
 
     def download(self, workers: int) -> Sequence[str]:
-        """Bring everything here that isn't yet, and check it. Returns what is still missing and why, a line each."""
+        """Download and check every file that is missing. Returns a line, with the reason, for each that still is."""
         return ()

@@ -19,7 +19,7 @@ from nanochat_core.interfaces.types import Batch, Split
 
 @attrs.frozen
 class EvaluatorContext:
-    """What an evaluator may know when it is built.
+    """Facts that the factory of an evaluator gets.
 
     Args:
         tokenizer: the run's.
@@ -43,7 +43,7 @@ class EvaluatorContext:
 
 @attrs.frozen
 class Evaluation:
-    """What an evaluator found.
+    """The results of one evaluation.
 
     Args:
         metrics: metric name to value. An entry renamed in TOML gets its name and a slash in front of each.

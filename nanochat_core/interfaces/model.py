@@ -31,7 +31,7 @@ from nanochat_core.interfaces.types import Resolved
 
 @attrs.frozen
 class ModelContext:
-    """What a model may know when it is built.
+    """Facts that the factory of a model gets.
 
     It is built on the CPU (or on the meta device, to count) with torch's default generator seeded, then moved.
 
@@ -117,7 +117,7 @@ class Model(nn.Module, ABC):
         return {**counts, "total": sum(counts.values())}
 
     def flops_per_token(self, max_seq_len: int) -> float:
-        """FLOPs a token of one forward and backward pass. Default: 6 a parameter, embeddings left out."""
+        """FLOPs per token of one forward and backward pass. Default: 6 per parameter, embeddings excluded."""
         counts = self.parameter_counts()
         return 6.0 * (counts["total"] - counts.get("embedding", 0))
 
@@ -127,7 +127,7 @@ class Model(nn.Module, ABC):
         return None
 
     def resolved_options(self) -> Mapping[str, Resolved]:
-        """What each option left to "auto" became, by option name."""
+        """The value of each option left to "auto", by option name."""
         return {}
 
     def unsupported(self) -> Mapping[str, str]:
@@ -136,7 +136,7 @@ class Model(nn.Module, ABC):
         return {}
 
     def describe(self) -> Mapping[str, str | int]:
-        """What the banner says of the model: name to value, such as ``layers`` and ``width``."""
+        """Lines of the plan about the model: name to value, such as ``layers`` and ``width``."""
         return {}
 
 

@@ -14,16 +14,16 @@ from nanochat_core.interfaces.types import Resolved
 
 @attrs.frozen
 class OptimizerContext:
-    """What an optimizer may know when it is built.
+    """Facts that the factory of an optimizer gets.
 
-    It is built on every rank, and once more on the meta device to plan, where there is nobody to talk to.
+    It is built on every rank, and once more on the meta device to plan, where there are no other ranks to talk to.
 
     Args:
         parameters: trainable parameters by name, in the model's order, the same on every rank.
         roles: role of each parameter, by name.
         hidden_size: the model's D.
         world: the ranks.
-        total_batch_size: tokens an optimizer step, all ranks.
+        total_batch_size: tokens per optimizer step, over all ranks.
         num_iterations: optimizer steps of the run.
         relative_data: D / D12: tokens that the data : parameter ratio asks for, over those it asks for the family's
             reference model (see ``Model.reference_counts``); None for a model without. Scaling rules go by it, even
@@ -41,7 +41,7 @@ class OptimizerContext:
 
 @attrs.frozen
 class Multipliers:
-    """What the schedule says for one step.
+    """Values of the schedules for one step.
 
     Args:
         step: optimizer steps already done.
@@ -94,9 +94,9 @@ class Optimizer(ABC):
         """Bytes of state this rank holds after the first update, known before it."""
 
     def resolved_options(self) -> Mapping[str, Resolved]:
-        """What each option left to "auto" became, by option name."""
+        """The value of each option left to "auto", by option name."""
         return {}
 
     def describe(self) -> Mapping[str, str | int]:
-        """What the banner says of the optimizer: name to value, such as the learning rates in force."""
+        """Lines of the plan about the optimizer: name to value, such as the learning rates in force."""
         return {}

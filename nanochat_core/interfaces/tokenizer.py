@@ -14,7 +14,7 @@ from nanochat_core.interfaces.types import Tokens
 
 @attrs.frozen
 class TokenizerContext:
-    """What a tokenizer may know when it is built.
+    """Facts that the factory of a tokenizer gets.
 
     Args:
         documents: gives a fresh iterator over the training documents, for a tokenizer that must be trained.
@@ -61,7 +61,7 @@ class Tokenizer(ABC):
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """Hex digest of everything that decides which tokens a text gets."""
+        """Hex digest of everything that determines the tokens of a text."""
 
     @property
     def bos_id(self) -> int:
@@ -72,6 +72,6 @@ class Tokenizer(ABC):
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def encode_documents(self, texts: Sequence[str]) -> list[Tokens]:
-        """One int32 array a document, each led by bos. Called from a background thread."""
+        """One int32 array per document, each led by bos. Called from a background thread."""
         bos = self.bos_id
         return [np.array([bos, *self.encode(text)], dtype=np.int32) for text in texts]

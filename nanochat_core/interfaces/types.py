@@ -40,7 +40,7 @@ Split = Literal["train", "val"]
 
 @attrs.frozen
 class Resolved:
-    """What an "auto" option became: its value, and the formula in words."""
+    """The value of an option that was left to "auto", and the formula that gave it, in words."""
 
     value: bool | int | float | str
     formula: str

@@ -104,7 +104,7 @@ def test_lanes_of_best_fit_hold_several_windows(documents: int, window: int, exp
 
 @pytest.mark.parametrize("cursor", [Cursor(0, 3, 0), Cursor(0, -1, 0), Cursor(0, 1, 4)])
 def test_cursor_that_points_nowhere(cursor: Cursor) -> None:
-    with pytest.raises(CheckpointError, match="isn't the one the run was started with"):
+    with pytest.raises(CheckpointError, match="differs from the one that the run was started with"):
         StreamLane(encoder(["one", "two", "three"]), 4, cursor=cursor).next_rows(1)
 
 
@@ -230,7 +230,7 @@ def test_documents_too_short_for_any_row() -> None:
 
 @pytest.mark.parametrize("cursor", [Cursor(0, 9, 0), Cursor(0, 2, 0), Cursor(0, 4, 99), Cursor(0, -4, 0)])
 def test_cursor_of_best_fit_that_points_nowhere(cursor: Cursor) -> None:
-    with pytest.raises(CheckpointError, match="isn't the one the run was started with"):
+    with pytest.raises(CheckpointError, match="differs from the one that the run was started with"):
         BestFitLane(Numbered([9] * 9), 8, cursor=cursor, window=4).next_rows(1)
 
 
