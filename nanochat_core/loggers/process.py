@@ -1,4 +1,5 @@
-"""The training process's side of a logger: start its process, look at it now and then, end it. Waits for nothing."""
+"""The training process's side of a logger: it starts the logger's process, polls it and ends it, and never waits for
+it."""
 
 from __future__ import annotations
 
@@ -55,7 +56,7 @@ class LoggerProcess:
                 self._process = subprocess.Popen(
                     [sys.executable, "-P", "-m", "nanochat_core.loggers.worker", *numbers],
                     stdin=stdin, stdout=log, stderr=log, pass_fds=(their_control, their_messages),
-                    process_group=0,  # the terminal's Ctrl-C is not for it; and it dies with its own children
+                    process_group=0,  # no Ctrl-C of the terminal reaches it, and it is killed with its children
                     env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
                 )  # fmt: skip
             finally:
@@ -71,14 +72,14 @@ class LoggerProcess:
         return self._process.pid
 
     def look(self) -> bool:
-        """Pass on what it has to say. Returns whether it lives. Takes microseconds."""
+        """Report its messages. Returns whether it is alive. Takes microseconds."""
         self._read_messages()
         if self._process.poll() is None:
             return True
         self._read_messages()
         self.kill()
         code = self._process.returncode
-        if code not in (0, INCOMPLETE, CANT_START):  # those it explained itself; the watchdog's code is 1
+        if code not in (0, INCOMPLETE, CANT_START):  # it has reported these itself; the watchdog's code is 1
             how = f"took longer than {self.job.timeout:g} s {_DOING[self._phase]}" if code == 1 else f"died ({code})"
             self.report(f"logger {self.name} {how} and is ended; see {self._relative('.log')}")
         self._account(complete=code == 0)
@@ -87,12 +88,13 @@ class LoggerProcess:
         return False
 
     def end(self, status: str) -> None:
-        """Tell it how the run ended. It has the entry's ``timeout`` for the rest from then on."""
+        """Tell it how the run ended. From now on it has the entry's ``timeout`` to send the rest."""
         with contextlib.suppress(OSError):
             os.write(self._control, f"{status}\n".encode())
 
     def wait(self, deadline: float | None) -> bool:
-        """Wait until it has ended; kill it at ``deadline`` (of ``time.monotonic``). Returns whether all was sent."""
+        """Wait until it has ended; kill it at ``deadline`` (of ``time.monotonic``). Returns whether it sent every
+        record."""
         while self.look():
             if deadline is not None and time.monotonic() > deadline:
                 self.kill()
@@ -101,7 +103,7 @@ class LoggerProcess:
         return self._process.returncode == 0
 
     def kill(self) -> None:
-        """End it and what it started, at once."""
+        """Kill it and its children."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
@@ -118,7 +120,7 @@ class LoggerProcess:
                 self.report(f"logger {self.name}: {message['report']}")
 
     def _account(self, complete: bool) -> None:
-        """Say what a logger that has ended was not told."""
+        """Report the records that a logger which has ended did not get."""
         context = self.job.context
         progress = Progress.read(progress_file(context.directory, self.name))
         if complete and not progress.failures:
@@ -128,7 +130,7 @@ class LoggerProcess:
         if complete:
             self.report(f"logger {self.name} {failures} and recovered: it has every record")
         elif self.name.startswith("observer-"):
-            self.report(f"{self.name} {failures}, it is not told of {missed} records")
+            self.report(f"{self.name} {failures}, it has not got {missed} records")
         else:
             run = f"{context.directory.parent.name}/{context.directory.name}"
             self.report(

@@ -1,4 +1,4 @@
-"""What a logger's process is given to do, and how far it has got."""
+"""The job of a logger's process, and its progress."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nanochat_core.plugins.choice import Choice
 
 @attrs.frozen
 class Job:
-    """What one logger worker has to do.
+    """The job of one logger worker.
 
     Args:
         timeout: seconds that building the logger, one record, and sending the rest at the end may take each.
@@ -31,13 +31,13 @@ class Job:
 
 @attrs.define
 class Progress:
-    """How far a logger got, as kept in ``loggers/<name>.json``.
+    """The progress of a logger, as kept in ``loggers/<name>.json``.
 
     Args:
-        offset: bytes of the ledger it was told; ``last_line``: digest of the line that ends there.
-        steps: last step told, by stream: "" for training steps, else the evaluator's entry.
+        offset: bytes of the ledger that it has got; ``last_line``: digest of the line that ends there.
+        steps: last step that it has got, by stream: "" for training steps, else the evaluator's entry.
         failures: times it raised.
-        status: of the run, once the logger has been told; "" before.
+        status: of the run, once the logger has it; "" before.
     """
 
     offset: int = 0
@@ -48,14 +48,15 @@ class Progress:
 
     @classmethod
     def read(cls, path: Path) -> Progress:
-        """What the file says; a fresh start when there is none."""
+        """Read the file; without one, a fresh start."""
         try:
             return cls(**json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             return cls()
 
     def write(self, path: Path) -> None:
-        """Over the old content, in one call: it is written at every record, and a file renamed each time would cost."""
+        """Overwrite the file in one call: it is written at every record, and renaming a file each time would be
+        slow."""
         text = json.dumps(attrs.asdict(self, recurse=False))
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
         try:
@@ -72,5 +73,5 @@ class Progress:
 
 
 def progress_file(directory: Path, name: str) -> Path:
-    """Where the logger ``name`` of the run in ``directory`` keeps how far it got."""
+    """The file with the progress of logger ``name`` of the run in ``directory``."""
     return directory / "loggers" / f"{name}.json"

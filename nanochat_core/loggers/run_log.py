@@ -1,5 +1,5 @@
-"""Telling people and loggers: ``log.txt``, the ledger, and the loggers that mirror it. Ranks other than 0 only have a
-log, a file of their own."""
+"""Terminal output, ``log.txt``, the ledger, and the loggers that mirror it. Ranks other than 0 only have a log file of
+their own."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from nanochat_core.plugins.choice import Choice, LoggerKeys
 from nanochat_core.runs.directory import RunDirectory
 from nanochat_core.runs.ledger import Ledger
 
-LOOK_SECONDS = 0.2  # how often the processes of loggers are looked at; a look takes microseconds
+LOOK_SECONDS = 0.2  # seconds between polls of the loggers' processes; a poll takes microseconds
 GRACE_SECONDS = 2.0  # a logger's process ends itself at its timeout; after that it is killed
 
 Status = Literal["finished", "failed", "preempted"]
@@ -30,7 +30,7 @@ Status = Literal["finished", "failed", "preempted"]
 
 @attrs.define
 class Logs:
-    """What a run says. Nothing is written before ``open``, or ``open_rank``."""
+    """The outputs of a run. Nothing is written before ``open`` or ``open_rank``."""
 
     run_dir: RunDirectory
     _text: IO[str] | None = attrs.field(default=None, init=False)
@@ -41,19 +41,20 @@ class Logs:
     _looked: float = attrs.field(default=0.0, init=False)  # when the processes were last looked at
 
     def open(self) -> None:
-        """On rank 0, which tells people."""
+        """Open the log of rank 0, which also prints to the terminal."""
         self._text = self.run_dir.log.open("a", encoding="utf-8")
         self._tells = True
 
     def open_rank(self, rank: int) -> IO[str]:
-        """On other ranks: everything that this process says, libraries included, goes to a file from now on.
+        """Open the log of another rank: from now on everything that this process prints, libraries included, goes
+        there.
 
         Returns:
-            The stderr that there was.
+            The stderr before.
         """
         terminal = os.fdopen(os.dup(2), "w", encoding="utf-8", errors="replace")
         file = self.run_dir.rank_log(rank)
-        with contextlib.suppress(OSError):  # rank 0 has given up, and removed the directory
+        with contextlib.suppress(OSError):  # rank 0 has failed and removed the directory
             file.parent.mkdir(exist_ok=True)
             self._text = file.open("a", encoding="utf-8")
             for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
@@ -90,29 +91,29 @@ class Logs:
                 self.report(f"logger {choice.name} can't start, the run goes on without it: {error}")
 
     def report(self, line: str) -> None:
-        """A line for people: to stdout and ``log.txt``; of other ranks, to their log."""
+        """Print a line to stdout and ``log.txt``; on other ranks, to their log."""
         if self._tells:
-            with contextlib.suppress(OSError):  # the terminal is gone, or who read the pipe: no reason to stop
+            with contextlib.suppress(OSError):  # the terminal or the reader of the pipe is gone: no reason to stop
                 tqdm.write(line)  # goes around a progress bar
                 sys.stdout.flush()
         self.note(line)
 
     def note(self, line: str) -> None:
-        """A line for the log alone."""
+        """Write a line to the log only."""
         if self._text is not None:
             with contextlib.suppress(OSError):  # a full disk
                 print(line, file=self._text, flush=True)
 
     def record(self, step: int, values: dict[str, float | str]) -> None:
-        """A ledger line. A logger of this process that raises is reported once and left out from then on; those that
-        have a process of their own read the ledger, and are only looked at here."""
+        """Append a record to the ledger. A logger in this process that raises is reported once and not called again;
+        loggers in processes of their own read the ledger, and are only polled here."""
         if self._ledger is None:
             return
         before = self._ledger.problem
         record = self._ledger.write(step, values)
         if bool(before) != bool(self._ledger.problem):
             self.report(
-                f"the ledger is written again, nothing is missing (step {step})"
+                f"the ledger can be written again, and no line is lost (step {step})"
                 if before
                 else f"the ledger can't be written from step {step} on, lines are kept until it can: "
                 f"{self._ledger.problem}"
@@ -130,7 +131,7 @@ class Logs:
             self._processes = [process for process in self._processes if process.look()]
 
     def status(self, status: str, step: int, num_iterations: int) -> None:
-        """Write ``status.json``; when that can't be done, say so."""
+        """Write ``status.json``; a failure to write it is reported."""
         try:
             self.run_dir.write_status(status, step, num_iterations)
         except OSError as error:
@@ -140,7 +141,7 @@ class Logs:
         return self._ledger.bytes if self._ledger is not None else 0
 
     def finish(self, status: Status) -> None:
-        """Close the ledger and tell the loggers that the run ended; each has its ``timeout`` for that."""
+        """Close the ledger and tell the loggers how the run ended; each has its ``timeout`` to finish."""
         if self._ledger is not None:
             self._ledger.close()
             if self._ledger.problem:

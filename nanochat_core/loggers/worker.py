@@ -1,12 +1,13 @@
 """The program of one logger: ``python -m nanochat_core.loggers.worker``, started by ``process.py``. Imports no torch.
 
-It builds the logger, tells it every line that comes to the ledger, and keeps in ``loggers/<name>.json`` how far it got.
-The training process is at the other end of two pipes, but nothing here waits for it and it waits for nothing here:
+It builds the logger, passes it every new line of the ledger, and records its progress in ``loggers/<name>.json``. Two
+pipes connect it with the training process; neither process waits for the other:
 
 - one brings a line when the run ends, or closes when the training process dies, which ends the run as failed;
-- one takes messages for people.
+- the other carries messages for people.
 
-Whatever takes longer than the entry's ``timeout`` is ended by a watchdog that works even when Python itself is stuck.
+A watchdog, which works even when Python itself is stuck, ends the process when the logger takes longer than the entry's
+``timeout``.
 """
 
 from __future__ import annotations
@@ -34,16 +35,16 @@ from nanochat_core.interfaces.logger import Logger
 from nanochat_core.loggers.priority import lower_priority
 from nanochat_core.loggers.progress import Job, Progress, progress_file
 
-POLL_SECONDS = 1.0  # how often the ledger is looked at; what came since is told in one go, which costs least
+POLL_SECONDS = 1.0  # seconds between reads of the ledger; new records are passed on together, which costs least
 LONGEST_PAUSE = 60.0  # between two tries of a record that the logger raises on
 INCOMPLETE, CANT_START = 3, 4  # exit codes
 
 
 class LoggerWorker:
-    """Tells a logger the ledger's lines.
+    """Passes the ledger's records to a logger.
 
     Args:
-        say: takes what the training process should hear: ``say(report="...")``, ``say(phase="...")``.
+        say: sends a message to the training process: ``say(report="...")``, ``say(phase="...")``.
     """
 
     def __init__(self, job: Job, say: Any) -> None:
@@ -56,10 +57,10 @@ class LoggerWorker:
         self.logger: Logger
 
     def start(self) -> None:
-        """Build the logger, and find where it goes on.
+        """Build the logger, and find the record to continue from.
 
         Raises:
-            Exception: whatever is wrong with it.
+            Exception: whatever the logger raises.
         """
         start_step = 0
         if self.known:
@@ -73,10 +74,10 @@ class LoggerWorker:
             self.progress.steps = {name: min(step, start_step - 1) for name, step in self.progress.steps.items()}
             self.progress.offset = 0
         elif not self._ledger_is_as_it_was():
-            self.progress.offset = 0  # rewound: go through all of it, and leave out the steps that were told
+            self.progress.offset = 0  # rewound: read all of it, and leave out the steps that the logger has
 
     def _ledger_is_as_it_was(self) -> bool:
-        """Whether the line told last still stands before the offset."""
+        """Whether the ledger still has the last line passed on, just before the offset."""
         offset = self.progress.offset
         if not self.known:
             return offset == 0
@@ -91,10 +92,10 @@ class LoggerWorker:
         return len(before) == offset - start and bool(lines) and _digest(lines[-1]) == self.progress.last_line
 
     def send_new(self) -> None:
-        """Tell the logger what is new in the ledger.
+        """Pass on the new records of the ledger.
 
         Raises:
-            Exception: what the logger raised on a record; it is told that record again the next time.
+            Exception: what the logger raised on a record; the next call passes that record again.
         """
         self._armed = 0.0
         with self._watched("log"):
@@ -114,12 +115,14 @@ class LoggerWorker:
             self.progress.note(record)
         self.progress.offset += len(line)
         self.progress.last_line = _digest(line)
-        self.progress.write(self.progress_file)  # at once: what a process that is ended forgets is told twice
+        self.progress.write(
+            self.progress_file
+        )  # at once: a record that is not noted before the process is killed would be passed twice
 
     def _new_lines(self) -> Iterator[bytes]:
-        """Whole lines from the offset to the end that the ledger has now."""
+        """Whole lines from the offset to the current end of the ledger."""
         with contextlib.suppress(FileNotFoundError), self.ledger.open("rb") as file:
-            end = os.fstat(file.fileno()).st_size  # later lines wait for the next look
+            end = os.fstat(file.fileno()).st_size  # later lines wait for the next read
             file.seek(self.progress.offset)
             while file.tell() < end:
                 line = file.readline()
@@ -128,7 +131,7 @@ class LoggerWorker:
                 yield line
 
     def finish(self, status: str) -> None:
-        """Tell the logger the rest, and how the run ended.
+        """Pass on the remaining records and the status of the run.
 
         Raises:
             Exception: what the logger raised.
@@ -145,7 +148,7 @@ class LoggerWorker:
         self.progress.write(self.progress_file)
 
     def _failed(self, what: str) -> None:
-        """Count a failure, and tell people of the first."""
+        """Count a failure, and report the first."""
         traceback.print_exc()
         self.progress.failures += 1
         self.progress.write(self.progress_file)
@@ -172,7 +175,7 @@ class LoggerWorker:
             self._watching = ""
 
     def _arm(self) -> None:
-        """Let the watchdog count from now on; from a moment ago will do, as each time starts a thread."""
+        """Restart the watchdog's clock, unless that was done a moment ago, as it starts a thread."""
         now = time.monotonic()
         if now > self._armed + self.job.timeout / 20 or self._watching != "log":
             faulthandler.dump_traceback_later(self.job.timeout, exit=True, file=sys.stderr)
@@ -184,7 +187,8 @@ def _digest(line: bytes) -> str:
 
 
 class _Ended(threading.Thread):
-    """Waits for the end of the run: a status through the pipe, or its end when the training process has died."""
+    """Waits for the end of the run: a status through the pipe, or the end of the pipe when the training process has
+    died."""
 
     def __init__(self, pipe: IO[bytes], parent: int) -> None:
         super().__init__(daemon=True)
@@ -202,7 +206,7 @@ class _Ended(threading.Thread):
 
 
 def _follow(worker: LoggerWorker, ended: _Ended) -> bool:
-    """Follow the ledger to the end of the run. Returns whether the logger was told everything."""
+    """Follow the ledger to the end of the run. Returns whether the logger got every record."""
     pause = POLL_SECONDS
     while not ended.wait(pause):
         try:
@@ -220,7 +224,7 @@ def _follow(worker: LoggerWorker, ended: _Ended) -> bool:
 
 
 class _Speaker:
-    """Messages to the training process: a JSON object a line. Nobody may be listening."""
+    """Messages to the training process, one JSON object per line. It may have died."""
 
     def __init__(self, pipe: IO[bytes]) -> None:
         self.pipe, self.last = pipe, ""
@@ -228,19 +232,21 @@ class _Speaker:
 
     def __call__(self, **message: str) -> None:
         text = json.dumps(message)
-        if text != self.last:  # a phase is news when it changes
+        if text != self.last:  # a phase is sent only when it changes
             self.last = text
             with contextlib.suppress(OSError):
                 os.write(self.pipe.fileno(), text.encode() + b"\n")
 
 
 def main() -> int:
-    """The job comes through stdin; arguments are the pipes' file descriptors and the parent's id. Output goes to the
-    log of the logger."""
+    """The job is read from stdin; arguments are the file descriptors of the pipes and the parent's process id. Output
+    goes to the logger's log."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # meant for the training process, which will say how the run ended
+        signal.signal(number, signal.SIG_IGN)  # meant for the training process, which will report how the run ended
     for number in (signal.SIGTTIN, signal.SIGTTOU):
-        signal.signal(number, signal.SIG_IGN)  # a library that asks the terminal gets an error, and is not stopped
+        signal.signal(
+            number, signal.SIG_IGN
+        )  # a library that reads from the terminal gets an error instead of being stopped
     control, messages, parent = map(int, sys.argv[1:])
     ended = _Ended(os.fdopen(control, "rb"), parent)
     say = _Speaker(os.fdopen(messages, "wb", buffering=0))
@@ -263,8 +269,8 @@ def main() -> int:
 
 
 def _lock(path: Path, timeout: float) -> None:
-    """One worker per logger: that of a training process that has just died may still be at work."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)  # kept open as long as this process lives
+    """Take the lock of the logger: the worker of a training process that has just died may still be sending."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)  # held as long as this process lives
     deadline = time.monotonic() + timeout
     while True:
         try:

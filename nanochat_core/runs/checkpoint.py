@@ -25,7 +25,10 @@ from nanochat_core.runs.upgrades import ModelRecord, upgrade_manifest, upgrade_m
 VERSION = 3  # upgrades.py reads older ones
 MANIFEST = "manifest.json"
 PARTS = ("model", "optimizer", "rng")  # a file of tensors each
-ROOM_A_TENSOR, ROOM_BESIDES = 256, 2**16  # bytes: its name and shape in a file's head; the JSON files, file system
+ROOM_A_TENSOR, ROOM_BESIDES = (
+    256,
+    2**16,
+)  # bytes: its name and shape in a file's header; the JSON files and the file system
 
 
 @attrs.frozen
@@ -34,8 +37,8 @@ class CheckpointContent:
 
     Args:
         model: parameters and buffers by name; ``optimizer``: ``<parameter>/<what>``; ``rng``: ``<rank>/<generator>``.
-        state: where the run stands.
-        built_from: what the model was built from.
+        state: of the run.
+        built_from: plugin, version and options of the model.
         plugins: version of each distribution whose plugins the run uses.
     """
 
@@ -52,7 +55,7 @@ def checkpoint_name(step: int) -> str:
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers; a tensor that goes by several names (tied weights) once, by its first."""
+    """Parameters and persistent buffers; a tensor with several names (tied weights) only once, under its first."""
     seen: set[tuple[int, int]] = set()
     tensors = {}
     for name, tensor in model.state_dict().items():
@@ -68,7 +71,7 @@ def load_model_tensors(model: nn.Module, tensors: Mapping[str, Tensor], source: 
     """Copy ``tensors`` into ``model``.
 
     Raises:
-        CheckpointError: naming tensors that are missing, left over, or of another shape.
+        CheckpointError: when tensors are missing, not in the model, or differ in shape.
     """
     wanted = model_tensors(model)
     problems = [f"{name} is missing" for name in wanted.keys() - tensors.keys()]
@@ -88,7 +91,7 @@ def save_checkpoint(directory: Path, content: CheckpointContent) -> Path:
     """Write ``directory/step_NNNNNN``: to a temporary directory, synced, then renamed. Call on one rank.
 
     Raises:
-        CheckpointError: when it can't be written, or the disk has no room for it; nothing is left behind then.
+        CheckpointError: when it can't be written, or the disk has no room for it; no partial files are left.
     """
     final = directory / checkpoint_name(content.state.step)
     temporary = directory / f".{final.name}.{os.getpid()}"
@@ -113,7 +116,7 @@ def save_checkpoint(directory: Path, content: CheckpointContent) -> Path:
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
         for path in (*temporary.iterdir(), temporary):
             sync(path)
-        old = _set_aside(final) if final.exists() else None  # of a run that was rewound to before it
+        old = _set_aside(final) if final.exists() else None  # from before the run was rewound
         temporary.rename(final)
         sync(directory)
         if old is not None:
@@ -146,14 +149,14 @@ def remove_checkpoint(checkpoint: Path) -> None:
 
 
 def _set_aside(checkpoint: Path) -> Path:
-    """Give a checkpoint a name that no reader looks at."""
+    """Rename a checkpoint so that no reader finds it."""
     aside = checkpoint.with_name(f".{checkpoint.name}.deleted.{os.getpid()}")
     shutil.rmtree(aside, ignore_errors=True)
     return checkpoint.rename(aside)
 
 
 def remove_leftovers(directory: Path) -> list[str]:
-    """Delete what processes left that were killed while they saved or deleted a checkpoint. Returns the names. Call
+    """Delete files of processes that were killed while they saved or deleted a checkpoint. Returns the names. Call it
     under the run's lock: a save in progress looks the same."""
     found = sorted(directory.glob(".step_*"))
     for path in found:
@@ -167,13 +170,13 @@ def _sha256(path: Path) -> str:
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:
-    """Of a manifest's content, but for the digest itself."""
+    """Digest of a manifest's content, without the digest itself."""
     content = {key: value for key, value in manifest.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def verify(checkpoint: Path) -> str:
-    """What is wrong with a checkpoint, or an empty string."""
+    """The reason why a checkpoint is not sound, or an empty string."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
         if manifest["version"] > VERSION:
@@ -200,7 +203,7 @@ def list_checkpoints(directory: Path) -> list[Path]:
 
 
 def latest_checkpoint(directory: Path) -> tuple[Path | None, list[str]]:
-    """(the newest checkpoint whose manifest verifies, what is wrong with newer ones)."""
+    """The newest sound checkpoint (None without one), and a line for each newer one that is not sound."""
     damaged: list[str] = []
     for checkpoint in list_checkpoints(directory):
         problem = verify(checkpoint)
@@ -217,7 +220,7 @@ def load_checkpoint(checkpoint: Path) -> CheckpointContent:
 
 
 def load_state(checkpoint: Path) -> TrainState:
-    """Only where the run stands."""
+    """Only the state of the run."""
     return TrainState.from_json(json.loads((checkpoint / "state.json").read_text()))
 
 
@@ -227,20 +230,20 @@ def load_weights(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def read_model(checkpoint: Path) -> ModelRecord:
-    """What the model of a checkpoint was built from."""
+    """Plugin, version and options that a checkpoint's model was built from."""
     manifest = upgrade_manifest(json.loads((checkpoint / MANIFEST).read_text()), checkpoint)
     return ModelRecord(**manifest["model"])
 
 
 def saved_options(checkpoint: Path, entry: Entry) -> dict[str, Any]:
-    """Options of a checkpoint's model as ``entry`` has them today. See ``upgrade_model`` for errors."""
+    """Options of a checkpoint's model as the installed ``entry`` has them. See ``upgrade_model`` for errors."""
     record = read_model(checkpoint)
     tensors = load_weights(checkpoint) if record.version < entry.model_version else {}
     return upgrade_model(record, entry, tensors, str(checkpoint))[0]
 
 
 def saved_tensors(checkpoint: Path, entry: Entry) -> dict[str, Tensor]:
-    """The model's tensors of a checkpoint, on the CPU, as ``entry`` has them today; those of another plugin as they
-    are. See ``upgrade_model`` for errors."""
+    """The model's tensors of a checkpoint, on the CPU, as the installed ``entry`` has them; those of another plugin as
+    they are. See ``upgrade_model`` for errors."""
     record, tensors = read_model(checkpoint), load_weights(checkpoint)
     return tensors if record.plugin != entry.name else upgrade_model(record, entry, tensors, str(checkpoint))[1]

@@ -1,4 +1,5 @@
-"""The ledger ``metrics.jsonl``: one flat JSON object a line, always written, the truth about a run. No torch."""
+"""The ledger ``metrics.jsonl``: one flat JSON object per line, always written, the source of truth about a run. Imports
+no torch."""
 
 from __future__ import annotations
 
@@ -11,13 +12,13 @@ from typing import Any
 
 
 class Ledger:
-    """Appends records to a ledger, each at once. What can't be written, such as on a full disk, is kept and written
-    before what comes next."""
+    """Appends records to a ledger, each at once. Records that can't be written, such as on a full disk, are kept and
+    written before the next one."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("ab", buffering=0)
         self._unwritten = b""
-        self.problem = ""  # why lines could not be written yet
+        self.problem = ""  # why lines could not be written so far
 
     def write(self, step: int, values: Mapping[str, float | str]) -> dict[str, Any]:
         """Append one line and return the record. Values that are not finite become the strings "nan", "inf", "-inf"."""
@@ -37,7 +38,7 @@ class Ledger:
 
     @property
     def bytes(self) -> int:
-        """Its length when everything is written."""
+        """Length of the ledger in bytes, with lines that are still to be written."""
         return self._file.tell() + len(self._unwritten)
 
     def close(self) -> None:
@@ -47,15 +48,15 @@ class Ledger:
 
 
 def rewind_ledger(path: Path, keep_bytes: int, step: int) -> list[dict[str, Any]]:
-    """Take back what a run wrote after the checkpoint of ``step``, which ends at ``keep_bytes``.
+    """Remove what a run wrote after the checkpoint of ``step``, at which the ledger had ``keep_bytes``.
 
-    Lines of steps that a resume does again are moved to ``metrics.rewound.jsonl``; evaluations of ``step`` itself stay,
-    those made after the checkpoint too. Returns their records. Killed at any moment, it can be done again.
+    Lines of steps that a resume repeats are moved to ``metrics.rewound.jsonl``; evaluations of ``step`` itself stay,
+    also those made after the checkpoint. Returns their records. A process killed at any moment in here can repeat it.
     """
     path.touch()  # somebody may have removed it
     with path.open("rb+") as file:
         size = file.seek(0, 2)
-        if size < keep_bytes:  # a power cut took its end: go on after the last whole line
+        if size < keep_bytes:  # a power cut took its end: continue after the last whole line
             file.seek(0)
             keep_bytes = file.read().rfind(b"\n") + 1
             file.truncate(keep_bytes)
@@ -76,12 +77,12 @@ def rewind_ledger(path: Path, keep_bytes: int, step: int) -> list[dict[str, Any]
             file.truncate()  # killed here, the evaluations are made again
             file.writelines(kept)
         file.seek(0)
-        own = [json.loads(line) for line in file if line.startswith(b'{"step": %d,' % step)]  # as write() begins it
+        own = [json.loads(line) for line in file if line.startswith(b'{"step": %d,' % step)]  # as write() starts it
     return [record for record in own if "evaluator" in record]
 
 
 def _append_new(path: Path, lines: list[bytes]) -> None:
-    """Append ``lines``, but those that a process appended before it was killed."""
+    """Append ``lines``, except those that a process appended before it was killed."""
     with path.open("ab+") as file:
         file.seek(0)
         there = file.read()

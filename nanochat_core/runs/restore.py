@@ -1,4 +1,5 @@
-"""What a run needs installed: which distributions its plugins came from, and what to type when one is missing."""
+"""Loading a run's experiment with the model of a checkpoint, finding its newest sound checkpoint, and naming
+distributions that it needs and that are not installed."""
 
 from __future__ import annotations
 
@@ -19,14 +20,14 @@ from nanochat_core.runs.directory import RunDirectory
 
 
 def distributions_of(experiment: Experiment) -> dict[str, str]:
-    """Version of each distribution whose plugins the experiment uses, loggers left out: a run loads without them."""
+    """Version of each distribution whose plugins the experiment uses, except loggers, which loading does not need."""
     parts = (experiment.tokenizer, experiment.data, experiment.model, experiment.optimizer, *experiment.evaluators)
     choices: list[Choice] = [choice for choice in parts if choice.entry is not None]
     return {c.entry.distribution: c.entry.version for c in choices if c.entry is not None and c.entry.distribution}
 
 
 def missing_distributions(checkpoint: Path) -> list[str]:
-    """What to say of each distribution that a checkpoint needs and that is not installed."""
+    """A line for each distribution that a checkpoint needs and that is not installed."""
     try:
         needed: dict[str, str] = json.loads((checkpoint / MANIFEST).read_text()).get("plugins", {})
     except (OSError, ValueError):
@@ -47,7 +48,7 @@ def load_run(
     overrides: Sequence[str] = (),
     tables: Sequence[Tables] = (),
 ) -> LoadedExperiment:
-    """The experiment of a run. Its model is that of a checkpoint, whatever the defaults are today.
+    """The experiment of a run. Its model is that of a checkpoint, whatever the defaults are now.
 
     Args:
         overrides, tables: as ``load`` takes them.
@@ -80,8 +81,8 @@ def load_experiment(run: RunDirectory, checkpoint: Path, plugins: Plugins) -> Ex
 def load_recorded(
     run: RunDirectory, plugins: Plugins, overrides: Sequence[str] = (), tables: Sequence[Tables] = ()
 ) -> LoadedExperiment:
-    """The experiment of a run for those who don't need its weights. Its model is that of the newest checkpoint, where
-    there is one: today's plugin may not know the options of the run's file.
+    """The experiment of a run for uses that don't need its weights. Its model is that of the newest checkpoint, if
+    there is one, as the installed plugin may not know the options in the run's file.
 
     Raises:
         ConfigError: with every problem found.

@@ -9,10 +9,10 @@ from nanochat_core.config.schema import Checkpoint
 
 
 def steps_to_delete(steps: Iterable[int], scores: Mapping[int, float], options: Checkpoint) -> list[int]:
-    """Which checkpoints ``options`` does not keep, oldest first.
+    """Steps of checkpoints that ``options`` does not keep, oldest first.
 
-    The newest is always kept. ``keep_best`` looks at those that have a score; of equal ones the older is better. While
-    none has one, nothing is deleted, because any might turn out best.
+    The newest is always kept. ``keep_best`` compares those that have a score; of equal ones the older is better.
+    While none has a score, nothing is deleted, because any might turn out best.
 
     Args:
         steps: of the checkpoints there are.
@@ -34,8 +34,9 @@ def steps_to_delete(steps: Iterable[int], scores: Mapping[int, float], options: 
 
 
 def most_at_once(count: int, options: Checkpoint) -> int:
-    """How many of a run's ``count`` checkpoints are on disk at one time at most: what is kept of those before the last,
-    and the last, which is written before any of them goes. Those that ``keep_best`` keeps count as none of the others.
+    """Largest number of a run's ``count`` checkpoints that are on disk at the same time: those kept before the last,
+    and the last, which is written before any is deleted. Checkpoints that ``keep_best`` keeps are counted as
+    additional.
     """
     before = count - 1
     if options.keep_last is options.keep_every is options.keep_best is None:

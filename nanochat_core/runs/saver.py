@@ -1,4 +1,4 @@
-"""Checkpoints of a run in progress: written at once or in the background, and which of them are kept."""
+"""Writes the checkpoints of a run, at once or in the background, and deletes those that are not kept."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from nanochat_core.runs.retention import steps_to_delete
 
 @attrs.define
 class Saver:
-    """Saves the checkpoints of a run and deletes those that are not kept, on the rank that writes.
+    """Saves the checkpoints of a run and deletes those that are not kept. Used on rank 0.
 
     Args:
         directory: of the checkpoints.
         options: ``[checkpoint]``.
-        report: tells people a line; called in the thread that writes, where there is one.
-        ledger: what a checkpoint goes with: on the disk before it.
+        report: called with a line for people, in the thread that writes if there is one.
+        ledger: synced to the disk before each checkpoint.
         sound: step of the newest checkpoint that is known to be sound; it is never deleted.
         scores: ``options.best_metric`` by step, of evaluations so far.
     """
@@ -38,12 +38,12 @@ class Saver:
     ledger: Path | None = None
     sound: int | None = None
     scores: dict[int, float] = attrs.field(factory=dict)
-    _thread: ThreadPoolExecutor | None = attrs.field(default=None, init=False)  # does one thing after the other
+    _thread: ThreadPoolExecutor | None = attrs.field(default=None, init=False)  # runs one task after the other
     _tasks: list[Future[None]] = attrs.field(factory=list, init=False)
     _told: bool = attrs.field(default=False, init=False)
 
     def save(self, content: CheckpointContent) -> None:
-        """Write a checkpoint, or copy it off the device and have it written. A save that fails is reported.
+        """Write a checkpoint, or copy it off the device and write it in the background. A failure is reported.
 
         At most one copy waits to be written: the next save waits for it.
         """
@@ -53,17 +53,17 @@ class Saver:
         self._do_later(self._save, _copy_of(content))
 
     def note(self, step: int, metrics: Mapping[str, float | str]) -> None:
-        """Take in what an evaluation found at ``step``."""
+        """Note the metrics of an evaluation at ``step``."""
         value = metrics.get(self.options.best_metric)
         if isinstance(value, int | float):
             self.scores[step] = value
 
     def retain(self, step: int) -> None:
-        """Delete what is not kept, once saves that are still being written are done. What can't be deleted is reported.
+        """Delete checkpoints that are not kept, after saves in progress are done. A failure to delete is reported.
 
         Args:
-            step: where the run stands. Later checkpoints, of a run that went on from an earlier one because they are
-                damaged, are left alone and don't count.
+            step: of the run. Later checkpoints, which a run that resumed from an earlier one found damaged, are left
+                alone and don't count.
         """
         if self.options.asynchronous:
             self._do_later(self._retain, step, dict(self.scores))
@@ -71,10 +71,10 @@ class Saver:
             self._retain(step, self.scores)
 
     def wait(self) -> None:
-        """Until everything is written and deleted."""
+        """Wait until everything is written and deleted."""
         tasks, self._tasks = self._tasks, []
         for task in tasks:
-            task.result()  # raises what nobody expected
+            task.result()  # raises an error that is not about writing
 
     def _do_later(self, work: Callable[..., None], *arguments: Any) -> None:
         if self._thread is None:
@@ -113,7 +113,7 @@ class Saver:
 
 
 def _copy_of(content: CheckpointContent) -> CheckpointContent:
-    """On the CPU, sharing nothing with what training goes on to change."""
+    """A copy on the CPU that shares no memory with the tensors that training changes."""
 
     def copies(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}

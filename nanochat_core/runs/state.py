@@ -1,4 +1,4 @@
-"""TrainState: where a run stands, besides parameters and optimizer state. Plain data, one JSON file in a checkpoint."""
+"""TrainState: the state of a run besides parameters and optimizer state. Plain data, one JSON file in a checkpoint."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class TrainState:
     cursors: lane to its data cursor (three integers), after ``step`` steps.
     loss_ema: EMA of the loss, not yet debiased.
     loss_spread: EMA of the squared distance of losses from the EMA before them, not yet debiased.
-    loss_scale: what the loss is multiplied by for float16 gradients; 0 until it is known.
-    scaled_steps: good steps since the loss scale has changed.
-    training_time: seconds of steps, the first 10 of the run left out.
+    loss_scale: factor on the loss for float16 gradients; 0 until it is known.
+    scaled_steps: finite steps since the loss scale last changed.
+    training_time: seconds of steps, excluding the first 10 after each start.
     skipped: steps skipped for a loss or gradient that was not finite.
     minimum: smallest value seen of each evaluation metric.
     ledger_bytes: length of the ledger that belongs to this state.
-    comparable_from: step from which on evaluations read the validation data of today.
+    comparable_from: first step whose evaluations used the current validation data.
     fingerprints: of the tokenizer and of both splits of the data (``tokenizer``, ``train``, ``val``).
     """
 
@@ -53,7 +53,7 @@ class TrainState:
     fingerprints: dict[str, str] = attrs.field(factory=dict)
 
     def smooth(self, loss: float) -> float:
-        """Take in the loss of one more step; returns the debiased EMA. Call after ``step`` has been advanced."""
+        """Update the EMA with the loss of a step; returns the debiased EMA. Call after ``step`` has been advanced."""
         count = self.step - self.skipped
         if count > 1:
             distance = loss - self.loss_ema / (1 - EMA_DECAY ** (count - 1))
@@ -62,8 +62,8 @@ class TrainState:
         return self.loss_ema / (1 - EMA_DECAY**count)
 
     def spike(self, loss: float) -> tuple[float, float] | None:
-        """(EMA of the losses so far, standard deviations that ``loss`` is above it) when it stands out. Call before
-        ``smooth``, with ``step`` advanced."""
+        """When ``loss`` is a spike: the EMA of the losses so far, and how many standard deviations ``loss`` is above
+        it. Call before ``smooth``, with ``step`` advanced."""
         count = self.step - self.skipped - 1
         if count < SPIKE_AFTER:
             return None
@@ -73,12 +73,12 @@ class TrainState:
         return (mean, (loss - mean) / deviation) if stands_out else None
 
     def begin_loss_scale(self, tokens: int) -> None:
-        """Start with the scale for summed losses of micro-batches of ``tokens``, unless one is known."""
+        """Set the initial scale for summed losses of micro-batches of ``tokens``, unless one is known."""
         if not self.loss_scale:
             self.loss_scale = FIRST_LOSS_SCALE / 2 ** round(math.log2(tokens))
 
     def adapt_loss_scale(self, finite: bool) -> None:
-        """After a step whose gradients were finite or not."""
+        """Update the loss scale after a step."""
         self.scaled_steps = self.scaled_steps + 1 if finite else 0
         if not finite:
             self.loss_scale /= 2

@@ -1,4 +1,5 @@
-"""Checkpoints of older versions: manifests in today's format, models as today's version of their plugin has them."""
+"""Checkpoints of older versions: manifests in today's format, models as the current version of their plugin has
+them."""
 
 from __future__ import annotations
 
@@ -21,11 +22,11 @@ Parts = tuple[dict[str, Any], dict[str, Tensor]]
 
 @attrs.frozen
 class ModelRecord:
-    """What a checkpoint's model was built from.
+    """Plugin, version and options that a checkpoint's model was built from.
 
     Args:
         plugin: name of the entry; ``version``: see ``Entry.model_version``.
-        options: every option of the entry's config as plain data, None too, so that no default is asked for later.
+        options: every option of the entry's config as plain data, None included, so that defaults do not matter later.
     """
 
     plugin: str
@@ -39,12 +40,12 @@ class ModelRecord:
 
 
 def upgrade_manifest(manifest: Mapping[str, Any], checkpoint: Path) -> Mapping[str, Any]:
-    """A manifest in today's format.
+    """The manifest in the current format.
 
     Raises:
-        CheckpointError: when what an older format lacks is nowhere to be found.
+        CheckpointError: when facts that the older format lacks can't be found elsewhere.
     """
-    if manifest["version"] < 2:  # what the model was built from stood in the run's experiment alone
+    if manifest["version"] < 2:  # only the run's experiment has what the model was built from
         file = checkpoint.parents[1] / "experiment.toml"
         try:
             table = tomllib.loads(file.read_text(encoding="utf-8"))["model"]
@@ -56,7 +57,7 @@ def upgrade_manifest(manifest: Mapping[str, Any], checkpoint: Path) -> Mapping[s
 
 
 def upgrade_model(record: ModelRecord, entry: Entry, tensors: dict[str, Tensor], source: str) -> Parts:
-    """Options and tensors of a checkpoint's model as ``entry`` has them today.
+    """Options and tensors of a checkpoint's model as the installed ``entry`` has them.
 
     Raises:
         CheckpointError: when the checkpoint is newer than the plugin, or too old for it.

@@ -46,7 +46,7 @@ def test_an_observer_is_told_what_happens_in_order(tmp_path: Path, shards: Path)
     ("how", "reasons"),
     [
         ("raise", ["nanochat_step_finished failed, training goes on: RuntimeError: no ink"]),
-        ("die", ["died (7)", "it is not told of"]),
+        ("die", ["died (7)", "it has not got"]),
     ],
 )
 def test_an_observer_that_misbehaves_is_reported_and_left(
