@@ -62,12 +62,8 @@ def diagnose(
     Returns:
         The error to raise, the same on every rank.
     """
-    done, loss, norm, lrm = (
-        divergence.number,
-        divergence.outcome.loss,
-        divergence.outcome.grad_norm,
-        divergence.lr_multiplier,
-    )
+    done, lrm = divergence.number, divergence.lr_multiplier
+    loss, norm = divergence.outcome.loss, divergence.outcome.grad_norm
     indices = parts.loader.documents(divergence.cursors, divergence.batch)
     documents = parts.source.documents("train")
     by_rank = world.all_gather_object(describe_batch(parts.model, dtype, divergence.batch, documents, indices))

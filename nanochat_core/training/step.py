@@ -93,10 +93,8 @@ class StepTotals:
             float64 [number of fields] on the device of the loss; float32 on MPS, which has no float64.
         """
         dtype = torch.float32 if loss_sum.device.type == "mps" else torch.float64
-        rest = list(attrs.asdict(self).values())[1:]
-        return torch.cat(
-            [loss_sum.to(dtype).reshape(1), torch.tensor(rest, dtype=dtype, device=loss_sum.device)],
-        )
+        _, *rest = attrs.astuple(self)
+        return torch.cat([loss_sum.to(dtype).reshape(1), torch.tensor(rest, dtype=dtype, device=loss_sum.device)])
 
     @classmethod
     def unpack(cls, values: Sequence[float]) -> StepTotals:
