@@ -53,15 +53,15 @@ PROBE = """
 import json, sys, time
 from nanochat_core.cli import main
 from nanochat_core.loggers.run_log import Logs
-from nanochat_core.training.trainer import Trainer
-points, record, finish = [], Logs.record, Trainer._finish_saving
+from nanochat_core.training.checkpoints import Checkpoints
+points, record, finish = [], Logs.record, Checkpoints.finish_saving
 def measured(self, step, values):
     record(self, step, values)
     if step == 10: points.append(time.perf_counter())
 def finished(self):
     finish(self)
     points.append(time.perf_counter())
-Logs.record, Trainer._finish_saving = measured, finished
+Logs.record, Checkpoints.finish_saving = measured, finished
 code = main(["run", *sys.argv[2:]])
 open(sys.argv[1], "w").write(json.dumps(points))
 sys.exit(code)

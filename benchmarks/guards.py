@@ -38,8 +38,10 @@ from nanochat_core.distributed.store import RankStore
 from nanochat_core.distributed.watchdog import Watchdog
 from nanochat_core.distributed.world import World
 from nanochat_core.interfaces.loss import IGNORED
+from nanochat_core.training.metrics import StepTimer
 from nanochat_core.training.prepare import prepare
-from nanochat_core.training.session import _Session
+from nanochat_core.training.session import Session
+from nanochat_core.training.step import loss_and_gradients
 from nanochat_core.training.trainer import Trainer
 
 EXPERIMENT = """
@@ -63,23 +65,22 @@ compile = false
 
 def bare_step(trainer: Trainer, step: Step) -> float:
     """Seconds of an optimizer step without anything around it."""
+    model, optimizer, dtype = trainer.parts.model, trainer.parts.optimizer, trainer.planned.plan.torch_dtype
     started = time.perf_counter()
     loss_sum, tokens = torch.zeros(()), 0
     for index, batch in enumerate(step.batches):
         tokens += int((batch.targets_BT != IGNORED).sum())
         if index == len(step.batches) - 1:
-            trainer.optimizer.begin_reduce()
-        loss = trainer._loss(batch.ids_BT, batch.targets_BT)
-        loss.backward()
-        loss_sum += loss.detach()
-    _, norm = torch.stack([loss_sum, trainer.optimizer.reduce()]).div(tokens).tolist()
-    trainer.optimizer.update(min(1.0, 1 / (norm + 1e-6)) / tokens, trainer._multipliers())
+            optimizer.begin_reduce()
+        loss_sum += loss_and_gradients(model, batch, dtype)
+    _, norm = torch.stack([loss_sum, optimizer.reduce()]).div(tokens).tolist()
+    optimizer.update(min(1.0, 1 / (norm + 1e-6)) / tokens, trainer.multipliers())
     return time.perf_counter() - started
 
 
 def guarded_step(trainer: Trainer, step: Step) -> float:
     started = time.perf_counter()
-    trainer._train_step(step, 0.0, started, trainer.stop.signal is not None)
+    trainer.train_step(step, StepTimer())
     return time.perf_counter() - started
 
 
@@ -91,16 +92,16 @@ def cost_of_guards(file: Path, runs: Path, steps: int) -> None:
         assert setup is not None
         board = RankStore(None)
         watchdog = stack.enter_context(Watchdog(0, 1, board))
-        session = _Session(setup, world, Failures(0, board), watchdog, StopRequest())
-        session._open()
-        stack.callback(session._end, "finished")
-        trainer = session._build()
-        stack.enter_context(trainer.loader)
-        trainer.model.train()
+        session = Session(setup, world, Failures(0, board), watchdog, StopRequest())
+        session.open()
+        stack.callback(session.close, "finished")
+        trainer = session.build()
+        stack.enter_context(trainer.parts.loader)
+        trainer.parts.model.train()
         for index in range(steps + 5):
             arms = {"bare": bare_step, "guarded": guarded_step}
             for name in sorted(arms, reverse=index % 2 == 1):
-                seconds = arms[name](trainer, next(trainer.loader))
+                seconds = arms[name](trainer, next(trainer.parts.loader))
                 if index >= 5:
                     found[name].append(seconds)
     pairs = zip(found["guarded"], found["bare"], strict=True)

@@ -22,11 +22,11 @@ MIB = 2**20
 
 def one(kind: str, options: argparse.Namespace) -> dict[str, object]:
     """Peak MiB of two steps, and the loss of the second."""
-    import torch
     import torch.nn.functional as F
     from torch import Tensor
     from training import EXPERIMENTS, Training
 
+    from nanochat_core.hardware.casting import autocast
     from nanochat_core.hardware.machine import device_name, peak_memory_mib, pick_device
 
     device = pick_device(0)
@@ -44,7 +44,7 @@ def one(kind: str, options: argparse.Namespace) -> dict[str, object]:
 
     class FullLogits(Training):
         def forward_backward(self, ids: Tensor, targets: Tensor) -> Tensor:
-            with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32):
+            with autocast(self.device, self.dtype):
                 hidden_ND = self.model.hidden(ids).flatten(0, 1)
                 logits_NV = self.model.logits(hidden_ND)
             loss = F.cross_entropy(logits_NV, targets.flatten(), reduction="sum")

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nanochat_core import ConfigError, ModelContext, Multipliers, World
+from nanochat_core import ConfigError, Multipliers, World
 from nanochat_core.config.load import load
+from nanochat_core.hardware.casting import autocast
 from nanochat_core.planning.build import build_model, build_optimizer
 from nanochat_core.planning.planner import make_plan
 from nanochat_core.plugins.discovery import load_plugins
@@ -35,10 +36,9 @@ class Training:
             raise ConfigError(planned.problems)
         self.plan, self.experiment, self.device = planned.plan, planned.experiment, device
         train = self.experiment.train
-        self.dtype: torch.dtype = getattr(torch, self.plan.dtype)
+        self.dtype = self.plan.torch_dtype
         torch.manual_seed(train.seed)
-        context = ModelContext(self.plan.vocab_size, self.plan.max_seq_len, device, self.dtype)
-        model = build_model(self.experiment.model, context, torch.device("cpu"), train.activation_checkpointing)
+        model = build_model(self.experiment.model, train, self.plan.vocab_size, device, for_training=True)
         self.model = model.to(device).train()
         self.optimizer = build_optimizer(self.experiment.optimizer, self.model, self.plan, World(0, 1, device))
         if self.plan.compile:
@@ -67,7 +67,7 @@ class Training:
 
     def forward_backward(self, ids: Tensor, targets: Tensor) -> Tensor:
         """A micro-batch; its loss, summed."""
-        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32):
+        with autocast(self.device, self.dtype):
             loss: Tensor = self.model(ids, targets)
         loss.backward()
         return loss.detach()

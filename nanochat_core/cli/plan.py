@@ -11,9 +11,11 @@ from nanochat_core.cli import above_zero, add_experiment, positive
 from nanochat_core.errors import ConfigError, NanochatError, Problem, did_you_mean
 
 if TYPE_CHECKING:
+    import torch
+
     from nanochat_core.config.schema import Experiment
     from nanochat_core.hardware.devices import DeviceSpec
-    from nanochat_core.planning.plan import Planned
+    from nanochat_core.planning.plan import Plan, Planned
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,34 +49,18 @@ def main(options: argparse.Namespace, _: Sequence[str]) -> int:
     blocking = [p for p in loaded.missing if p.key.split(".")[0] in ("tokenizer", "model", "optimizer")]
     if blocking:
         loaded.require_all()
-    from nanochat_core.hardware.devices import DeviceSpec
     from nanochat_core.hardware.machine import pick_device
     from nanochat_core.planning.banner import format_plan
     from nanochat_core.planning.planner import plan_batches
-    from nanochat_core.planning.probe import time_training
 
     here = pick_device(0)
     device = here if options.device is None else _known(options.device)
     planned, batches = plan_batches(loaded, options.nproc, device)
     plan = planned.plan
     print(f"experiment {planned.experiment.run.name}\n{format_plan(planned)}")
-    speed, how = options.tok_per_sec, "as given"
-    if speed is None and options.probe:
-        speed = options.nproc * time_training(planned, here)
-        how = "measured, forward and backward of one micro-batch" + (f", times {options.nproc}" * (options.nproc > 1))
-    if speed is None and isinstance(device, DeviceSpec) and device.peak is not None and plan.dtype == "bfloat16":
-        speed = options.nproc * device.peak * options.mfu / 100 / plan.flops_per_token
-        how = f"{options.mfu:g}% of {options.nproc} x {device.peak / 1e12:,.0f} TFLOP/s, an assumption: see --mfu"
-    if speed is not None:
-        seconds = plan.total_tokens / speed
-        print(f"  time: {_duration(seconds)} of training at {speed:,.0f} tokens/s ({how})")
-        if options.price is not None:
-            dollars = seconds / 3600 * options.price
-            print(
-                f"  price: {dollars:,.2f} dollars, at {options.price:g} dollars an hour for all {options.nproc} devices"
-            )
-    else:
-        print("  time: unknown; measure it here with --probe, or give --tok-per-sec X")
+    speed, how = _speed(options, planned, device, here)
+    for line in _time_and_price(options, plan, speed, how):
+        print(f"  {line}")
     print(f"  disk: {_disk(planned)}")
     if not [problem for problem in loaded.missing if problem.key.split(".")[0] == "data"]:
         for line in _data(loaded.experiment):
@@ -93,6 +79,37 @@ def main(options: argparse.Namespace, _: Sequence[str]) -> int:
     for problem in loaded.missing:
         print(f"missing: {problem}", file=sys.stderr)
     return 0
+
+
+def _speed(
+    options: argparse.Namespace, planned: Planned, device: torch.device | DeviceSpec, here: torch.device
+) -> tuple[float | None, str]:
+    """(tokens per second of all devices, where the number is from); None when it is unknown."""
+    from nanochat_core.hardware.devices import DeviceSpec
+    from nanochat_core.planning.probe import time_training
+
+    plan, nproc = planned.plan, options.nproc
+    if options.tok_per_sec is not None:
+        return options.tok_per_sec, "as given"
+    if options.probe:
+        measured = "measured, forward and backward of one micro-batch" + (f", times {nproc}" * (nproc > 1))
+        return nproc * time_training(planned, here), measured
+    if isinstance(device, DeviceSpec) and device.peak is not None and plan.dtype == "bfloat16":
+        assumed = f"{options.mfu:g}% of {nproc} x {device.peak / 1e12:,.0f} TFLOP/s, an assumption: see --mfu"
+        return nproc * device.peak * options.mfu / 100 / plan.flops_per_token, assumed
+    return None, ""
+
+
+def _time_and_price(options: argparse.Namespace, plan: Plan, speed: float | None, how: str) -> list[str]:
+    if speed is None:
+        return ["time: unknown; measure it here with --probe, or give --tok-per-sec X"]
+    seconds = plan.total_tokens / speed
+    lines = [f"time: {_duration(seconds)} of training at {speed:,.0f} tokens/s ({how})"]
+    if options.price is not None:
+        dollars = seconds / 3600 * options.price
+        devices = f"an hour for all {options.nproc} devices"
+        lines.append(f"price: {dollars:,.2f} dollars, at {options.price:g} dollars {devices}")
+    return lines
 
 
 def _variation(text: str) -> tuple[str, list[str]]:

@@ -17,7 +17,7 @@ from nanochat_core.distributed.guarded import STOPPED, Cancelled, EvaluationWorl
 from nanochat_core.distributed.signals import Stopped
 from nanochat_core.distributed.world import World
 from nanochat_core.evaluation.results import write_evaluation
-from nanochat_core.hardware.casting import weights_at_rest
+from nanochat_core.hardware.casting import autocast, weights_at_rest
 from nanochat_core.interfaces.evaluator import Evaluation, Evaluator
 from nanochat_core.interfaces.model import Model
 from nanochat_core.plugins.choice import Choice, EvaluatorKeys
@@ -34,8 +34,7 @@ def inference(model: Model, dtype: torch.dtype) -> Iterator[None]:
     rng, numpy_rng, python_rng = rng_state(device), np.random.get_state(), random.getstate()
     model.eval()
     try:
-        autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32)
-        with torch.no_grad(), weights_at_rest(), autocast:
+        with torch.no_grad(), weights_at_rest(), autocast(device, dtype):
             yield
     finally:
         for module, mode in modes.items():

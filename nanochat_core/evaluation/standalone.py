@@ -26,9 +26,9 @@ from nanochat_core.evaluation.build import build_evaluators
 from nanochat_core.evaluation.evaluate import EvaluationFailed, evaluate
 from nanochat_core.evaluation.results import EXAMPLES, TABLE, write_evaluation
 from nanochat_core.evaluation.trained_model import TrainedModel, open_trained
+from nanochat_core.hardware.casting import dtype_of, name_of
 from nanochat_core.interfaces.data_source import DataSource
 from nanochat_core.interfaces.evaluator import Evaluation
-from nanochat_core.interfaces.model import ModelContext
 from nanochat_core.planning.build import build_model
 from nanochat_core.plugins.discovery import Plugins, load_plugins
 from nanochat_core.runs.checkpoint import MANIFEST, load_state, verify
@@ -156,9 +156,9 @@ def open_subject(subject: Subject, experiment: Experiment, device: torch.device)
     if subject.run is not None and subject.checkpoint is not None:
         return open_trained(subject.run, subject.checkpoint, experiment, device)
     tokenizer = build_tokenizer(experiment.tokenizer)
-    dtype: torch.dtype = getattr(torch, experiment.train.dtype)
-    context = ModelContext(tokenizer.vocab_size, experiment.train.max_seq_len, device, dtype)
-    model = build_model(experiment.model, context, torch.device("cpu")).to(device).eval()
+    dtype = dtype_of(experiment.train.dtype)
+    model = build_model(experiment.model, experiment.train, tokenizer.vocab_size, device, for_training=False)
+    model.to(device).eval()
     if model.max_positions is not None and model.max_positions < experiment.train.max_seq_len:
         experiment = attrs.evolve(experiment, train=attrs.evolve(experiment.train, max_seq_len=model.max_positions))
     return TrainedModel(model, tokenizer, experiment, dtype, Path(subject.path))
@@ -223,7 +223,7 @@ def _evaluate(subject: Subject, experiment: Experiment, world: World) -> int:
                 print(f"evaluator {choice.name} failed: {error}", flush=True)
             continue
         if world.is_main:
-            dtype = str(trained.dtype).removeprefix("torch.")
+            dtype = name_of(trained.dtype)
             more = {"subject": subject.label, "ranks": world.size, "dtype": dtype, "data": built.data}
             path = write_evaluation(subject.evaluations, choice.name, subject.step, evaluation, more)
             _show(choice.name, evaluation, path)

@@ -9,7 +9,8 @@ import torch
 
 from nanochat_core.config.schema import Experiment
 from nanochat_core.data.tokenizer_cache import load_tokenizer
-from nanochat_core.interfaces.model import Model, ModelContext
+from nanochat_core.hardware.casting import dtype_of
+from nanochat_core.interfaces.model import Model
 from nanochat_core.interfaces.tokenizer import Tokenizer
 from nanochat_core.planning.build import build_model
 from nanochat_core.plugins.discovery import load_plugins
@@ -44,9 +45,8 @@ def load_trained(reference: str, runs_dir: Path, device: torch.device) -> Traine
 def open_trained(run: RunDirectory, checkpoint: Path, experiment: Experiment, device: torch.device) -> TrainedModel:
     """The model of one checkpoint of a run; ``experiment`` has the checkpoint's options, see ``load_run``."""
     tokenizer = load_tokenizer(experiment.tokenizer, run.tokenizer)
-    dtype: torch.dtype = getattr(torch, experiment.train.dtype)
-    context = ModelContext(tokenizer.vocab_size, experiment.train.max_seq_len, device, dtype)
-    model = build_model(experiment.model, context, torch.device("cpu"))
+    train = experiment.train
+    model = build_model(experiment.model, train, tokenizer.vocab_size, device, for_training=False)
     assert experiment.model.entry is not None
     load_model_tensors(model, saved_tensors(checkpoint, experiment.model.entry), str(checkpoint))
-    return TrainedModel(model.to(device).eval(), tokenizer, experiment, dtype, checkpoint)
+    return TrainedModel(model.to(device).eval(), tokenizer, experiment, dtype_of(train.dtype), checkpoint)

@@ -1,35 +1,66 @@
-"""Casts of weights, made once while the weights do not change."""
+"""Dtypes by name, autocast, and casts of weights that are made once while the weights do not change."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-# (weight, its version, the cast) by the weight's id and the dtype; None where weights may change.
-_casts: dict[tuple[int, torch.dtype], tuple[Tensor, int, Tensor]] | None = None
+# (weight, its version, the cast) by the weight's id and the dtype.
+_Casts: TypeAlias = dict[tuple[int, torch.dtype], tuple[Tensor, int, Tensor]]
+
+# Casts kept by the innermost ``weights_at_rest``; None outside, where weights may change. It is not an argument,
+# because ``cast`` is called deep inside models, whose forward pass has no place for it.
+_casts: ContextVar[_Casts | None] = ContextVar("casts of weights at rest", default=None)
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The dtype of a name such as ``bfloat16``."""
+    dtype = getattr(torch, name)
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"torch.{name} is not a dtype")
+    return dtype
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """The name of a dtype, such as ``bfloat16``: what experiments and plans write."""
+    return str(dtype).removeprefix("torch.")
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """A context in which matrix products on ``device`` are computed in ``dtype``; float32 leaves everything as it is.
+
+    Args:
+        device: of any type but meta, for which torch has no autocast.
+    """
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32)
 
 
 @contextlib.contextmanager
 def weights_at_rest() -> Iterator[None]:
-    """Inside, ``cast`` keeps what it makes, which takes the memory of the casts; afterwards it is let go."""
-    global _casts
-    before = _casts
-    _casts = {} if before is None else before
+    """Inside, in the same thread, ``cast`` keeps what it makes, which takes the memory of the casts; afterwards they
+    are freed."""
+    kept = _casts.get()
+    token = _casts.set({} if kept is None else kept)
     try:
         yield
     finally:
-        _casts = before
+        _casts.reset(token)
 
 
 def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """``weight.to(dtype)`` for a parameter (not for what is computed from one): during an evaluation it is made once
     instead of in every forward pass. With gradients on nothing is kept."""
-    if torch.is_grad_enabled() or _casts is None or weight.dtype is dtype:
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():  # torch can't compile what reads a ContextVar
         return weight.to(dtype)
-    kept = _casts.get((id(weight), dtype))
+    casts = _casts.get()
+    if casts is None or weight.dtype is dtype:
+        return weight.to(dtype)
+    kept = casts.get((id(weight), dtype))
     if kept is None or kept[1] != weight._version:  # an optimizer or a loaded file would have changed it
-        kept = _casts[id(weight), dtype] = (weight, weight._version, weight.to(dtype))
+        kept = casts[id(weight), dtype] = (weight, weight._version, weight.to(dtype))
     return kept[2]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import platform
 from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 
 import attrs
 import torch
@@ -63,7 +64,9 @@ KNOWN_DEVICES: Mapping[str, DeviceSpec] = {
     for part, memory, capability, peak in _GPUS
 }
 
-_planned: DeviceSpec | None = None
+# The device of the innermost ``planning_for``; None outside. A model on the meta device has no other way to ask what it
+# is planned for: torch's meta device says nothing about it.
+_planned: ContextVar[DeviceSpec | None] = ContextVar("device that is planned for", default=None)
 
 
 def known_gpu(name: str) -> DeviceSpec | None:
@@ -71,36 +74,42 @@ def known_gpu(name: str) -> DeviceSpec | None:
     return next((spec for spec in KNOWN_DEVICES.values() if spec.name in name), None)
 
 
+def _planned_device() -> DeviceSpec | None:
+    """The device that is planned for. Compiled code, which torch can't trace through a ContextVar, never plans."""
+    return None if torch.compiler.is_compiling() else _planned.get()
+
+
 @contextlib.contextmanager
 def planning_for(spec: DeviceSpec) -> Iterator[None]:
-    """Inside, the functions below answer for ``spec``, which need not be here, when they are asked about the meta
-    device or a device of its type."""
-    global _planned
-    before, _planned = _planned, spec
+    """Inside, in the same thread, the functions below answer for ``spec``, which need not be here, when they are asked
+    about the meta device or a device of its type."""
+    token = _planned.set(spec)
     try:
         yield
     finally:
-        _planned = before
+        _planned.reset(token)
 
 
 def device_type(device: torch.device) -> str:
     """Its type; of the meta device, where models are planned, that of the device which they are planned for."""
-    return _planned.type if device.type == "meta" and _planned is not None else device.type
+    planned = _planned_device()
+    return planned.type if device.type == "meta" and planned is not None else device.type
 
 
 def cuda_capability(device: torch.device) -> tuple[int, int]:
     """Compute capability of a CUDA device, (0, 0) of others."""
     if device_type(device) != "cuda":
         return 0, 0
-    return _planned.capability if _planned is not None else torch.cuda.get_device_capability(device)
+    planned = _planned_device()
+    return planned.capability if planned is not None else torch.cuda.get_device_capability(device)
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
     """Whether matrix products in bfloat16 have hardware of their own."""
     kind = device_type(device)
     if kind == "cuda":
-        if _planned is not None:
-            return _planned.capability >= (8, 0)
+        if (planned := _planned_device()) is not None:
+            return planned.capability >= (8, 0)
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return kind == "cpu" and cpu_has_bf16()
 

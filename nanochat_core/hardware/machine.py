@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from nanochat_core.hardware.casting import dtype_of, name_of
 from nanochat_core.hardware.devices import DeviceSpec, cuda_capability, has_fast_bfloat16, known_gpu
 
 
@@ -21,8 +22,7 @@ def compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
     """The dtype of matrix products for ``[train] dtype``: "auto" takes bfloat16 where the hardware gains from it, else
     float16 where it gains from that."""
     if wanted != "auto":
-        dtype: torch.dtype = getattr(torch, wanted)
-        return dtype
+        return dtype_of(wanted)
     if has_fast_bfloat16(device):
         return torch.bfloat16
     return torch.float16 if cuda_capability(device) >= (7, 0) else torch.float32
@@ -73,7 +73,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
         start = time.perf_counter()
         (a @ b).flatten()[0].item()
         times.append(time.perf_counter() - start)
-    return 2 * size**3 / min(times), f"measured, {size} x {size} matmul in {str(dtype)[6:]}"
+    return 2 * size**3 / min(times), f"measured, {size} x {size} matmul in {name_of(dtype)}"
 
 
 @contextlib.contextmanager

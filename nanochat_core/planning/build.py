@@ -6,13 +6,17 @@ from collections.abc import Iterable
 
 import torch
 
+from nanochat_core.config.schema import Train
 from nanochat_core.distributed.world import World
 from nanochat_core.errors import ConfigError, PluginError, Problem
+from nanochat_core.hardware.casting import dtype_of
 from nanochat_core.interfaces.model import Model, ModelContext
 from nanochat_core.interfaces.optimizer import Optimizer, OptimizerContext
 from nanochat_core.interfaces.tokenizer import Tokenizer, TokenizerContext
 from nanochat_core.planning.plan import Plan
 from nanochat_core.plugins.choice import Choice
+
+CPU = torch.device("cpu")
 
 
 def planned_vocab_size(choice: Choice) -> int:
@@ -36,16 +40,30 @@ def planned_vocab_size(choice: Choice) -> int:
 
 
 def build_model(
-    choice: Choice, context: ModelContext, device: torch.device, activation_checkpointing: bool = False
+    choice: Choice,
+    train: Train,
+    vocab_size: int,
+    device: torch.device,
+    *,
+    for_training: bool,
+    built_on: torch.device = CPU,
 ) -> Model:
-    """Build a model on ``device`` and check its side of the contract.
+    """Build a model that will run on ``device``, and check its side of the contract.
+
+    Args:
+        choice: the ``[model]`` table.
+        train: the ``[train]`` table, in which ``dtype`` is no longer "auto".
+        vocab_size: number of tokens of the tokenizer.
+        for_training: with ``train.activation_checkpointing``.
+        built_on: where the parameters are when this returns: the CPU, or the meta device for a model that is only
+            counted.
 
     Raises:
         PluginError: when the factory returns no Model.
         ConfigError: when its vocabulary is smaller than the tokenizer's, or it can't checkpoint its activations.
     """
-    with torch.device(device):
-        model = choice.build(context)
+    with built_on:
+        model = choice.build(ModelContext(vocab_size, train.max_seq_len, device, dtype_of(train.dtype)))
     if not isinstance(model, Model):
         raise PluginError(
             f"the factory of model {choice.plugin!r} must return a nanochat_core.Model, not {type(model)}"
@@ -53,16 +71,16 @@ def build_model(
     for attribute in ("vocab_size", "hidden_size"):
         if not isinstance(getattr(model, attribute, None), int):
             raise PluginError(f"model {choice.plugin!r} must set self.{attribute} to an int")
-    if model.vocab_size < context.vocab_size:
+    if model.vocab_size < vocab_size:
         message = (
-            f"the tokenizer has {context.vocab_size} tokens but the model only {model.vocab_size}: "
+            f"the tokenizer has {vocab_size} tokens but the model only {model.vocab_size}: "
             f"raise the model's vocabulary or lower tokenizer.vocab_size"
         )
         raise ConfigError([Problem("model.plugin", message)])
     unknown = {n for n, _ in model.named_parameters()} - set(model.parameter_roles())
     if unknown:
         raise PluginError(f"parameter_roles() of model {choice.plugin!r} leaves out {', '.join(sorted(unknown))}")
-    if activation_checkpointing:
+    if for_training and train.activation_checkpointing:
         try:
             model.checkpoint_activations()
         except NotImplementedError:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import attrs
+import torch
 
 from nanochat_core.config.origins import Origin
 from nanochat_core.config.schema import Experiment
 from nanochat_core.errors import Problem
+from nanochat_core.hardware.casting import dtype_of
 
 
 @attrs.frozen
@@ -30,7 +32,7 @@ class Plan:
             saves.
         choices: what "auto" chose the rows of a micro-batch from, with the memory of each; empty when they were given.
         description: what the model says of itself.
-        dtype: of matrix products, such as ``bfloat16``.
+        dtype: of matrix products, by name, such as ``bfloat16``; see ``torch_dtype``.
     """
 
     world_size: int
@@ -58,6 +60,16 @@ class Plan:
     checkpoint_bytes: int
     checkpoints: int
     description: Mapping[str, str | int]
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype of matrix products."""
+        return dtype_of(self.dtype)
+
+    @property
+    def scales_loss(self) -> bool:
+        """Whether gradients need a loss scale to stay in range: those of float16 do."""
+        return self.dtype == "float16"
 
     @property
     def total_tokens(self) -> int:

@@ -11,10 +11,9 @@ from collections.abc import Callable
 
 import attrs
 import torch
-from torch import nn
 
 from nanochat_core.distributed.world import World
-from nanochat_core.interfaces.model import ModelContext
+from nanochat_core.hardware.casting import autocast
 from nanochat_core.interfaces.optimizer import Multipliers
 from nanochat_core.planning.batch_size import largest_that_fits
 from nanochat_core.planning.build import build_model, build_optimizer
@@ -70,9 +69,7 @@ def _try_step(planned: Planned, world: World, rows: int) -> None:
     """On this rank alone, eagerly, which takes no less than compiled code. A rank that runs out of memory between two
     messages would leave the others waiting: among several the sharded state is only reserved, and no update made."""
     plan, train = planned.plan, planned.experiment.train
-    dtype: torch.dtype = getattr(torch, plan.dtype)
-    context = ModelContext(plan.vocab_size, plan.max_seq_len, world.device, dtype)
-    model = build_model(planned.experiment.model, context, torch.device("cpu"), train.activation_checkpointing)
+    model = build_model(planned.experiment.model, train, plan.vocab_size, world.device, for_training=True)
     model.to(world.device).train()
     if world.size == 1:
         optimizer = build_optimizer(planned.experiment.optimizer, model, plan, world)
@@ -80,7 +77,7 @@ def _try_step(planned: Planned, world: World, rows: int) -> None:
         reserved = torch.empty(plan.memory["optimizer state"], dtype=torch.uint8, device=world.device)
     ids_BT = torch.zeros(rows, plan.max_seq_len, dtype=torch.int64, device=world.device)
     for _ in range(2):  # gradients are there during the second pass
-        with torch.autocast(world.device.type, dtype=dtype, enabled=dtype is not torch.float32):
+        with autocast(world.device, plan.torch_dtype):
             loss = model(ids_BT, ids_BT)
         loss.backward()
     if world.size == 1:
@@ -92,17 +89,13 @@ def _try_step(planned: Planned, world: World, rows: int) -> None:
 
 def time_training(planned: Planned, device: torch.device, seconds: float = 5.0) -> float:
     """Tokens a second of forward and backward passes, measured on random tokens for about ``seconds``."""
-
     plan, experiment = planned.plan, planned.experiment
-    context = ModelContext(plan.vocab_size, plan.max_seq_len, device, getattr(torch, plan.dtype))
     torch.manual_seed(experiment.train.seed)
-    model: nn.Module = build_model(
-        experiment.model, context, torch.device("cpu"), experiment.train.activation_checkpointing
-    ).to(device)
+    model = build_model(experiment.model, experiment.train, plan.vocab_size, device, for_training=True).to(device)
     ids = torch.randint(plan.vocab_size, (plan.device_batch_size, plan.max_seq_len), device=device)
     done, start = 0, time.perf_counter()
     while done < 2 or (time.perf_counter() - start < seconds and done < 50):
-        with torch.autocast(device.type, dtype=context.dtype, enabled=context.dtype is not torch.float32):
+        with autocast(device, plan.torch_dtype):
             loss = model(ids, ids)
         loss.backward()
         loss.item()

@@ -1,20 +1,202 @@
-"""Building the parts of a run from an experiment's choices, and checking each plugin's side of the contract."""
+"""Building the parts of a run on one rank, in the order in which they need each other."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
 from nanochat_core.data import packing
 from nanochat_core.data.loader import TrainLoader
+from nanochat_core.data.sources import build_source
 from nanochat_core.data.token_cache import open_cache
+from nanochat_core.data.tokenizer_cache import load_tokenizer, make_tokenizer
+from nanochat_core.distributed.guarded import EvaluationWorld
+from nanochat_core.distributed.signals import StopRequest
 from nanochat_core.distributed.world import World
-from nanochat_core.errors import DataError
+from nanochat_core.errors import ConfigError, DataError, Problem
+from nanochat_core.evaluation.build import build_evaluators
+from nanochat_core.evaluation.evaluate import Evaluations
 from nanochat_core.files import cache_dir
 from nanochat_core.interfaces.data_source import DataSource
+from nanochat_core.interfaces.model import Model
+from nanochat_core.interfaces.optimizer import Optimizer
 from nanochat_core.interfaces.tokenizer import Tokenizer
-from nanochat_core.planning.plan import Plan
+from nanochat_core.loggers.run_log import Logs
+from nanochat_core.planning.build import build_model, build_optimizer
+from nanochat_core.planning.plan import Plan, Planned
 from nanochat_core.plugins.choice import Choice, DataSourceKeys
-from nanochat_core.runs.state import TrainState
+from nanochat_core.runs.checkpoint import CheckpointContent, load_model_tensors, saved_tensors
+from nanochat_core.runs.directory import RunDirectory
+from nanochat_core.runs.ledger import read_ledger
+from nanochat_core.runs.saver import Saver
+from nanochat_core.runs.state import TrainState, restore_rng
+from nanochat_core.training.parts import Parts
+from nanochat_core.training.prepare import Setup
+from nanochat_core.training.run_files import rewind_run, write_run_files
 
 MOST_TO_COUNT = 2**31  # bytes of text that are read only to count them
+
+
+def build_parts(
+    setup: Setup,
+    content: CheckpointContent | None,
+    state: TrainState,
+    world: World,
+    logs: Logs,
+    stop: StopRequest,
+    heartbeat: Callable[[str], None],
+) -> Parts:
+    """Build all parts of a run on this rank, in an order that matters. Collective.
+
+    1. Data and tokenizer: rank 0 first, because it fetches what is not here, and so that a mistake is told once.
+    2. The run's files, which have the fingerprints of both: a run that may not go on with them ends here. Then what
+       ``state`` knew of other data is dropped, before anything is built from it.
+    3. Model, optimizer, loader, evaluators. The optimizer is built from parameters on their device, and has its
+       state before the model is compiled.
+    4. The ledger is rewound last: a run that can't be built leaves it as it was.
+
+    Building may draw random numbers. Call ``seed`` when everything is built.
+
+    Args:
+        content: of the checkpoint that is resumed, None for a fresh run.
+        state: of the checkpoint, or a fresh one; it becomes that of the run.
+        stop: tells evaluations that this rank was asked to stop.
+        heartbeat: called with what begins, before each evaluation.
+
+    Raises:
+        NanochatError: when the user has to mend something.
+    """
+    planned, run_dir = setup.planned, setup.run_dir
+    plan, experiment = planned.plan, planned.experiment
+    world.on_main(lambda: _prepare_data(planned, run_dir, logs.report))
+    source = build_source(experiment.data)
+    tokenizer = _load_tokenizer(planned, run_dir)
+    train, val = source.fingerprint("train"), source.fingerprint("val")
+    fingerprints = {"tokenizer": tokenizer.fingerprint, "train": train, "val": val}
+
+    others = world.on_main(lambda: write_run_files(setup, state, fingerprints, logs.report))
+    state.fingerprints = fingerprints
+    if "train" in others:  # cursors mean documents that are no longer there
+        state.lanes, state.cursors = 0, {}
+
+    model = _build_model(setup, content, tokenizer, world, logs.report)
+    optimizer = _build_optimizer(planned, content, model, world)
+    if plan.compile:
+        model.compile_training()
+    loader = build_loader(experiment.data, source, tokenizer, plan, state, world)
+    guarded, directory = EvaluationWorld.of(world, stop), run_dir.path / "evaluations"
+    evaluators = build_evaluators(
+        experiment.evaluators, lambda: source, fingerprints.__getitem__, tokenizer, experiment, guarded, directory
+    )
+    dtype, steps = plan.torch_dtype, plan.num_iterations
+    evaluations = Evaluations(evaluators, steps, dtype, guarded, run_dir.path, logs.report, heartbeat)
+
+    evaluated: list[str] = world.on_main(lambda: rewind_run(run_dir, state)) if content is not None else []
+    if "val" in others:  # what was measured on the old set compares with nothing
+        state.minimum, state.comparable_from, evaluated = {}, state.step, []
+    return Parts(model, optimizer, source, loader, evaluations, state, evaluated)
+
+
+def seed(content: CheckpointContent | None, start: int, state: TrainState, world: World) -> None:
+    """Set this rank's random generators: to those of the checkpoint, or for a rank that it does not have to fresh ones.
+
+    Args:
+        start: ``train.seed``.
+    """
+    prefix = f"{world.rank}/"
+    saved = {k.removeprefix(prefix): v for k, v in (content.rng if content else {}).items() if k.startswith(prefix)}
+    if saved:
+        restore_rng(saved, world.device)
+    else:
+        torch.manual_seed(start + world.rank + 1_000_003 * state.step)
+
+
+def build_saver(setup: Setup, state: TrainState, world: World, report: Callable[[str], None]) -> Saver:
+    """What writes the run's checkpoints, with what evaluations of a resumed run have found so far."""
+    options, run_dir = setup.planned.experiment.checkpoint, setup.run_dir
+    saver = Saver(run_dir.checkpoints, options, report, run_dir.ledger)
+    if setup.checkpoint is not None:
+        saver.sound = state.step
+    if world.is_main and options.keep_best is not None:
+        for record in read_ledger(run_dir.ledger):
+            if record["step"] >= state.comparable_from:
+                saver.note(record["step"], record)
+    return saver
+
+
+# -- data and tokenizer
+
+
+def _prepare_data(planned: Planned, run_dir: RunDirectory, report: Callable[[str], None]) -> None:
+    """See that there are documents, and that the run has its tokenizer."""
+    choice = planned.experiment.data
+    source = build_source(choice)
+    if not len(source.documents("train")):
+        raise DataError(f"data source {choice.plugin!r} has no training documents; see [data]")
+    if not run_dir.tokenizer.is_dir():
+        make_tokenizer(planned.experiment.tokenizer, source, report).copy_to(run_dir.tokenizer)
+
+
+def _load_tokenizer(planned: Planned, run_dir: RunDirectory) -> Tokenizer:
+    tokenizer = load_tokenizer(planned.experiment.tokenizer, run_dir.tokenizer)
+    if tokenizer.vocab_size != planned.plan.vocab_size:
+        message = (
+            f"the tokenizer has {tokenizer.vocab_size} tokens, planned were {planned.plan.vocab_size}: "
+            f"set it to {tokenizer.vocab_size}"
+        )
+        raise ConfigError([Problem("tokenizer.vocab_size", message)])
+    return tokenizer
+
+
+# -- model and optimizer
+
+
+def _build_model(
+    setup: Setup, content: CheckpointContent | None, tokenizer: Tokenizer, world: World, report: Callable[[str], None]
+) -> Model:
+    """The model with its weights, on the device, the same on every rank."""
+    experiment = setup.planned.experiment
+    torch.manual_seed(experiment.train.seed)
+    model = build_model(experiment.model, experiment.train, tokenizer.vocab_size, world.device, for_training=True)
+    if content is not None:
+        load_model_tensors(model, content.model, str(setup.checkpoint))
+    elif setup.weights is not None:
+        _copy_weights(model, setup.weights, experiment.model, tokenizer)
+        report(f"starting from the weights of {setup.weights}")
+    model.to(world.device)
+    for parameter in model.parameters():
+        world.broadcast(parameter.data)
+    if type(model).parameter_roles is Model.parameter_roles:
+        roles = ", ".join(sorted(set(model.parameter_roles().values())))
+        report(f"model {experiment.model.plugin} declares no parameter roles; by shape it has: {roles}")
+    return model
+
+
+def _copy_weights(model: Model, weights: Path, choice: Choice, tokenizer: Tokenizer) -> None:
+    """Start from the weights of another run's checkpoint, which must have the same tokenizer."""
+    run = weights.parents[1]
+    theirs = json.loads((run / "provenance.json").read_text())["fingerprints"]["tokenizer"]
+    if theirs != tokenizer.fingerprint:
+        message = (
+            f"the tokenizer of {run} is another one, its weights mean other tokens: use its "
+            f"[tokenizer] and [data], or start from random weights"
+        )
+        raise ConfigError([Problem("train.init_from", message)])
+    assert choice.entry is not None
+    load_model_tensors(model, saved_tensors(weights, choice.entry), str(weights))
+
+
+def _build_optimizer(planned: Planned, content: CheckpointContent | None, model: Model, world: World) -> Optimizer:
+    optimizer: Optimizer = build_optimizer(planned.experiment.optimizer, model, planned.plan, world)
+    if content is not None:
+        optimizer.load_state_dict(content.optimizer)
+    return optimizer
+
+
+# -- training steps
 
 
 def allowed_epochs(keys: DataSourceKeys) -> int | None:

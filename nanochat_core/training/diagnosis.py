@@ -1,20 +1,88 @@
-"""What stood in the batch of a step that went wrong."""
+"""Why a run diverged: what was in the batch of the last step that went wrong."""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+import attrs
 import torch
 
 from nanochat_core.data.loader import Step
+from nanochat_core.data.packing import Cursor
+from nanochat_core.distributed.world import World
 from nanochat_core.errors import NanochatError
 from nanochat_core.evaluation.evaluate import inference
+from nanochat_core.files import write_atomic
 from nanochat_core.interfaces.model import Model
+from nanochat_core.runs.checkpoint import list_checkpoints
+from nanochat_core.runs.directory import RunDirectory
+from nanochat_core.training.parts import Parts
+from nanochat_core.training.step import StepOutcome
 
 BEGINNING = 300  # characters of a document that are shown
+
+
+class TrainingDiverged(NanochatError):
+    """Too many steps in a row with a loss or gradient that is not finite."""
+
+    exit_code = 3
+
+
+@attrs.frozen
+class Divergence:
+    """The last of too many steps in a row that were skipped.
+
+    Args:
+        number: of the step, from 0; ``outcome``: what became of it; ``batch``: this rank's data.
+        cursors: where the lanes of this rank stood before the step.
+        lr_multiplier: factor on every learning rate.
+        skipped: how many steps in a row.
+    """
+
+    number: int
+    outcome: StepOutcome
+    batch: Step
+    cursors: Mapping[int, Cursor]
+    lr_multiplier: float
+    skipped: int
+
+
+def diagnose(
+    divergence: Divergence, parts: Parts, dtype: torch.dtype, world: World, run_dir: RunDirectory
+) -> TrainingDiverged:
+    """Write what was in the batch, row by row and with its documents, to a file of the run. Collective.
+
+    Args:
+        dtype: of matrix products.
+
+    Returns:
+        The error to raise, the same on every rank.
+    """
+    done, lrm = divergence.number, divergence.lr_multiplier
+    loss, norm = divergence.outcome.loss, divergence.outcome.grad_norm
+    indices = parts.loader.documents(divergence.cursors, divergence.batch)
+    documents = parts.source.documents("train")
+    by_rank = world.all_gather_object(describe_batch(parts.model, dtype, divergence.batch, documents, indices))
+    path = run_dir.path / f"diverged_step_{done:06d}.json"
+    content = {"step": done, "loss": str(loss), "grad_norm": str(norm), "lrm": lrm, "ranks": by_rank}
+    written = f" (see {path})"
+    if world.is_main:
+        try:
+            write_atomic(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        except OSError as error:
+            written = f" ({path} can't be written: {error})"
+    saved = list_checkpoints(run_dir.checkpoints)
+    last = f"the last good checkpoint is {saved[0]}" if saved else "none was saved"
+    return TrainingDiverged(
+        f"{divergence.skipped} steps in a row had a loss or gradient that is not finite (step {done}, loss {loss}, "
+        f"gradient norm {norm}, learning-rate multiplier {lrm:.3g}); {summarize(by_rank)}{written}; {last}. "
+        f"Lower the learning rates, raise schedule.warmup_steps, or try train.dtype = float32; "
+        f"see docs/troubleshooting.md"
+    )
 
 
 def describe_batch(

@@ -47,8 +47,15 @@ if "RANK" in os.environ and "NANOCHAT_KILLER" in os.environ and sys.orig_argv[1:
         (r"(.*)_\d{6}\.json", r"\1.json"),
     ]
     # who asks for a collective, innermost first
-    CALLERS = {"evaluate": "an evaluation", "settle": "an evaluation", "save": "saving", "_train_step": "a step",
-               "_finish_saving": "the end", "_build": "building", "prepare": "preparing"}  # fmt: skip
+    CALLERS = {
+        "evaluate": "an evaluation",
+        "settle": "an evaluation",
+        "save": "saving",
+        "train_step": "a step",
+        "finish_saving": "the end",
+        "build": "building",
+        "prepare": "preparing",
+    }
     lock, seen = threading.Lock(), 0
 
     def label(path: str) -> str:

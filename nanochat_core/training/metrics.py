@@ -1,0 +1,109 @@
+"""The ledger row of a step, and what people are told of it."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+import attrs
+
+from nanochat_core.planning.plan import Plan
+from nanochat_core.runs.state import TrainState
+from nanochat_core.training.step import StepOutcome
+
+
+@attrs.define
+class StepTimer:
+    """Measures a step from when it is made.
+
+    Args:
+        data_wait: seconds of it that the loop waited for data.
+    """
+
+    started: float = attrs.field(factory=time.perf_counter)
+    data_wait: float = 0.0
+
+    @contextlib.contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """What is done in here is waiting for data."""
+        started = time.perf_counter()
+        yield
+        self.data_wait = time.perf_counter() - started
+
+    def seconds(self) -> float:
+        """Seconds since the step began."""
+        return time.perf_counter() - self.started
+
+
+@attrs.frozen
+class StepRow:
+    """What is written of a step.
+
+    Args:
+        values: of its ledger row, by metric.
+        remarks: lines for people.
+    """
+
+    values: dict[str, float | str]
+    remarks: list[str]
+
+
+@attrs.frozen
+class Measured:
+    """What was measured around a step.
+
+    Args:
+        seconds: of the step, waiting for data included; ``data_wait``: seconds of that.
+        lr_multiplier: factor on every learning rate.
+        peak_flops: FLOPs per second that a device can do at most.
+        peak_memory: MiB.
+    """
+
+    seconds: float
+    data_wait: float
+    lr_multiplier: float
+    peak_flops: float
+    peak_memory: float
+
+
+def step_row(outcome: StepOutcome, state: TrainState, plan: Plan, measured: Measured, *, crops: bool) -> StepRow:
+    """The row of a step that is done. Takes its loss into the state's running averages, so call it once per step.
+
+    Args:
+        state: already advanced by the step.
+        crops: whether the packing crops documents, so that it is told how much.
+    """
+    step, loss, norm = state.step - 1, outcome.loss, outcome.grad_norm
+    values: dict[str, float | str] = {"train/loss": loss}
+    remarks: list[str] = []
+    if outcome.finite:
+        if (spike := state.spike(loss)) is not None:
+            mean, deviations = spike
+            values["train/loss_spike"] = deviations
+            remarks.append(
+                f"step {step}: the loss spikes: {loss:.4f}, {deviations:.1f} standard deviations above {mean:.4f} "
+                f"(gradient norm {norm:.4g})"
+            )
+        values["train/loss_ema"] = state.smooth(loss)
+    else:
+        values["train/skipped"] = state.skipped
+        remarks.append(f"step {step}: loss {loss}, gradient norm {norm}: not finite, the update is skipped")
+    if plan.scales_loss:
+        values["train/loss_scale"] = state.loss_scale
+    per_second = outcome.tokens / measured.seconds
+    values |= {
+        "train/grad_norm": norm,
+        "train/lrm": measured.lr_multiplier,
+        "train/dt": measured.seconds,
+        "train/tok_per_sec": per_second,
+        "train/mfu": 100 * plan.flops_per_token * per_second / (measured.peak_flops * plan.world_size),
+        "train/epoch": outcome.epoch,
+        "train/data_wait": measured.data_wait,
+        "train/peak_memory": measured.peak_memory,
+        "total_training_flops": plan.flops_per_token * state.tokens,
+        "total_training_time": state.training_time,
+    }
+    if crops:
+        values["train/cropped"] = outcome.lost_tokens / (outcome.lost_tokens + outcome.tokens)
+    return StepRow(values, remarks)
