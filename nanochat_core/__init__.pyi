@@ -84,6 +84,10 @@ from .training.gradients import TorchOptimizer as TorchOptimizer
 
 # Machines and files.
 from .files import cache_dir as cache_dir
+from .files import file_sha256 as file_sha256
+from .files import first_few as first_few
+from .files import open_atomic as open_atomic
+from .files import write_atomic as write_atomic
 from .hardware.casting import cast as cast
 from .hardware.devices import cuda_capability as cuda_capability
 from .hardware.devices import device_type as device_type

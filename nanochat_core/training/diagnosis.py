@@ -12,6 +12,7 @@ import torch
 from nanochat_core.data.loader import Step
 from nanochat_core.errors import NanochatError
 from nanochat_core.evaluation.evaluate import inference
+from nanochat_core.files import first_few
 from nanochat_core.interfaces.model import Model
 
 BEGINNING = 300  # characters of a document that are shown
@@ -55,16 +56,11 @@ def summarize(parts: Sequence[dict[str, Any]]) -> str:
         for row in part["rows"]
         if isinstance(row["loss"], str)
     ]
-    rows = f"rows with a loss that is not finite: {_few(bad)}" if bad else "the loss of each row alone is finite"
-    return f"its batch is of the training documents {_few(_ranges(indices))}; {rows}"
+    rows = f"rows with a loss that is not finite: {first_few(bad)}" if bad else "the loss of each row alone is finite"
+    return f"its batch is of the training documents {first_few(_ranges(indices))}; {rows}"
 
 
 def _ranges(numbers: Sequence[int]) -> list[str]:
     """Rising numbers as ``3-7``, ``12``."""
     runs = [[n for _, n in group] for _, group in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
     return [f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs]
-
-
-def _few(texts: Sequence[str], most: int = 8) -> str:
-    more = f" and {len(texts) - most} more" if len(texts) > most else ""
-    return ", ".join(texts[:most]) + more
