@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 def cache_dir() -> Path:
@@ -17,6 +18,10 @@ def cache_dir() -> Path:
     path = Path(os.environ.get("NANOCHAT_HOME") or Path.home() / ".cache" / "nanochat").expanduser()
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+# Names in a run directory that rooms below ``runs`` need; ``runs/directory.py`` has the others.
+LEDGER = "metrics.jsonl"
 
 
 def rank_log_name(rank: int) -> str:
@@ -51,6 +56,18 @@ def open_atomic(path: Path) -> Iterator[BinaryIO]:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+def read_ledger(path: Path) -> Iterator[dict[str, Any]]:
+    """Records of a ledger, a flat JSON object per line; a last line that a crash cut short is left out, and a file that
+    does not exist has none."""
+    try:
+        with path.open("rb") as file:
+            for line in file:
+                if line.endswith(b"\n"):
+                    yield json.loads(line)
+    except FileNotFoundError:
+        return
 
 
 def file_sha256(path: Path) -> str:

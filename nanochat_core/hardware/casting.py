@@ -1,4 +1,4 @@
-"""Casts of weights, made once while the weights do not change."""
+"""Dtypes to compute in, and casts of weights, made once while the weights do not change."""
 
 from __future__ import annotations
 
@@ -33,3 +33,9 @@ def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
     if kept is None or kept[1] != weight._version:  # an optimizer or a loaded file would have changed it
         kept = _casts[id(weight), dtype] = (weight, weight._version, weight.to(dtype))
     return kept[2]
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype for sums, statistics and optimizer state of what is stored in ``dtype``: float32, or float64 for
+    float64."""
+    return torch.promote_types(dtype, torch.float32)

@@ -11,6 +11,7 @@ import attrs
 
 from nanochat_core.interfaces.logger import LoggerContext
 from nanochat_core.plugins.choice import Choice
+from nanochat_core.runs.directory import RunDirectory
 
 
 @attrs.frozen
@@ -73,4 +74,4 @@ class Progress:
 
 def progress_file(directory: Path, name: str) -> Path:
     """Where the logger ``name`` of the run in ``directory`` keeps how far it got."""
-    return directory / "loggers" / f"{name}.json"
+    return RunDirectory(directory).loggers / f"{name}.json"

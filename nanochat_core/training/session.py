@@ -218,7 +218,7 @@ class _Session:
         if plan.compile:
             model.compile_training()
         loader = build_loader(experiment.data, source, tokenizer, plan, self.state, world)
-        guarded, evaluations = EvaluationWorld.of(world, self.stop), self.run_dir.path / "evaluations"
+        guarded, evaluations = EvaluationWorld.of(world, self.stop), self.run_dir.evaluations
         evaluators = build_evaluators(
             experiment.evaluators, lambda: source, fingerprints.__getitem__, tokenizer, experiment, guarded, evaluations
         )
@@ -294,7 +294,7 @@ class _Session:
         if content is not None:
             load_model_tensors(model, content.model, str(self.setup.checkpoint))
         elif weights is not None:
-            theirs = json.loads((weights.parents[1] / "provenance.json").read_text())["fingerprints"]["tokenizer"]
+            theirs = json.loads(RunDirectory.of_checkpoint(weights).provenance.read_text())["fingerprints"]["tokenizer"]
             if theirs != tokenizer.fingerprint:
                 message = (
                     f"the tokenizer of {weights.parents[1]} is another one, its weights mean other tokens: use its "

@@ -153,7 +153,7 @@ class Trainer:
 
     def _profiler(self) -> Profiler:
         steps, ahead = self.experiment.train.profile, self.plan.num_iterations - self.state.step
-        directory = self.run_dir.path / "profile"
+        directory = self.run_dir.profile
         return Profiler(directory, self.world, steps, UNTIMED_STEPS, ahead, self.logs.report)
 
     def _train_step(self, step: Step | None, data_wait: float, started: float, stop: bool) -> bool | None:
@@ -381,7 +381,7 @@ class Trainer:
         indices = self.loader.documents(before, step)
         dtype = getattr(torch, self.plan.dtype)
         parts = self.world.all_gather_object(describe_batch(self.model, dtype, step, self.documents, indices))
-        path = self.run_dir.path / f"diverged_step_{done:06d}.json"
+        path = self.run_dir.diverged(done)
         content = {"step": done, "loss": str(loss), "grad_norm": str(norm), "lrm": lrm, "ranks": parts}
         written = f" (see {path})"
         if self.world.is_main:

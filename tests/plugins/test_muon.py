@@ -162,10 +162,10 @@ def test_matrices_move_like_torch_optim_muon() -> None:
     start = [p.clone() for p in ours]
     reference = torch.optim.Muon(theirs, lr=0.03, weight_decay=0.0, momentum=0.9, nesterov=True)
     buffer_GRC = torch.zeros(3, 48, 16)
-    settings = {"lr": 0.03, "momentum": 0.9, "weight_decay": 0.0, "steps": 5, "dtype": torch.bfloat16}
+    settings = {"lr": 0.03, "momentum": 0.9, "weight_decay": 0.0, "dtype": torch.bfloat16}
     for _ in range(4):
         grads = [torch.randn(48, 16) for _ in ours]
-        muon_update(ours, grads, buffer_GRC, scale=0.5, **settings)
+        muon_update(ours, grads, buffer_GRC, None, MuonAdamWConfig(), scale=0.5, **settings)
         for parameter, grad in zip(theirs, grads, strict=True):
             parameter.grad = 0.5 * grad
         reference.step()

@@ -21,10 +21,15 @@ def test_an_atomic_write_replaces_the_file_and_leaves_nothing_else(tmp_path: Pat
 def test_an_atomic_write_that_fails_keeps_the_old_content(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     write_atomic(path, "old")
-    with pytest.raises(ZeroDivisionError), open_atomic(path) as file:
-        file.write(b"half")
-        assert path.read_text() == "old"
-        raise ZeroDivisionError
+
+    def fail_half_way() -> None:
+        with open_atomic(path) as file:
+            file.write(b"half")
+            assert path.read_text() == "old"
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_half_way()
     with pytest.raises(OSError, match="No such file"):
         write_atomic(tmp_path / "absent" / "a.json", "1")
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]

@@ -432,6 +432,7 @@ def drifts(model: Model, step: int) -> Evaluation:
         (lambda model, step: Evaluation(), "neither metrics nor texts"),
         (lambda model, step: Evaluation({"a": torch.ones(())}), "must be a Python int or float"),
         (lambda model, step: Evaluation({"step": 1}), "names of the ledger"),
+        (lambda model, step: Evaluation({"a": 1.0}, examples=[{"task": "x"}]), "an example needs task"),
         (lambda model, step: Evaluation({"a": float(torch.rand(()) + step)}), "other metrics the second time"),
         (drifts, "changes the model's parameters"),
     ],
