@@ -62,6 +62,7 @@ from .data.texts import cut_long_runs as cut_long_runs
 from .data.texts import well_formed as well_formed
 from .data.table_tokenizer import PerThread as PerThread
 from .data.table_tokenizer import TableTokenizer as TableTokenizer
+from .data.table_tokenizer import encode_by_pieces as encode_by_pieces
 from .data.table_tokenizer import load_table_tokenizer as load_table_tokenizer
 from .data.table_tokenizer import special_tokens_from as special_tokens_from
 
