@@ -21,28 +21,10 @@ import tempfile
 import time
 from pathlib import Path
 
+from small_experiment import small_experiment
+
 from nanochat_core.runs.checkpoint import latest_checkpoint, load_checkpoint
 
-EXPERIMENT = """
-[tokenizer]
-plugin = "bytes"
-[data]
-plugin = "python_docs"
-[model]
-plugin = "gpt"
-depth = {depth}
-[optimizer]
-plugin = "muon_adamw"
-[train]
-max_seq_len = 256
-device_batch_size = 2
-total_batch_size = 512
-num_iterations = {steps}
-dtype = "float32"
-compile = false
-[checkpoint]
-keep_last = 2
-"""
 ARMS = {
     "none": [],
     "every 10": ["checkpoint.save_every=10"],
@@ -71,7 +53,9 @@ sys.exit(code)
 def measure(directory: Path, arm: str, depth: int, steps: int) -> tuple[float, Path]:
     """(steps a second, the run's directory)."""
     file, points = directory / f"depth{depth}.toml", directory / "points.json"
-    file.write_text(EXPERIMENT.format(depth=depth, steps=steps))
+    shape = {"max_seq_len": 256, "device_batch_size": 2, "total_batch_size": 512}
+    train = {**shape, "num_iterations": steps, "dtype": "float32"}
+    file.write_text(small_experiment(model={"depth": depth}, train=train, checkpoint={"keep_last": 2}))
     runs = Path(tempfile.mkdtemp(dir=directory))
     settings = [word for setting in ARMS[arm] for word in ("--set", setting)]
     command = [sys.executable, "-c", PROBE, str(points), str(file), "--runs-dir", str(runs), *settings]

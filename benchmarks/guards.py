@@ -30,6 +30,7 @@ from pathlib import Path
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 import torch
+from small_experiment import small_experiment
 
 from nanochat_core.data.loader import Step
 from nanochat_core.distributed.failures import Failures
@@ -43,24 +44,6 @@ from nanochat_core.training.prepare import prepare
 from nanochat_core.training.session import Session
 from nanochat_core.training.step import loss_and_gradients
 from nanochat_core.training.trainer import Trainer
-
-EXPERIMENT = """
-[tokenizer]
-plugin = "bytes"
-[data]
-plugin = "python_docs"
-[model]
-plugin = "gpt"
-depth = {depth}
-[optimizer]
-plugin = "muon_adamw"
-[train]
-max_seq_len = 256
-device_batch_size = 8
-total_batch_size = 4096
-num_iterations = 1000000
-compile = false
-"""
 
 
 def bare_step(trainer: Trainer, step: Step) -> float:
@@ -147,7 +130,8 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         file = Path(name, "guards.toml")
-        file.write_text(EXPERIMENT.format(depth=options.depth))
+        train = {"max_seq_len": 256, "device_batch_size": 8, "total_batch_size": 4096, "num_iterations": 1_000_000}
+        file.write_text(small_experiment(model={"depth": options.depth}, train=train))
         cost_of_guards(file, Path(name, "runs"), options.steps)
         print(f"\n{'ranks':>5} {'SIGTERM to exit, s':>19} {'longest':>8} {'a step, s':>10}")
         for nproc in (1, 2):

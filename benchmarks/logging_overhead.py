@@ -30,27 +30,19 @@ import tempfile
 from pathlib import Path
 
 import attrs
+from small_experiment import small_experiment
 
-EXPERIMENT = """
-[tokenizer]
-plugin = "bytes"
-[data]
-plugin = "python_docs"
-[model]
-plugin = "gpt"
-depth = 1
-aspect_ratio = 32
-head_dim = 16
-[optimizer]
-plugin = "adamw"
-[train]
-max_seq_len = 64
-device_batch_size = 8
-total_batch_size = 512
-num_iterations = 10000000
-dtype = "float32"
-compile = false
-"""
+EXPERIMENT = small_experiment(
+    model={"depth": 1, "aspect_ratio": 32, "head_dim": 16},
+    optimizer={"plugin": "adamw"},
+    train={
+        "max_seq_len": 64,
+        "device_batch_size": 8,
+        "total_batch_size": 512,
+        "num_iterations": 10_000_000,
+        "dtype": "float32",
+    },
+)
 HANGS = """
 import time
 from nanochat_core import Logger

@@ -34,6 +34,8 @@ from .interfaces.logger import Logger as Logger
 from .interfaces.logger import LoggerContext as LoggerContext
 from .interfaces.logger import metrics_and_texts as metrics_and_texts
 from .interfaces.loss import IGNORED as IGNORED
+from .interfaces.loss import loss_with_gradients as loss_with_gradients
+from .interfaces.loss import without_ignored as without_ignored
 from .distributed.world import World as World
 
 # Options of a config class.
@@ -60,6 +62,7 @@ from .data.texts import cut_long_runs as cut_long_runs
 from .data.texts import well_formed as well_formed
 from .data.table_tokenizer import PerThread as PerThread
 from .data.table_tokenizer import TableTokenizer as TableTokenizer
+from .data.table_tokenizer import encode_by_pieces as encode_by_pieces
 from .data.table_tokenizer import load_table_tokenizer as load_table_tokenizer
 from .data.table_tokenizer import special_tokens_from as special_tokens_from
 
@@ -79,12 +82,19 @@ from .evaluation.sampling import generate as generate
 from .interfaces.loss import cross_entropy as cross_entropy
 
 # Optimizers.
+from .training.gradients import GradientExchange as GradientExchange
+from .training.gradients import GradientMessage as GradientMessage
 from .training.gradients import GradientReducer as GradientReducer
 from .training.gradients import TorchOptimizer as TorchOptimizer
 
 # Machines and files.
 from .files import cache_dir as cache_dir
+from .files import file_sha256 as file_sha256
+from .files import first_few as first_few
+from .files import open_atomic as open_atomic
+from .files import write_atomic as write_atomic
 from .hardware.casting import cast as cast
+from .hardware.casting import wide_dtype as wide_dtype
 from .hardware.devices import cuda_capability as cuda_capability
 from .hardware.devices import device_type as device_type
 from .hardware.devices import has_fast_bfloat16 as has_fast_bfloat16

@@ -45,13 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace, _: Sequence[str]) -> int:
     from nanochat_core.config.origins import add_places
+    from nanochat_core.data.sources import build_source
 
     overrides = [*options.overrides, *([f"data.shards={options.shards}"] if options.shards else [])]
     if options.source:
         return _act(options, _named_source(options.source, overrides), None)
     loaded = _load(options.file, overrides)
     try:
-        return _act(options, _build(loaded.experiment.data), loaded)
+        return _act(options, build_source(loaded.experiment.data), loaded)
     except NanochatError as error:
         add_places(error, loaded.origins)
         raise
@@ -74,6 +75,7 @@ def _load(file: Path, overrides: Sequence[str]) -> LoadedExperiment:
 
 def _named_source(name: str, overrides: Sequence[str]) -> DataSource:
     from nanochat_core.config.merge import parse_override
+    from nanochat_core.data.sources import build_source
     from nanochat_core.plugins.choice import Choice, EntryKeys
     from nanochat_core.plugins.discovery import load_plugins
     from nanochat_core.plugins.structure import Mismatch, converter
@@ -97,15 +99,7 @@ def _named_source(name: str, overrides: Sequence[str]) -> DataSource:
         config: Any = converter.structure(given, entry.config)
     except Mismatch as error:
         raise ConfigError([Problem(".".join(("data", *key)), text, "--set") for key, text in error.problems]) from None
-    return _build(Choice(EntryKeys(plugin=name), entry, config))
-
-
-def _build(choice: Any) -> DataSource:
-    from nanochat_core.files import cache_dir
-    from nanochat_core.interfaces.data_source import DataContext
-
-    source: DataSource = choice.build(DataContext(cache_dir=cache_dir()))
-    return source
+    return build_source(Choice(EntryKeys(plugin=name), entry, config))
 
 
 # ------------------------------------------------------------------------------------------------------- download

@@ -103,18 +103,18 @@ def _compare(a: str, b: str, names: Sequence[str], runs_dir: Path, allow_other_d
 def _stored(reference: str, runs_dir: Path) -> dict[str, Stored]:
     """Evaluations by entry: of a run or of a checkpoint's run the newest, or one directory."""
     from nanochat_core.evaluation.results import FACTS, find_evaluations, read_evaluation
-    from nanochat_core.runs.directory import find_run
+    from nanochat_core.runs.directory import EVALUATIONS, find_run
 
     path = Path(reference)
     if (path / FACTS).is_file():
         found = read_evaluation(path)
         return {found.name: found}
     plugin, colon, rest = reference.partition(":")
-    for directory in (path, path / "evaluations", *([runs_dir / plugin / rest / "evaluations"] if colon else [])):
+    for directory in (path, path / EVALUATIONS, *([runs_dir / plugin / rest / EVALUATIONS] if colon else [])):
         evaluations = find_evaluations(directory) if directory.is_dir() else {}
         if evaluations:
             return evaluations
-    evaluations = find_evaluations(find_run(reference, runs_dir).path / "evaluations")
+    evaluations = find_evaluations(find_run(reference, runs_dir).evaluations)
     if not evaluations:
         raise CheckpointError(f"{reference} has not been evaluated yet: nanochat eval {reference} --evaluator core")
     return evaluations

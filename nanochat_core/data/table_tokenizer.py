@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 
-from nanochat_core.data.texts import SPECIAL_TOKENS
+from nanochat_core.data.texts import SPECIAL_TOKENS, cut_long_runs, well_formed
 from nanochat_core.errors import CheckpointError, ConfigError
 from nanochat_core.interfaces.tokenizer import Tokenizer
 from nanochat_core.interfaces.types import Tokens
@@ -118,6 +118,26 @@ class TableTokenizer(Tokenizer):
         }
         text = json.dumps(settings, indent=2) + "\n"
         (directory / self.settings_file).write_text(text, encoding="utf-8", newline="\n")
+
+
+def encode_by_pieces(encode: Callable[[str], Tokens], text: str) -> Tokens:
+    """``encode(text)``, for an encoder that matches regular expressions and takes nothing but UTF-8.
+
+    Very long white space is encoded in pieces, see ``cut_long_runs``, and text that UTF-8 can't hold as ``well_formed``
+    mends it.
+
+    Args:
+        encode: gives int32 ids, and raises UnicodeEncodeError on a lone surrogate.
+    """
+
+    def encode_piece(piece: str) -> Tokens:
+        try:
+            return encode(piece)
+        except UnicodeEncodeError:
+            return encode(well_formed(piece))
+
+    pieces = cut_long_runs(text)
+    return encode_piece(text) if len(pieces) == 1 else np.concatenate([encode_piece(piece) for piece in pieces])
 
 
 Made = TypeVar("Made", bound=TableTokenizer)

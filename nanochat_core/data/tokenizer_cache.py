@@ -18,7 +18,7 @@ from typing import Any
 import attrs
 
 from nanochat_core.errors import CheckpointError, PluginError
-from nanochat_core.files import cache_dir, remove, sync, write_atomic
+from nanochat_core.files import cache_dir, file_sha256, remove, sync, write_atomic
 from nanochat_core.interfaces.data_source import DataSource
 from nanochat_core.interfaces.tokenizer import Tokenizer, TokenizerContext
 from nanochat_core.plugins.choice import Choice
@@ -93,8 +93,7 @@ def made_from(choice: Choice, source: DataSource) -> dict[str, Any]:
 def _digest(path: str) -> str | None:
     """Hash of the file at ``path``, None if there is no such file."""
     try:
-        with Path(path).open("rb") as file:
-            return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+        return f"sha256:{file_sha256(Path(path))}"
     except (OSError, ValueError):  # a text that is no file name
         return None
 

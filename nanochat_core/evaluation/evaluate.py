@@ -6,7 +6,7 @@ import contextlib
 import json
 import random
 import traceback
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import attrs
@@ -21,6 +21,7 @@ from nanochat_core.hardware.casting import autocast, weights_at_rest
 from nanochat_core.interfaces.evaluator import Evaluation, Evaluator
 from nanochat_core.interfaces.model import Model
 from nanochat_core.plugins.choice import Choice, EvaluatorKeys
+from nanochat_core.runs.directory import RunDirectory
 from nanochat_core.runs.state import restore_rng, rng_state
 
 
@@ -46,12 +47,6 @@ def inference(model: Model, dtype: torch.dtype) -> Iterator[None]:
             torch.cuda.empty_cache()  # blocks cut for other shapes would stand in training's way
 
 
-# --------------------------------------------------------------------------------------------- ranks that may fail
-
-
-# ------------------------------------------------------------------------------------------------------ evaluations
-
-
 def evaluate(
     choice: Choice, evaluator: Evaluator, model: Model, dtype: torch.dtype, step: int, world: World
 ) -> Evaluation:
@@ -71,7 +66,8 @@ def evaluate(
         try:
             with guard.stop.interruptible():
                 evaluation = evaluator.evaluate(model, step)
-            _check(evaluation)
+            for wrong in contract_problems(evaluation):
+                raise TypeError(wrong)
         except Stopped:
             problem = STOPPED
         except Cancelled:
@@ -116,6 +112,34 @@ class BuiltEvaluator:
     choice: Choice
     evaluator: Evaluator
     data: dict[str, str] = attrs.field(factory=dict)
+
+
+def evaluate_each(
+    evaluators: Iterable[BuiltEvaluator],
+    model: Model,
+    dtype: torch.dtype,
+    step: int,
+    world: World,
+    failed: Callable[[str, EvaluationFailed], None],
+    heartbeat: Callable[[str], None] = lambda doing: None,
+) -> Iterator[tuple[BuiltEvaluator, Evaluation]]:
+    """Call evaluators one by one on every rank, and yield each with what it found. One that raises is left out.
+
+    Args:
+        failed: called, on every rank, with the entry's name and the error of one that raised.
+        heartbeat: called with what begins, before each evaluation.
+
+    Raises:
+        EvaluationStopped: on every rank, when any was asked to stop before or during an evaluation.
+    """
+    for built in evaluators:
+        heartbeat(f"in evaluation {built.choice.name}")
+        try:
+            evaluation = evaluate(built.choice, built.evaluator, model, dtype, step, world)
+        except EvaluationFailed as error:
+            failed(built.choice.name, error)
+            continue
+        yield built, evaluation
 
 
 @attrs.frozen
@@ -163,22 +187,19 @@ class Evaluations:
         Raises:
             EvaluationStopped: on every rank, when any was asked to stop before or during an evaluation.
         """
-        for built in self.due(step):
-            choice, evaluator = built.choice, built.evaluator
-            if choice.name in done:
-                continue
-            self.heartbeat(f"in evaluation {choice.name}")
-            try:
-                evaluation = evaluate(choice, evaluator, model, self.dtype, step, self.world)
-            except EvaluationFailed as error:
-                self.report(f"evaluator {choice.name} failed at step {step}, the run goes on: {error}")
-                continue
+
+        def failed(name: str, error: EvaluationFailed) -> None:
+            self.report(f"evaluator {name} failed at step {step}, the run goes on: {error}")
+
+        due = [built for built in self.due(step) if built.choice.name not in done]
+        for built, evaluation in evaluate_each(due, model, self.dtype, step, self.world, failed, self.heartbeat):
+            name = built.choice.name
             if self.world.is_main:
                 try:
-                    self._keep(choice.name, step, evaluation, built.data)
+                    self._keep(name, step, evaluation, built.data)
                 except OSError as error:
-                    self.report(f"results of evaluator {choice.name} at step {step} can't be written: {error}")
-            yield choice.name, evaluation
+                    self.report(f"results of evaluator {name} at step {step} can't be written: {error}")
+            yield name, evaluation
 
     def _keep(self, name: str, step: int, evaluation: Evaluation, data: Mapping[str, str]) -> None:
         for note in evaluation.notes:
@@ -186,27 +207,28 @@ class Evaluations:
                 self._told.add(f"{name}: {note}")
                 self.report(f"{name}: {note}")
         if evaluation.texts:
-            samples = self.directory / "samples"
+            samples = RunDirectory(self.directory).samples
             samples.mkdir(exist_ok=True)
             path = samples / f"{name}_{step:06d}.json"
             path.write_text(json.dumps(dict(evaluation.texts), indent=1, ensure_ascii=False) + "\n")
         if evaluation.examples or evaluation.files:
-            write_evaluation(self.directory / "evaluations", name, step, evaluation, {"data": dict(data)})
+            write_evaluation(RunDirectory(self.directory).evaluations, name, step, evaluation, {"data": dict(data)})
 
 
-def _check(evaluation: Evaluation) -> None:
-    """Raise a TypeError for what the ledger could not hold."""
+def contract_problems(evaluation: object) -> Iterator[str]:
+    """What is wrong with what an evaluator returned: what the ledger, or the files of evaluations, could not hold."""
     if not isinstance(evaluation, Evaluation):
-        raise TypeError(f"evaluate() must return a nanochat_core.Evaluation, not {type(evaluation).__name__}")
+        yield f"evaluate() must return a nanochat_core.Evaluation, not {type(evaluation).__name__}"
+        return
     for name, value in evaluation.metrics.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(f"metric {name!r} must be a Python int or float, not {type(value).__name__}: use .item()")
+            yield f"metric {name!r} must be a Python int or float, not {type(value).__name__}: use .item()"
     for name, text in evaluation.texts.items():
         if not isinstance(text, str):
-            raise TypeError(f"text {name!r} must be a str, not {type(text).__name__}")
+            yield f"text {name!r} must be a str, not {type(text).__name__}"
     taken = {"step", "time", "evaluator"} & {*evaluation.metrics, *evaluation.texts}
     if taken:
-        raise TypeError(f"{', '.join(sorted(taken))} are names of the ledger: give the metric another name")
+        yield f"{', '.join(sorted(taken))} are names of the ledger: give the metric another name"
     for row in evaluation.examples:
         if not {"task", "example", "value"} <= row.keys():
-            raise TypeError(f"an example needs task, example and value; this one has {', '.join(row)}")
+            yield f"an example needs task, example and value; this one has {', '.join(row)}"

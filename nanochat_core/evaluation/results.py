@@ -18,7 +18,7 @@ import numpy as np
 
 from nanochat_core.errors import DataError
 from nanochat_core.evaluation.statistics import DRAWS, SEED, Values, bootstrap_means, interval, scale_of
-from nanochat_core.files import write_atomic
+from nanochat_core.files import open_atomic, write_atomic
 
 if TYPE_CHECKING:
     from nanochat_core.interfaces.evaluator import Evaluation
@@ -69,9 +69,8 @@ def write_evaluation(
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        temporary = path / f".{EXAMPLES}"
-        pq.write_table(pa.Table.from_pylist([dict(row) for row in evaluation.examples]), temporary)
-        temporary.replace(path / EXAMPLES)
+        with open_atomic(path / EXAMPLES) as examples:
+            pq.write_table(pa.Table.from_pylist([dict(row) for row in evaluation.examples]), examples)
         write_atomic(path / TABLE, markdown(evaluation))
     for file, text in evaluation.files.items():
         write_atomic(path / file, text)

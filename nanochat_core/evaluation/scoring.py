@@ -1,11 +1,10 @@
 """Scoring: how likely a model finds given continuations, for many questions at once.
 
-Spans are made unique, sorted by length and packed into batches by what they are, never by where they stand or how many
-ranks there are; then the batches are dealt to ranks. So scores are the same to the last bit for any order of the
-questions and any number of ranks. What all choices of a question begin with is computed once, where the model's cache
-can be set back. Logits exist only for positions that are scored.
+``score_batches.py`` plans which spans are computed together; here they are computed. What all choices of a question
+begin with is computed once, where the model's cache can be set back. Logits exist only for positions that are scored.
 
-E questions of a batch, C choices a question, T positions, D hidden size, V vocabulary, N = any number of positions.
+E groups of a batch, T positions, D hidden size, V vocabulary, N scored positions, M scored tokens (several of them may
+be predicted at one position, by choices that begin alike).
 """
 
 from __future__ import annotations
@@ -24,7 +23,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nanochat_core.errors import NanochatError
-from nanochat_core.evaluation.spans import Span, common_prefix
+from nanochat_core.evaluation.score_batches import (
+    SpanBatch,
+    deal_batches,
+    group_spans,
+    plan_batches,
+    unique_questions,
+)
+from nanochat_core.evaluation.spans import Span
 from nanochat_core.interfaces.evaluator import EvaluatorContext
 from nanochat_core.interfaces.model import Model
 from nanochat_core.interfaces.types import Tokens
@@ -38,6 +44,7 @@ WORTH_SHARING = 256  # positions; on a CPU with depth 4 the passes that sharing 
 CACHED_CPU = 2**17  # logits that a core's cache holds
 
 Counts = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
 
 
 class OutOfTime(NanochatError):
@@ -129,15 +136,14 @@ def score_spans(
     world = context.world if context is not None else None
     rank, size = (world.rank, world.size) if world is not None else (0, 1)
     deadline = time.monotonic() + context.time_left() if context is not None else math.inf
-    unique, members = _unique(questions)
+    unique, members = unique_questions(questions)
     with torch.no_grad():
         if share is not None and not (any(len(q) > 1 for q in unique) and _cache_goes_back(model, device)):
             share = None
-        groups = _groups(unique, share)
-        batches = _plan(groups, batch_tokens or (BATCH_TOKENS_CPU if device.type == "cpu" else BATCH_TOKENS))
-        mine = _deal(batches, size)[rank]
-        offsets = np.cumsum([0, *(len(q) for q in unique)])
-        found = np.zeros((int(offsets[-1]), 4))  # nats, greedy, margin, done
+        budget = batch_tokens or (BATCH_TOKENS_CPU if device.type == "cpu" else BATCH_TOKENS)
+        mine = deal_batches(plan_batches(group_spans(unique, share), budget), size)[rank]
+        offsets = np.cumsum([0, *(len(q) for q in unique)])  # index of each question's first span
+        results = np.zeros((int(offsets[-1]), 4))  # of each span: nats, greedy, margin, done
         if mine and math.isfinite(deadline) and time.monotonic() > deadline:
             mine = []
         visible = rank == 0 and bool(title) and sys.stderr.isatty()
@@ -147,163 +153,22 @@ def score_spans(
                 if time.monotonic() > deadline:
                     break
                 for (question, choice), row in _score_batch(model, batch, device, greedy, work):
-                    found[offsets[question] + choice] = row
+                    results[offsets[question] + choice] = row
                 bar.update(batch.tokens)
     if world is not None and size > 1:
-        found = np.array(world.sum(found.ravel().tolist())).reshape(found.shape)
-    if not partial and not found[:, 3].all():
-        done, everything = int(found[:, 3].sum()), len(found)
+        results = np.array(world.sum(results.ravel().tolist())).reshape(results.shape)
+    if not partial and not results[:, 3].all():
+        done, everything = int(results[:, 3].sum()), len(results)
         raise OutOfTime(f"time_budget: {done} of {everything} texts were scored in time: give more seconds")
-    scores = []
-    for question, choices in enumerate(members):
-        rows = [found[offsets[choices[0]] + choice] for choice in choices[1]]
-        spans = questions[question]
-        scores.append([_score(span, row) for span, row in zip(spans, rows, strict=True)])
-    return scores
+    return [
+        [_score(span, results[offsets[question] + choice]) for span, choice in zip(spans, choices, strict=True)]
+        for spans, (question, choices) in zip(questions, members, strict=True)
+    ]
 
 
-def _score(span: Span, row: npt.NDArray[np.float64]) -> SpanScore:
+def _score(span: Span, row: Floats) -> SpanScore:
     nats, greedy, margin, done = row.tolist()
     return SpanScore(nats if done else math.nan, len(span.ids) - span.start, bool(greedy), margin if done else math.nan)
-
-
-# -------------------------------------------------------------------------------------------------------- planning
-
-
-def _key(span: Span) -> tuple[int, bytes]:
-    return span.start, span.ids.tobytes()
-
-
-def _unique(questions: Sequence[Sequence[Span]]) -> tuple[list[list[Span]], list[tuple[int, list[int]]]]:
-    """Different questions, each with different spans in an order of their own; and for each question as it was asked
-    which one it is, and which of its spans each choice is."""
-    unique: list[list[Span]] = []
-    index: dict[tuple[tuple[int, bytes], ...], int] = {}
-    members = []
-    for question in questions:
-        keys = [_key(span) for span in question]
-        spans = dict(zip(keys, question, strict=True))
-        ordered = tuple(sorted(spans))
-        if ordered not in index:
-            index[ordered] = len(unique)
-            unique.append([spans[key] for key in ordered])
-        place = {key: i for i, key in enumerate(ordered)}
-        members.append((index[ordered], [place[key] for key in keys]))
-    return unique, members
-
-
-@attrs.frozen(eq=False)
-class _Group:
-    """Spans that are computed together.
-
-    Args:
-        names: (question, choice) of each span; the shortest span comes first.
-        shared: tokens that all of them read first.
-    """
-
-    spans: tuple[Span, ...]
-    names: tuple[tuple[int, int], ...]
-    shared: int
-
-    @property
-    def reads(self) -> list[int]:
-        """Positions each span reads: its last token is only predicted."""
-        return [len(span.ids) - 1 for span in self.spans]
-
-
-def _groups(questions: list[list[Span]], share: int | None) -> list[_Group]:
-    """In an order that only depends on what they are: few spans first, long ones first."""
-    groups = []
-    for question, spans in enumerate(questions):
-        order = sorted(range(len(spans)), key=lambda i, s=spans: len(s[i].ids))  # type: ignore[misc]
-        whole = _Group(
-            tuple(spans[i] for i in order),
-            tuple((question, i) for i in order),
-            common_prefix([span.ids[:-1] for span in spans]),
-        )
-        saved = (len(spans) - 1) * whole.shared
-        if share is not None and whole.shared > 1 and saved >= max(1, share):
-            groups.append(whole)
-        else:
-            groups += [_Group((span,), ((question, i),), len(span.ids) - 1) for i, span in enumerate(spans)]
-    return sorted(groups, key=lambda g: (len(g.spans), -g.shared, [-n for n in g.reads], [_key(s) for s in g.spans]))
-
-
-@attrs.frozen(eq=False)
-class _Batch:
-    """Groups with equally many spans.
-
-    Args:
-        prefix: positions that are read in the first pass; all of a group's spans share them.
-        rests: positions of the passes that follow, one for each span of a group.
-    """
-
-    groups: tuple[_Group, ...]
-    prefix: int
-    rests: tuple[int, ...]
-
-    @property
-    def tokens(self) -> int:
-        return len(self.groups) * (self.prefix + sum(self.rests))
-
-
-def _batch(groups: Sequence[_Group]) -> _Batch:
-    if len(groups[0].spans) == 1:
-        return _Batch(tuple(groups), max(g.shared for g in groups), ())
-    prefix = min(g.shared for g in groups)
-    rests = tuple(max(g.reads[i] for g in groups) - prefix for i in range(len(groups[0].spans)))
-    return _Batch(tuple(groups), prefix, rests)
-
-
-def _plan(groups: list[_Group], batch_tokens: int) -> list[_Batch]:
-    """Neighbours go together until the budget is full, or a quarter of the work would be padding (a batch of its own
-    costs something too: a little padding is always cheaper).
-
-    Small sets of questions are cut finer, so that there is something to deal to every rank.
-    """
-    batches: list[_Batch] = []
-    useful = [g.shared + sum(n - g.shared for n in g.reads) for g in groups]
-    budget = min(batch_tokens, max(batch_tokens // 4, sum(useful) // 16))
-    first = 0
-    needed = prefix = longest = 0
-    rests: list[int] = []
-    for index, group in enumerate(groups):
-        # What the batch would become, kept up to date instead of made anew.
-        if index == first:
-            prefix, longest, reads, needed = group.shared, group.shared, list(group.reads), useful[index]
-            continue
-        new_prefix, new_longest = min(prefix, group.shared), max(longest, group.shared)
-        fits = len(group.spans) == len(groups[first].spans)
-        if fits:
-            new_reads = list(map(max, reads, group.reads))
-            rests = [n - new_prefix for n in new_reads]
-            each = new_longest if len(group.spans) == 1 else new_prefix + sum(rests)
-            tokens = (index - first + 1) * each
-            padding = tokens - needed - useful[index]
-            fits = tokens <= budget and padding <= max(tokens // 4, batch_tokens // 32)
-        if fits:
-            prefix, longest, reads, needed = new_prefix, new_longest, new_reads, needed + useful[index]
-        else:
-            batches.append(_batch(groups[first:index]))
-            first = index
-            prefix, longest, reads, needed = group.shared, group.shared, list(group.reads), useful[index]
-    if groups:
-        batches.append(_batch(groups[first:]))
-    return batches
-
-
-def _deal(batches: list[_Batch], size: int) -> list[list[_Batch]]:
-    """The largest batch first, each to the rank that has least to do."""
-    hands: list[list[_Batch]] = [[] for _ in range(size)]
-    loads = [0] * size
-    for batch in sorted(batches, key=lambda b: -b.tokens):
-        rank = loads.index(min(loads))
-        hands[rank].append(batch)
-        loads[rank] += batch.tokens
-    return hands
-
-
-# ------------------------------------------------------------------------------------------------------- computing
 
 
 def _cache_goes_back(model: Model, device: torch.device) -> bool:
@@ -324,91 +189,99 @@ def _cache_goes_back(model: Model, device: torch.device) -> bool:
 
 
 def _score_batch(
-    model: Model, batch: _Batch, device: torch.device, greedy: bool, work: dict[str, int] | None
+    model: Model, batch: SpanBatch, device: torch.device, greedy: bool, work: dict[str, int] | None
 ) -> list[tuple[tuple[int, int], tuple[float, float, float, float]]]:
-    """(nats, greedy, margin, done) of each span of the batch, with its name."""
+    """(nats, greedy, margin, done) of each span of the batch, with its name: (question, choice)."""
     E, P = len(batch.groups), batch.prefix
-    widths = [P, *batch.rests]  # positions of each pass
-    bases = np.cumsum([0, *(E * width for width in widths)])  # number of a pass's first position
-    # Each scored token: the number of the position that predicts it, the token, the span it belongs to.
+    widths = [P, *batch.rests]  # positions per group of each pass
+    pass_starts = np.cumsum([0, *(E * width for width in widths)])  # positions are numbered through all passes
+    # Of each scored token: the position that predicts it, the token itself, the index of its span.
     positions, targets, owners = [], [], []
     names: list[tuple[int, int]] = []
     for e, group in enumerate(batch.groups):
         for c, span in enumerate(group.spans):
-            at = np.arange(span.start - 1, len(span.ids) - 1)
-            number = bases[0] + e * P + at
+            predicted_at = np.arange(span.start - 1, len(span.ids) - 1)
+            position = pass_starts[0] + e * P + predicted_at
             if batch.rests:
-                late = bases[1 + c] + e * batch.rests[c] + (at - P)
-                number = np.where(at < P, number, late)
-            positions.append(number)
+                in_rest = pass_starts[1 + c] + e * batch.rests[c] + (predicted_at - P)
+                position = np.where(predicted_at < P, position, in_rest)
+            positions.append(position)
             targets.append(span.ids[span.start :])
-            owners.append(np.full(len(at), len(names)))
+            owners.append(np.full(len(predicted_at), len(names)))
             names.append(group.names[c])
-    wanted, rows = np.unique(np.concatenate(positions), return_inverse=True)
-    states_ND = _states(model, batch, wanted, bases, widths, device)
-    found = _judge(model, states_ND, rows, np.concatenate(targets), greedy)
-    owner = np.concatenate(owners)
-    nats = np.bincount(owner, weights=found[0], minlength=len(names))
-    first = np.flatnonzero(np.diff(owner, prepend=-1))
-    every = np.minimum.reduceat(found[1], first)
-    margin = np.minimum.reduceat(found[2], first)
+    scored_positions, rows_M = np.unique(np.concatenate(positions), return_inverse=True)
+    states_ND = _hidden_states(model, batch, scored_positions, pass_starts, widths, device)
+    nats_M, greedy_M, margin_M = _score_tokens(model, states_ND, rows_M, np.concatenate(targets), greedy)
+    owner_M = np.concatenate(owners)
+    first_tokens = np.flatnonzero(np.diff(owner_M, prepend=-1))
+    nats = np.bincount(owner_M, weights=nats_M, minlength=len(names))
+    all_greedy = np.minimum.reduceat(greedy_M, first_tokens)
+    margin = np.minimum.reduceat(margin_M, first_tokens)
     if work is not None:
         work["tokens"] = work.get("tokens", 0) + batch.tokens
-        work["head"] = work.get("head", 0) + len(wanted)
-    return [(name, (nats[i], every[i], margin[i], 1.0)) for i, name in enumerate(names)]
+        work["head"] = work.get("head", 0) + len(scored_positions)
+    return [(name, (nats[i], all_greedy[i], margin[i], 1.0)) for i, name in enumerate(names)]
 
 
-def _states(
-    model: Model, batch: _Batch, wanted: Counts, bases: Counts, widths: list[int], device: torch.device
+def _hidden_states(
+    model: Model,
+    batch: SpanBatch,
+    scored_positions: Counts,
+    pass_starts: Counts,
+    widths: list[int],
+    device: torch.device,
 ) -> Tensor:
-    """[N, D] hidden states of the positions that are wanted."""
+    """[N, D]: of the positions that predict scored tokens."""
     cache: Any = None
     if batch.rests:
         cache = model.new_cache(len(batch.groups), batch.prefix + max(batch.rests))
     kept = []
-    for number, width in enumerate(widths):
+    for index, width in enumerate(widths):
         if width == 0:
             continue
         ids_ET = np.zeros((len(batch.groups), width), dtype=np.int64)
+        choice, start = (0, 0) if index == 0 else (index - 1, batch.prefix)
         for row, group in zip(ids_ET, batch.groups, strict=True):
-            start = 0 if number == 0 else batch.prefix
             # Padding comes last, where causal attention doesn't see it.
-            ids = group.spans[max(number - 1, 0)].ids[start : min(start + width, group.reads[max(number - 1, 0)])]
+            ids = group.spans[choice].ids[start : min(start + width, group.reads[choice])]
             row[: len(ids)] = ids
-        if number > 1:
+        if index > 1:
             cache.length = batch.prefix
         states_ETD = model.hidden(torch.from_numpy(ids_ET).to(device), cache)
-        here = wanted[(wanted >= bases[number]) & (wanted < bases[number + 1])] - bases[number]
-        kept.append(states_ETD.flatten(0, 1).index_select(0, torch.from_numpy(here).to(device)))
+        first, end = pass_starts[index], pass_starts[index + 1]
+        scored_here = scored_positions[(scored_positions >= first) & (scored_positions < end)] - first
+        kept.append(states_ETD.flatten(0, 1).index_select(0, torch.from_numpy(scored_here).to(device)))
     return torch.cat(kept)
 
 
-def _judge(
-    model: Model, states_ND: Tensor, rows: Counts, targets: Tokens, greedy: bool
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """For each (row of states, target): nats, whether it is the likeliest token, margin of its logit."""
+def _score_tokens(
+    model: Model, states_ND: Tensor, rows_M: Counts, targets_M: Tokens, greedy: bool
+) -> tuple[Floats, Floats, Floats]:
+    """For each target and the state that predicts it: nats, whether it is the likeliest token, its logit's margin.
+
+    Args:
+        rows_M: which row of ``states_ND`` predicts the target.
+    """
     elements = LOGITS_CPU if states_ND.is_cpu else LOGITS
     chunk = max(16, elements // model.vocab_size)
-    few = max(4, CACHED_CPU * torch.get_num_threads() // model.vocab_size) if states_ND.is_cpu else chunk
-    order = np.argsort(rows, kind="stable")
-    bounds = np.searchsorted(rows[order], range(0, len(states_ND) + chunk, chunk))
-    nats, best, margins = np.zeros(len(rows)), np.zeros(len(rows)), np.full(len(rows), math.nan)
+    cached_rows = max(4, CACHED_CPU * torch.get_num_threads() // model.vocab_size) if states_ND.is_cpu else chunk
+    order = np.argsort(rows_M, kind="stable")
+    bounds = np.searchsorted(rows_M[order], range(0, len(states_ND) + chunk, chunk))
+    nats_M, greedy_M, margin_M = np.zeros(len(rows_M)), np.zeros(len(rows_M)), np.full(len(rows_M), math.nan)
     for index, states in enumerate(states_ND.split(chunk)):
-        z_NV = model.logits(states)
-        pairs = order[bounds[index] : bounds[index + 1]]
-        row_M = torch.from_numpy(rows[pairs] - index * chunk).to(z_NV.device)
-        target_M = torch.from_numpy(targets[pairs].astype(np.int64)).to(z_NV.device)
+        logits_NV = model.logits(states)
+        tokens = order[bounds[index] : bounds[index + 1]]  # those that this chunk predicts
+        row = torch.from_numpy(rows_M[tokens] - index * chunk).to(logits_NV.device)
+        target = torch.from_numpy(targets_M[tokens].astype(np.int64)).to(logits_NV.device)
         if greedy:
-            target_z_M = z_NV[row_M, target_M]
-            top_N2, ids_N2 = z_NV.topk(2)
-            first_N = ids_N2[:, 0]
+            top_N2, top_ids_N2 = logits_NV.topk(2)
+            likeliest_N = top_ids_N2[:, 0]
             if bool((top_N2[:, 0] == top_N2[:, 1]).any()):
-                first_N = z_NV.argmax(-1)  # the lowest of equal ones, which topk does not promise
-            hit_M = first_N[row_M] == target_M
-            other_M = torch.where(ids_N2[:, 0][row_M] == target_M, top_N2[:, 1][row_M], top_N2[:, 0][row_M])
-            best[pairs] = hit_M.cpu().numpy()
-            margins[pairs] = (target_z_M - other_M).double().cpu().numpy()
+                likeliest_N = logits_NV.argmax(-1)  # the lowest of equal ones, which topk does not promise
+            best_other = torch.where(top_ids_N2[:, 0][row] == target, top_N2[:, 1][row], top_N2[:, 0][row])
+            greedy_M[tokens] = (likeliest_N[row] == target).cpu().numpy()
+            margin_M[tokens] = (logits_NV[row, target] - best_other).double().cpu().numpy()
         # A few rows at a time, which stay in the processor's cache between the passes over them.
-        total_N = torch.cat([z.logsumexp(-1) for z in z_NV.split(few)])
-        nats[pairs] = (total_N[row_M] - z_NV[row_M, target_M]).double().cpu().numpy()
-    return nats, best, margins
+        total_N = torch.cat([logits.logsumexp(-1) for logits in logits_NV.split(cached_rows)])
+        nats_M[tokens] = (total_N[row] - logits_NV[row, target]).double().cpu().numpy()
+    return nats_M, greedy_M, margin_M

@@ -23,7 +23,7 @@ from nanochat_core.distributed.watchdog import Watchdog
 from nanochat_core.distributed.world import OtherRankFailed, World, join_world, leave_world
 from nanochat_core.errors import CheckpointError, ConfigError, Problem
 from nanochat_core.evaluation.build import build_evaluators
-from nanochat_core.evaluation.evaluate import EvaluationFailed, evaluate
+from nanochat_core.evaluation.evaluate import EvaluationFailed, evaluate_each
 from nanochat_core.evaluation.results import EXAMPLES, TABLE, write_evaluation
 from nanochat_core.evaluation.trained_model import TrainedModel, open_trained
 from nanochat_core.hardware.casting import dtype_of, name_of
@@ -32,7 +32,7 @@ from nanochat_core.interfaces.evaluator import Evaluation
 from nanochat_core.planning.build import build_model
 from nanochat_core.plugins.discovery import Plugins, load_plugins
 from nanochat_core.runs.checkpoint import MANIFEST, load_state, verify
-from nanochat_core.runs.directory import RunDirectory, find_run
+from nanochat_core.runs.directory import EVALUATIONS, RunDirectory, find_run
 from nanochat_core.runs.restore import load_run, newest_checkpoint
 
 FAILED_EXIT_CODE = 1
@@ -91,17 +91,17 @@ def find_subject(target: str, runs_dir: Path) -> Subject:
         problem = verify(checkpoint)
         if problem:
             raise CheckpointError(f"{checkpoint}: {problem}; evaluate another checkpoint of the run")
-        return _of_run(RunDirectory(checkpoint.parents[1]), checkpoint)
+        return _of_run(RunDirectory.of_checkpoint(checkpoint), checkpoint)
     plugin, colon, reference = target.partition(":")
     if colon and plugin.isidentifier() and reference and not path.exists():
         name = re.sub(r"[^\w.-]+", "_", reference).strip("_.")
-        return Subject(target, runs_dir / plugin / name / "evaluations", plugin=plugin, path=reference)
+        return Subject(target, runs_dir / plugin / name / EVALUATIONS, plugin=plugin, path=reference)
     run = find_run(target, runs_dir)
     return _of_run(run, newest_checkpoint(run))
 
 
 def _of_run(run: RunDirectory, checkpoint: Path) -> Subject:
-    return Subject(str(checkpoint), run.path / "evaluations", load_state(checkpoint).step, run, checkpoint)
+    return Subject(str(checkpoint), run.evaluations, load_state(checkpoint).step, run, checkpoint)
 
 
 def load_subject(subject: Subject, names: Sequence[str], overrides: Sequence[str]) -> Experiment:
@@ -212,22 +212,20 @@ def _evaluate(subject: Subject, experiment: Experiment, world: World) -> int:
         guarded,
         subject.evaluations,
     )
-    code = 0
-    for built in evaluators:
-        choice = built.choice
-        try:
-            evaluation = evaluate(choice, built.evaluator, trained.model, trained.dtype, subject.step, guarded)
-        except EvaluationFailed as error:
-            code = FAILED_EXIT_CODE
-            if world.is_main:
-                print(f"evaluator {choice.name} failed: {error}", flush=True)
-            continue
+    failures: list[str] = []
+
+    def failed(name: str, error: EvaluationFailed) -> None:
+        failures.append(name)
+        if world.is_main:
+            print(f"evaluator {name} failed: {error}", flush=True)
+
+    for built, evaluation in evaluate_each(evaluators, trained.model, trained.dtype, subject.step, guarded, failed):
         if world.is_main:
             dtype = name_of(trained.dtype)
             more = {"subject": subject.label, "ranks": world.size, "dtype": dtype, "data": built.data}
-            path = write_evaluation(subject.evaluations, choice.name, subject.step, evaluation, more)
-            _show(choice.name, evaluation, path)
-    return code
+            path = write_evaluation(subject.evaluations, built.choice.name, subject.step, evaluation, more)
+            _show(built.choice.name, evaluation, path)
+    return FAILED_EXIT_CODE if failures else 0
 
 
 def _show(name: str, evaluation: Evaluation, path: Path) -> None:

@@ -64,3 +64,9 @@ def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
     if kept is None or kept[1] != weight._version:  # an optimizer or a loaded file would have changed it
         kept = casts[id(weight), dtype] = (weight, weight._version, weight.to(dtype))
     return kept[2]
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype for sums, statistics and optimizer state of what is stored in ``dtype``: float32, or float64 for
+    float64."""
+    return torch.promote_types(dtype, torch.float32)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import attrs
+
+from nanochat_core.files import LEDGER, read_ledger
 
 _NOT_FINITE = ("nan", "inf", "-inf")  # JSON has no such numbers, so the ledger writes words
 
@@ -53,17 +53,12 @@ class LoggerContext:
 
     def evaluations(self) -> list[tuple[int, str, str, float]]:
         """Step, evaluator's entry, metric and value of all that evaluators have found since the run began."""
-        rows = []
-        with (
-            contextlib.suppress(FileNotFoundError),
-            (self.directory / "metrics.jsonl").open(encoding="utf-8") as ledger,
-        ):
-            for line in ledger:
-                if line.endswith("\n") and '"evaluator"' in line:
-                    record = json.loads(line)
-                    for name, value in metrics_and_texts(record)[0].items():
-                        rows.append((record["step"], record.get("evaluator", ""), name, value))
-        return rows
+        return [
+            (record["step"], record["evaluator"], name, value)
+            for record in read_ledger(self.directory / LEDGER)
+            if "evaluator" in record
+            for name, value in metrics_and_texts(record)[0].items()
+        ]
 
 
 class Logger(ABC):

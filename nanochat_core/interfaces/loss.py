@@ -2,12 +2,15 @@
 
 For a summed loss under autograd the gradients are computed in the forward pass, chunk by chunk: each chunk's logits
 are made, used for loss and gradients, and dropped. Peak memory is one chunk's logits instead of the batch's.
+
+Autograd differentiates each chunk, so that any head will do. A model that knows its head can derive the gradients by
+hand, and compute in buffers that all chunks share; ``loss_with_gradients`` and ``without_ignored`` serve it too.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
@@ -15,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from nanochat_core.hardware.casting import wide_dtype
 from nanochat_core.hardware.devices import device_type
 
 IGNORED = -1  # in place of a target where there is nothing to predict
@@ -58,14 +62,13 @@ def cross_entropy(
         return loss_N.sum() if reduction == "sum" else loss_N.view_as(targets_BT)
     if reduction == "none":
         return _losses(model.logits(hidden_ND), targets_N).view_as(targets_BT)
-    if hidden_ND.is_cpu and bool((targets_N == IGNORED).any()):  # elsewhere the question would wait for the device
-        kept = (targets_N != IGNORED).nonzero().squeeze(1)
-        hidden_ND, targets_N = hidden_ND.index_select(0, kept), targets_N.index_select(0, kept)
+    hidden_ND, targets_N = without_ignored(hidden_ND, targets_N)
     if len(targets_N) == 0:
-        return hidden_ND.to(torch.promote_types(hidden_ND.dtype, torch.float32)).sum()  # 0, and a part of the graph
+        return hidden_ND.to(wide_dtype(hidden_ND.dtype)).sum()  # 0, and a part of the graph
     head = head_parameters(model, hidden_ND)
-    loss: Tensor = _ChunkedCrossEntropy.apply(model.logits, rows, targets_N, hidden_ND, *head)
-    return loss
+    return loss_with_gradients(
+        lambda: _chunked_cross_entropy(model.logits, rows, targets_N, hidden_ND, head), [hidden_ND, *head]
+    )
 
 
 def chunk_rows(vocab_size: int, device: torch.device) -> int:
@@ -97,43 +100,73 @@ def _split(rows: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
     return [t.split(rows) for t in tensors]
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum of the cross-entropies; backward only scales what forward computed."""
+def _chunked_cross_entropy(
+    logits: Callable[[Tensor], Tensor], rows: int, targets_N: Tensor, hidden_ND: Tensor, head: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Sum of the cross-entropies, and its gradients by the hidden states and by each parameter of the head."""
+    wants_hidden = hidden_ND.requires_grad
+    losses: list[Tensor] = []
+    hidden_grads: list[Tensor] = []
+    head_grads: list[Tensor] = []
+    chunks = list(zip(*_split(rows, hidden_ND, targets_N), strict=True))
+    if hidden_ND.is_meta and len(chunks) > 2:  # only counted: from the second on every chunk takes the same memory
+        hidden_grads, chunks = [torch.empty_like(hidden_ND[2 * rows :])] * wants_hidden, chunks[:2]
+    for h, t in chunks:
+        h = h.detach().requires_grad_(wants_hidden)
+        with torch.enable_grad():
+            loss = F.cross_entropy(logits(h), t, ignore_index=IGNORED, reduction="sum")
+        inputs = [h, *head] if wants_hidden else list(head)
+        # The meta device, where models are planned, has no autocast.
+        with torch.autocast("cpu" if h.is_meta else h.device.type, enabled=False):
+            grads = list(torch.autograd.grad(loss, inputs)) if inputs else []
+        losses.append(loss.detach())
+        if wants_hidden:
+            hidden_grads.append(grads.pop(0))
+        if head_grads:
+            torch._foreach_add_(head_grads, grads)
+        else:
+            head_grads = grads
+    return torch.stack(losses).sum(), [torch.cat(hidden_grads) if wants_hidden else None, *head_grads]
 
+
+# What follows serves losses that a model computes by itself, too.
+
+
+def without_ignored(hidden_ND: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states and targets without the positions whose target is ignored (-1), on a CPU.
+
+    On other devices both are returned as they are: counting the positions would wait for the device.
+    """
+    if not (hidden_ND.is_cpu and bool((targets_N == IGNORED).any())):
+        return hidden_ND, targets_N
+    kept = (targets_N != IGNORED).nonzero().squeeze(1)
+    return hidden_ND.index_select(0, kept), targets_N.index_select(0, kept)
+
+
+def loss_with_gradients(
+    compute: Callable[[], tuple[Tensor, Sequence[Tensor | None]]], inputs: Sequence[Tensor]
+) -> Tensor:
+    """A loss as a part of autograd's graph whose gradients are computed together with it: backward only scales them.
+
+    Use it for a loss over logits that are too large to be kept until the backward pass. It can be differentiated once.
+
+    Args:
+        compute: called once, while autograd records nothing. It returns the loss, (), and its gradient by each of
+            ``inputs``, shaped like it; None where none is needed.
+        inputs: the tensors that the loss depends on.
+    """
+    loss: Tensor = _LossWithGradients.apply(compute, *inputs)
+    return loss
+
+
+class _LossWithGradients(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, logits: Callable[[Tensor], Tensor], rows: int, targets_N: Tensor, hidden_ND: Tensor, *head: Tensor
-    ) -> Tensor:
-        wants_hidden = ctx.needs_input_grad[3]
-        losses: list[Tensor] = []
-        hidden_grads: list[Tensor] = []
-        head_grads: list[Tensor] = []
-        chunks = list(zip(*_split(rows, hidden_ND, targets_N), strict=True))
-        if hidden_ND.is_meta and len(chunks) > 2:  # only counted: from the second on every chunk takes the same memory
-            hidden_grads, chunks = [torch.empty_like(hidden_ND[2 * rows :])] * wants_hidden, chunks[:2]
-        for h, t in chunks:
-            h = h.detach().requires_grad_(wants_hidden)
-            with torch.enable_grad():
-                loss = F.cross_entropy(logits(h), t, ignore_index=IGNORED, reduction="sum")
-            inputs = [h, *head] if wants_hidden else list(head)
-            # The meta device, where models are planned, has no autocast.
-            with torch.autocast("cpu" if h.is_meta else h.device.type, enabled=False):
-                grads = list(torch.autograd.grad(loss, inputs)) if inputs else []
-            losses.append(loss.detach())
-            if wants_hidden:
-                hidden_grads.append(grads.pop(0))
-            if head_grads:
-                torch._foreach_add_(head_grads, grads)
-            else:
-                head_grads = grads
-        ctx.wants_hidden = wants_hidden
-        ctx.save_for_backward(*([torch.cat(hidden_grads)] if wants_hidden else []), *head_grads)
-        return torch.stack(losses).sum()
+    def forward(ctx: Any, compute: Callable[[], tuple[Tensor, Sequence[Tensor | None]]], *inputs: Tensor) -> Tensor:
+        loss, grads = compute()
+        ctx.save_for_backward(*grads)
+        return loss
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grads: list[Tensor | None] = [g * grad.to(g.dtype) for g in ctx.saved_tensors]
-        if not ctx.wants_hidden:
-            grads.insert(0, None)
-        return (None, None, None, *grads)
+        return (None, *(None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors))

@@ -18,6 +18,7 @@ from nanochat_core.interfaces.logger import Logger, LoggerContext, metrics_and_t
 from nanochat_core.plugins.choice import Choice, LoggerKeys
 from nanochat_core.plugins.discovery import load_plugins
 from nanochat_core.plugins.registry import Entry
+from nanochat_core.runs.directory import RunDirectory
 
 PREFIX = "observer-"
 
@@ -39,7 +40,7 @@ class Observer(Logger):
         if not found:
             raise PluginError(f"plugin {config.plugin!r} of {config.distribution} does not load any more")
         self.module, self.context, self.failures = found[0].module, context, 0
-        self.memory = context.directory / "loggers" / f"{PREFIX}{config.plugin}.checkpoints.json"
+        self.memory = RunDirectory(context.directory).loggers / f"{PREFIX}{config.plugin}.checkpoints.json"
         self.checkpoints: list[str] = json.loads(self.memory.read_text()) if self.memory.exists() else []
         self._call("run_started")
 
@@ -60,7 +61,7 @@ class Observer(Logger):
             self.context.report(f"its hooks failed {self.failures} times in all")
 
     def _tell_checkpoints(self, until: float = math.inf) -> None:
-        for path in sorted(self.context.directory.glob("checkpoints/step_*")):
+        for path in sorted(RunDirectory(self.context.directory).checkpoints.glob("step_*")):
             step = int(path.name.removeprefix("step_"))
             if path.name not in self.checkpoints and step <= until:
                 self.checkpoints.append(path.name)

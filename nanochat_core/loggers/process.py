@@ -19,6 +19,7 @@ import attrs
 
 from nanochat_core.loggers.progress import Job, Progress, progress_file
 from nanochat_core.loggers.worker import CANT_START, INCOMPLETE
+from nanochat_core.runs.directory import RunDirectory
 from nanochat_core.runs.ledger import read_ledger
 
 _DOING = {"start": "to start", "log": "over one record", "finish": "to send the rest and finish"}
@@ -125,17 +126,17 @@ class LoggerProcess:
         progress = Progress.read(progress_file(context.directory, self.name))
         if complete and not progress.failures:
             return
-        missed = sum(not progress.already_told(record) for record in read_ledger(context.directory / "metrics.jsonl"))
+        run = RunDirectory(context.directory)
+        missed = sum(not progress.already_told(record) for record in read_ledger(run.ledger))
         failures = f"failed {progress.failures} times" if progress.failures else "ended"
         if complete:
             self.report(f"logger {self.name} {failures} and recovered: it has every record")
         elif self.name.startswith("observer-"):
             self.report(f"{self.name} {failures}, it has not got {missed} records")
         else:
-            run = f"{context.directory.parent.name}/{context.directory.name}"
             self.report(
                 f"logger {self.name} {failures}, so far it misses {missed} records; send them when the run has ended: "
-                f"nanochat log-sync {run} --to {self.name}"
+                f"nanochat log-sync {run.name}/{run.id} --to {self.name}"
             )
 
     def _relative(self, suffix: str) -> str:

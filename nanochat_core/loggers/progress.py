@@ -11,6 +11,7 @@ import attrs
 
 from nanochat_core.interfaces.logger import LoggerContext
 from nanochat_core.plugins.choice import Choice
+from nanochat_core.runs.directory import RunDirectory
 
 
 @attrs.frozen
@@ -74,4 +75,4 @@ class Progress:
 
 def progress_file(directory: Path, name: str) -> Path:
     """The file with the progress of logger ``name`` of the run in ``directory``."""
-    return directory / "loggers" / f"{name}.json"
+    return RunDirectory(directory).loggers / f"{name}.json"

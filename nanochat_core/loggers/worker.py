@@ -34,6 +34,7 @@ from nanochat_core.errors import NanochatError, PluginError
 from nanochat_core.interfaces.logger import Logger
 from nanochat_core.loggers.priority import lower_priority
 from nanochat_core.loggers.progress import Job, Progress, progress_file
+from nanochat_core.runs.directory import RunDirectory
 
 POLL_SECONDS = 1.0  # seconds between reads of the ledger; new records are passed on together, which costs least
 LONGEST_PAUSE = 60.0  # between two tries of a record that the logger raises on
@@ -49,7 +50,7 @@ class LoggerWorker:
 
     def __init__(self, job: Job, say: Any) -> None:
         self.job, self.say = job, say
-        self.ledger = job.context.directory / "metrics.jsonl"
+        self.ledger = RunDirectory(job.context.directory).ledger
         self.progress_file = progress_file(job.context.directory, job.choice.name)
         self.progress = Progress.read(self.progress_file)
         self.known = bool(self.progress.steps)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nanochat_core.errors import CheckpointError
-from nanochat_core.files import sync
+from nanochat_core.files import file_sha256, sync
 from nanochat_core.plugins.registry import Entry
 from nanochat_core.runs.state import TrainState
 from nanochat_core.runs.upgrades import ModelRecord, upgrade_manifest, upgrade_model
@@ -104,7 +104,7 @@ def save_checkpoint(directory: Path, content: CheckpointContent) -> Path:
             tensors = {k: v.detach().cpu().contiguous() for k, v in getattr(content, name).items()}
             save_file(tensors, temporary / f"{name}.safetensors", metadata={"format": "pt"})
         (temporary / "state.json").write_text(json.dumps(content.state.to_json(), indent=1) + "\n")
-        files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(temporary.iterdir())}
+        files = {p.name: {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in sorted(temporary.iterdir())}
         manifest = {
             "version": VERSION,
             "step": content.state.step,
@@ -164,11 +164,6 @@ def remove_leftovers(directory: Path) -> list[str]:
     return [path.name for path in found if not path.exists()]
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _digest(manifest: Mapping[str, Any]) -> str:
     """Digest of a manifest's content, without the digest itself."""
     content = {key: value for key, value in manifest.items() if key != "sha256"}
@@ -187,7 +182,7 @@ def verify(checkpoint: Path) -> str:
             path = checkpoint / name
             if path.stat().st_size != facts["bytes"]:
                 return f"{name} has {path.stat().st_size} bytes, not {facts['bytes']}"
-            if _sha256(path) != facts["sha256"]:
+            if file_sha256(path) != facts["sha256"]:
                 return f"{name} is damaged (its sha256 differs)"
     except FileNotFoundError as error:
         return f"{Path(str(error.filename)).name} is missing"

@@ -15,10 +15,12 @@ from typing import IO, Any
 import attrs
 
 from nanochat_core.errors import CheckpointError, ConfigError, Problem, did_you_mean
-from nanochat_core.files import rank_log_name, remove, write_atomic
+from nanochat_core.files import LEDGER, rank_log_name, remove, write_atomic
 
 ID_FORMAT = "%Y%m%d-%H%M%S-%f"
 LOCK = "lock"
+EXPERIMENT = "experiment.toml"
+EVALUATIONS = "evaluations"  # also beside models that are no run's
 
 
 @attrs.frozen
@@ -37,7 +39,7 @@ class RunDirectory:
 
     @property
     def experiment(self) -> Path:
-        return self.path / "experiment.toml"
+        return self.path / EXPERIMENT
 
     @property
     def provenance(self) -> Path:
@@ -45,7 +47,7 @@ class RunDirectory:
 
     @property
     def ledger(self) -> Path:
-        return self.path / "metrics.jsonl"
+        return self.path / LEDGER
 
     @property
     def tokenizer(self) -> Path:
@@ -62,6 +64,35 @@ class RunDirectory:
     @property
     def log(self) -> Path:
         return self.path / "log.txt"
+
+    @property
+    def evaluations(self) -> Path:
+        """A directory per evaluation, see ``evaluation/results.py``."""
+        return self.path / EVALUATIONS
+
+    @property
+    def samples(self) -> Path:
+        """Texts that evaluators found, a file per evaluation."""
+        return self.path / "samples"
+
+    @property
+    def loggers(self) -> Path:
+        """How far each logger has got, and what it printed."""
+        return self.path / "loggers"
+
+    @property
+    def profile(self) -> Path:
+        """Traces that ``train.profile`` asks for."""
+        return self.path / "profile"
+
+    @classmethod
+    def of_checkpoint(cls, checkpoint: Path) -> RunDirectory:
+        """The run that a checkpoint's directory lies in."""
+        return cls(checkpoint.parents[1])
+
+    def diverged(self, step: int) -> Path:
+        """What is known of the batch with which training diverged at ``step``."""
+        return self.path / f"diverged_step_{step:06d}.json"
 
     def rank_log(self, rank: int) -> Path:
         return self.path / rank_log_name(rank)
@@ -190,11 +221,7 @@ def all_runs(runs_dir: Path, name: str | None = None) -> list[RunDirectory]:
     """Runs under ``runs_dir``, newest first."""
     if not runs_dir.is_dir():
         return []
-    found = (
-        runs_dir.glob(f"{name or '*'}/*/experiment.toml")
-        if name is None
-        else (runs_dir / name).glob("*/experiment.toml")
-    )
+    found = runs_dir.glob(f"*/*/{EXPERIMENT}") if name is None else (runs_dir / name).glob(f"*/{EXPERIMENT}")
     return sorted((RunDirectory(p.parent) for p in found), key=lambda r: (r.id, r.name), reverse=True)
 
 
@@ -206,7 +233,7 @@ def find_run(reference: str, runs_dir: Path) -> RunDirectory:
     """
     direct = Path(reference)
     for candidate in (direct, runs_dir / reference):
-        if (candidate / "experiment.toml").is_file():
+        if RunDirectory(candidate).experiment.is_file():
             return RunDirectory(candidate if candidate.name else candidate.resolve())
     runs = all_runs(runs_dir)
     if Path(reference).name:

@@ -6,9 +6,11 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from nanochat_core.files import read_ledger as read_ledger  # loggers' contexts, below this room, read ledgers too
 
 
 class Ledger:
@@ -91,14 +93,3 @@ def _append_new(path: Path, lines: list[bytes]) -> None:
         known = lines.index(last[0]) + 1 if last and last[0] in lines else 0
         file.truncate(len(whole))
         file.writelines(lines[known:])
-
-
-def read_ledger(path: Path) -> Iterator[dict[str, Any]]:
-    """Records of a ledger; a last line cut short by a crash is left out."""
-    try:
-        with path.open("rb") as file:
-            for line in file:
-                if line.endswith(b"\n"):
-                    yield json.loads(line)
-    except FileNotFoundError:
-        return

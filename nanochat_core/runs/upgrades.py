@@ -16,6 +16,7 @@ from nanochat_core.errors import CheckpointError, PluginError
 from nanochat_core.plugins.choice import Choice
 from nanochat_core.plugins.registry import Entry
 from nanochat_core.plugins.structure import to_plain
+from nanochat_core.runs.directory import RunDirectory
 
 Parts = tuple[dict[str, Any], dict[str, Tensor]]
 
@@ -46,7 +47,7 @@ def upgrade_manifest(manifest: Mapping[str, Any], checkpoint: Path) -> Mapping[s
         CheckpointError: when facts that the older format lacks can't be found elsewhere.
     """
     if manifest["version"] < 2:  # only the run's experiment has what the model was built from
-        file = checkpoint.parents[1] / "experiment.toml"
+        file = RunDirectory.of_checkpoint(checkpoint).experiment
         try:
             table = tomllib.loads(file.read_text(encoding="utf-8"))["model"]
             options = {name: value for name, value in table.items() if name != "plugin"}

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from nanochat_core.evaluation.evaluate import contract_problems
 from nanochat_core.interfaces.evaluator import Evaluation, Evaluator, EvaluatorContext
 from nanochat_core.interfaces.loss import IGNORED
 from nanochat_core.interfaces.tokenizer import Tokenizer
@@ -72,17 +73,11 @@ def check_evaluator(factory: Callable[[Any, EvaluatorContext], Evaluator], confi
             found.append(evaluator.evaluate(model, step))
     first, second = found
     for evaluation in found:
-        assert isinstance(evaluation, Evaluation), (
-            f"evaluate must return a nanochat_core.Evaluation, not {evaluation!r}"
-        )
+        for problem in contract_problems(evaluation):
+            check.expect(False, problem)
+        if not isinstance(evaluation, Evaluation):
+            check.finish()
         check.expect(bool(evaluation.metrics or evaluation.texts), "it finds neither metrics nor texts")
-        for name, value in evaluation.metrics.items():
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            check.expect(number, f"metric {name!r} must be a Python int or float, not {type(value).__name__}")
-        for name, text in evaluation.texts.items():
-            check.expect(isinstance(text, str), f"text {name!r} must be a str, not {type(text).__name__}")
-        taken = {"step", "time", "evaluator"} & {*evaluation.metrics, *evaluation.texts}
-        check.expect(not taken, f"{', '.join(sorted(taken))} are names of the ledger: give the metric another name")
     check.expect(set(first.metrics) == set(second.metrics), "it gives other metrics the second time")
     if not check.wrong:
         same = all(

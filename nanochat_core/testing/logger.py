@@ -12,6 +12,7 @@ from typing import Any
 import attrs
 
 from nanochat_core.interfaces.logger import Logger, LoggerContext
+from nanochat_core.runs.directory import RunDirectory
 from nanochat_core.testing.checks import Check
 
 Series = Mapping[str, Mapping[int, float]]
@@ -61,7 +62,7 @@ def _log_a_run(
         directory, "checked", "run-1", "nanochat", "group", ("a", "b"), {"model": {"plugin": "gpt"}}, 9, 0,
         report=lambda line: None,
     )  # fmt: skip
-    ledger = directory / "metrics.jsonl"
+    ledger = RunDirectory(directory).ledger
     ledger.write_text("".join(json.dumps(r) + "\n" for r in first))
     logger = factory(config, context)
     assert isinstance(logger, Logger), f"the factory must return a nanochat_core.Logger, not {logger!r}"

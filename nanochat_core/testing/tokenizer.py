@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from nanochat_core.interfaces.tokenizer import Tokenizer, TokenizerContext
+from nanochat_core.testing.checks import Check
 
 # Text that tokenizers trip over: white space of all kinds, bytes that look like others, invisible characters.
 AWKWARD_TEXTS = (
@@ -106,32 +107,22 @@ def check_tokenizer(
     check.run(lambda: check.saved(factory, config))
     if other_process:
         check.run(check.other_process)
-    assert not check.wrong, "the tokenizer breaks its contract:\n" + "\n".join(check.wrong)
+    check.finish()
     return tokenizer
 
 
-class _TokenizerCheck:
+class _TokenizerCheck(Check):
     def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__("tokenizer")
         self.tokenizer, self.texts = tokenizer, _texts()
-        self.wrong: list[str] = []
-
-    def run(self, part: Callable[[], None]) -> None:
-        try:
-            part()
-        except Exception as error:
-            self.wrong.append(f"{getattr(part, '__name__', 'check')}: {type(error).__name__}: {error}")
-
-    def _expect(self, holds: bool, message: str) -> None:
-        if not holds and message not in self.wrong:
-            self.wrong.append(message)
 
     def vocabulary(self) -> None:
         tokenizer = self.tokenizer
         size, special, counts = tokenizer.vocab_size, dict(tokenizer.special_tokens), tokenizer.token_bytes()
-        self._expect("<|bos|>" in special, "special_tokens has no <|bos|>")
-        self._expect(len(set(special.values())) == len(special), "two special tokens have the same id")
-        self._expect(all(0 <= i < size for i in special.values()), "the id of a special token is no id")
-        self._expect(
+        self.expect("<|bos|>" in special, "special_tokens has no <|bos|>")
+        self.expect(len(set(special.values())) == len(special), "two special tokens have the same id")
+        self.expect(all(0 <= i < size for i in special.values()), "the id of a special token is no id")
+        self.expect(
             isinstance(counts, np.ndarray) and counts.dtype == np.int32 and counts.shape == (size,),
             "token_bytes() must be an int32 array of vocab_size numbers",
         )
@@ -139,53 +130,51 @@ class _TokenizerCheck:
         tokens = [tokenizer.decode_bytes([i]) for i in range(size)]
         for i, token in enumerate(tokens):
             if i in names:
-                self._expect(counts[i] == 0, f"token_bytes() must be 0 for the special token {names[i]}")
-                self._expect(
-                    token == names[i].encode(), f"decode_bytes of the special token {names[i]} gives {token!r}"
-                )
+                self.expect(counts[i] == 0, f"token_bytes() must be 0 for the special token {names[i]}")
+                self.expect(token == names[i].encode(), f"decode_bytes of the special token {names[i]} gives {token!r}")
             else:
-                self._expect(counts[i] == len(token), f"token {i} is {token!r}, but token_bytes() says {counts[i]}")
+                self.expect(counts[i] == len(token), f"token {i} is {token!r}, but token_bytes() says {counts[i]}")
         rng = random.Random(2)
         ids = [rng.randrange(size) for _ in range(100)]
         together = b"".join(tokens[i] for i in ids)
-        self._expect(tokenizer.decode_bytes(ids) == together, "decode_bytes of several tokens isn't those of each")
+        self.expect(tokenizer.decode_bytes(ids) == together, "decode_bytes of several tokens isn't those of each")
         single = {token: i for i, token in enumerate(tokens) if len(token) == 1 and i not in names}
         if len(single) == 256:  # then any bytes can be said
             data = rng.randbytes(300)
             spelt = [single[bytes([b])] for b in data]
-            self._expect(tokenizer.decode_bytes(spelt) == data, "decode_bytes changes bytes that are no UTF-8")
+            self.expect(tokenizer.decode_bytes(spelt) == data, "decode_bytes changes bytes that are no UTF-8")
 
     def round_trip(self) -> None:
         tokenizer, counts = self.tokenizer, self.tokenizer.token_bytes()
         special = set(tokenizer.special_tokens.values())
-        self._expect(list(tokenizer.encode("")) == [], "the empty text has tokens")
+        self.expect(list(tokenizer.encode("")) == [], "the empty text has tokens")
         for text in self.texts:
             ids = tokenizer.encode(text)
             back = tokenizer.decode_bytes(ids)
-            self._expect(back == text.encode(), f"{text!r} comes back as {back!r}")
-            self._expect(tokenizer.decode(ids) == text, f"decode({text!r}) gives something else")
-            self._expect(all(0 <= i < tokenizer.vocab_size for i in ids), f"{text!r} has ids outside [0, vocab_size)")
-            self._expect(not special & set(ids), f"{text!r} has special tokens")
+            self.expect(back == text.encode(), f"{text!r} comes back as {back!r}")
+            self.expect(tokenizer.decode(ids) == text, f"decode({text!r}) gives something else")
+            self.expect(all(0 <= i < tokenizer.vocab_size for i in ids), f"{text!r} has ids outside [0, vocab_size)")
+            self.expect(not special & set(ids), f"{text!r} has special tokens")
             size = int(counts[ids].sum()) if len(ids) else 0
-            self._expect(size == len(text.encode()), f"{text!r}: token_bytes sum to {size}, not {len(text.encode())}")
-            self._expect(tokenizer.encode(text) == ids, f"{text!r} has other tokens the second time")
+            self.expect(size == len(text.encode()), f"{text!r}: token_bytes sum to {size}, not {len(text.encode())}")
+            self.expect(tokenizer.encode(text) == ids, f"{text!r} has other tokens the second time")
 
     def special_tokens_in_text(self) -> None:
         special = set(self.tokenizer.special_tokens.values())
         for name in self.tokenizer.special_tokens:
             for text in (name, f"a{name}b {name}\n{name}"):
                 ids = self.tokenizer.encode(text)
-                self._expect(not special & set(ids), f"{name} in a text becomes the special token; it must stay text")
-                self._expect(self.tokenizer.decode_bytes(ids) == text.encode(), f"{text!r} doesn't come back")
+                self.expect(not special & set(ids), f"{name} in a text becomes the special token; it must stay text")
+                self.expect(self.tokenizer.decode_bytes(ids) == text.encode(), f"{text!r} doesn't come back")
 
     def documents(self) -> None:
         made = self.tokenizer.encode_documents(self.texts)
-        self._expect(len(made) == len(self.texts), "encode_documents gives another number of documents")
+        self.expect(len(made) == len(self.texts), "encode_documents gives another number of documents")
         for text, ids in zip(self.texts, made, strict=False):
-            self._expect(ids.dtype == np.int32 and ids.ndim == 1, "encode_documents must give 1-D int32 arrays")
+            self.expect(ids.dtype == np.int32 and ids.ndim == 1, "encode_documents must give 1-D int32 arrays")
             expected = [self.tokenizer.bos_id, *self.tokenizer.encode(text)]
-            self._expect(ids.tolist() == expected, f"encode_documents of {text!r} isn't bos and what encode gives")
-        self._expect(len(self.tokenizer.encode_documents([])) == 0, "encode_documents([]) gives documents")
+            self.expect(ids.tolist() == expected, f"encode_documents of {text!r} isn't bos and what encode gives")
+        self.expect(len(self.tokenizer.encode_documents([])) == 0, "encode_documents([]) gives documents")
 
     def surrogates(self) -> None:
         ids = self.tokenizer.encode("a\ud800b")  # text like this stands in real data; it must not end a run
@@ -195,16 +184,16 @@ class _TokenizerCheck:
         texts = [text for text in self.texts if text] * 4
         with ThreadPoolExecutor(4) as pool:
             at_once = list(pool.map(self.tokenizer.encode, texts))
-        self._expect(at_once == [self.tokenizer.encode(t) for t in texts], "encode isn't safe to call from threads")
+        self.expect(at_once == [self.tokenizer.encode(t) for t in texts], "encode isn't safe to call from threads")
 
     def same(self, other: Tokenizer, how: str) -> None:
         mine = self.tokenizer
-        self._expect(other.fingerprint == mine.fingerprint, f"{how}, it has another fingerprint")
-        self._expect(other.vocab_size == mine.vocab_size, f"{how}, it has another vocab_size")
-        self._expect(dict(other.special_tokens) == dict(mine.special_tokens), f"{how}, it has other special tokens")
-        self._expect(np.array_equal(other.token_bytes(), mine.token_bytes()), f"{how}, it has other token_bytes")
+        self.expect(other.fingerprint == mine.fingerprint, f"{how}, it has another fingerprint")
+        self.expect(other.vocab_size == mine.vocab_size, f"{how}, it has another vocab_size")
+        self.expect(dict(other.special_tokens) == dict(mine.special_tokens), f"{how}, it has other special tokens")
+        self.expect(np.array_equal(other.token_bytes(), mine.token_bytes()), f"{how}, it has other token_bytes")
         different = [text for text in self.texts if other.encode(text) != mine.encode(text)]
-        self._expect(not different, f"{how}, it gives other tokens, as for {different[:1]}")
+        self.expect(not different, f"{how}, it gives other tokens, as for {different[:1]}")
 
     def saved(self, factory: Callable[[Any, TokenizerContext], Tokenizer], config: Any) -> None:
         def no_documents() -> Sequence[str]:
@@ -224,6 +213,6 @@ class _TokenizerCheck:
             self.wrong.append(f"another process can't use it: {done.stderr.decode(errors='replace')}")
             return
         fingerprint, ids = pickle.loads(done.stdout)
-        self._expect(fingerprint == self.tokenizer.fingerprint, "in another process it has another fingerprint")
+        self.expect(fingerprint == self.tokenizer.fingerprint, "in another process it has another fingerprint")
         expected = [self.tokenizer.encode(text) for text in self.texts]
-        self._expect(ids == expected, "in another process it gives other tokens")
+        self.expect(ids == expected, "in another process it gives other tokens")

@@ -87,7 +87,7 @@ def build_parts(
     if plan.compile:
         model.compile_training()
     loader = build_loader(experiment.data, source, tokenizer, plan, state, world)
-    guarded, directory = EvaluationWorld.of(world, stop), run_dir.path / "evaluations"
+    guarded, directory = EvaluationWorld.of(world, stop), run_dir.evaluations
     evaluators = build_evaluators(
         experiment.evaluators, lambda: source, fingerprints.__getitem__, tokenizer, experiment, guarded, directory
     )
@@ -178,7 +178,7 @@ def _build_model(
 def _copy_weights(model: Model, weights: Path, choice: Choice, tokenizer: Tokenizer) -> None:
     """Start from the weights of another run's checkpoint, which must have the same tokenizer."""
     run = weights.parents[1]
-    theirs = json.loads((run / "provenance.json").read_text())["fingerprints"]["tokenizer"]
+    theirs = json.loads(RunDirectory(run).provenance.read_text(encoding="utf-8"))["fingerprints"]["tokenizer"]
     if theirs != tokenizer.fingerprint:
         message = (
             f"the tokenizer of {run} is another one, its weights mean other tokens: use its "

@@ -16,7 +16,7 @@ from nanochat_core.data.packing import Cursor
 from nanochat_core.distributed.world import World
 from nanochat_core.errors import NanochatError
 from nanochat_core.evaluation.evaluate import inference
-from nanochat_core.files import write_atomic
+from nanochat_core.files import first_few, write_atomic
 from nanochat_core.interfaces.model import Model
 from nanochat_core.runs.checkpoint import list_checkpoints
 from nanochat_core.runs.directory import RunDirectory
@@ -67,7 +67,7 @@ def diagnose(
     indices = parts.loader.documents(divergence.cursors, divergence.batch)
     documents = parts.source.documents("train")
     by_rank = world.all_gather_object(describe_batch(parts.model, dtype, divergence.batch, documents, indices))
-    path = run_dir.path / f"diverged_step_{done:06d}.json"
+    path = run_dir.diverged(done)
     content = {"step": done, "loss": str(loss), "grad_norm": str(norm), "lrm": lrm, "ranks": by_rank}
     written = f" (see {path})"
     if world.is_main:
@@ -123,16 +123,11 @@ def summarize(parts: Sequence[dict[str, Any]]) -> str:
         for row in part["rows"]
         if isinstance(row["loss"], str)
     ]
-    rows = f"rows with a loss that is not finite: {_few(bad)}" if bad else "the loss of each row alone is finite"
-    return f"its batch is of the training documents {_few(_ranges(indices))}; {rows}"
+    rows = f"rows with a loss that is not finite: {first_few(bad)}" if bad else "the loss of each row alone is finite"
+    return f"its batch is of the training documents {first_few(_ranges(indices))}; {rows}"
 
 
 def _ranges(numbers: Sequence[int]) -> list[str]:
     """Rising numbers as ``3-7``, ``12``."""
     runs = [[n for _, n in group] for _, group in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
     return [f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs]
-
-
-def _few(texts: Sequence[str], most: int = 8) -> str:
-    more = f" and {len(texts) - most} more" if len(texts) > most else ""
-    return ", ".join(texts[:most]) + more

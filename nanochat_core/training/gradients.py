@@ -3,14 +3,109 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from nanochat_core.distributed.world import World
+from nanochat_core.errors import PluginError
 from nanochat_core.interfaces.optimizer import Multipliers, Optimizer
+
+
+class GradientMessage(Protocol):
+    """Gradients that travel together."""
+
+    @property
+    def parameters(self) -> Sequence[nn.Parameter]: ...
+
+    def send(self) -> None:
+        """Start the collective that sums the gradients. A gradient that is None counts as zeros."""
+
+    def wait(self) -> None:
+        """Return when the sums have arrived."""
+
+
+class GradientExchange:
+    """Sends messages of gradients while the backward pass still runs: each as soon as the pass has completed it.
+
+    Collectives must start in one order on every rank, so a message waits for those before it: at first in the order of
+    ``messages``; with ``learn_order``, from the second exchange on in that in which rank 0's first backward pass
+    completed them. How gradients are laid out and summed is the messages' affair.
+
+    Args:
+        messages: the same on every rank.
+        world: the ranks.
+        learn_order: whether to learn the order, with one broadcast.
+    """
+
+    def __init__(self, messages: Sequence[GradientMessage], world: World, learn_order: bool = False) -> None:
+        self.messages, self.world = list(messages), world
+        self._order = list(range(len(self.messages)))
+        self._completed: list[int] | None = [] if learn_order else None  # None once the order is learnt
+        self._missing: list[set[int]] = []  # of each message the ids of parameters whose gradient has not come yet
+        self._sent = 0
+        self._too_late = False
+        self._handles: list[Any] = []
+
+    @property
+    def started(self) -> bool:
+        """Whether ``begin`` was called and ``finish`` was not: then ``finish`` must follow on every rank."""
+        return bool(self._handles)
+
+    def begin(self) -> None:
+        """The next backward pass is the step's last: send each message once the pass has completed it."""
+        assert not self.started, "finish ends a step"
+        self._missing = [{id(p) for p in message.parameters} for message in self.messages]
+        for index, message in enumerate(self.messages):
+            hook = self._hook(index)
+            self._handles += [p.register_post_accumulate_grad_hook(hook) for p in message.parameters]
+
+    def _hook(self, index: int) -> Callable[[Tensor], None]:
+        def arrived(parameter: Tensor) -> None:
+            missing = self._missing[index]
+            if id(parameter) not in missing and index in self._order[: self._sent]:
+                self._too_late = True
+            missing.discard(id(parameter))
+            if not missing and self._completed is not None and index not in self._completed:
+                self._completed.append(index)
+            while self._sent < len(self._order) and not self._missing[self._order[self._sent]]:
+                self._send_next()
+
+        return arrived
+
+    def _send_next(self) -> None:
+        self.messages[self._order[self._sent]].send()
+        self._sent += 1
+
+    def finish(self) -> None:
+        """Send what the backward pass did not, and wait for all. Collective, also without ``begin``.
+
+        Raises:
+            PluginError: when a gradient came after its message was sent.
+        """
+        started, too_late = self.started, self._too_late
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        while self._sent < len(self._order):
+            self._send_next()
+        self._sent, self._too_late = 0, False
+        for message in self.messages:
+            message.wait()
+        if started and self._completed is not None:
+            self._learn_order(self._completed)
+        if too_late:
+            raise PluginError(
+                "a parameter got more gradient after its first in one backward pass, which several ranks can't sum: "
+                "checkpoint activations with use_reentrant=False"
+            )
+
+    def _learn_order(self, completed: list[int]) -> None:
+        order: list[int] = self.world.broadcast_object(completed)
+        self._order = [*order, *(i for i in range(len(self.messages)) if i not in order)]
+        self._completed = None
 
 
 class _Bucket:
@@ -18,14 +113,29 @@ class _Bucket:
 
     def __init__(self) -> None:
         self.parameters: list[nn.Parameter] = []
-        self.missing: set[int] = set()  # ids of parameters whose gradient has not come yet
-        self.flat: Tensor | None = None
-        self.work: dist.Work | None = None
+        self._flat: Tensor | None = None
+        self._work: dist.Work | None = None
 
     def views(self) -> list[Tensor]:
-        assert self.flat is not None
-        pieces = self.flat.split([p.numel() for p in self.parameters])
+        """Of the sums, shaped like the parameters."""
+        assert self._flat is not None
+        pieces = self._flat.split([p.numel() for p in self.parameters])
         return [piece.view_as(p) for piece, p in zip(pieces, self.parameters, strict=True)]
+
+    def send(self) -> None:
+        if self._flat is None:
+            first, size = self.parameters[0], sum(p.numel() for p in self.parameters)
+            self._flat = torch.empty(size, dtype=first.dtype, device=first.device)
+        for view, parameter in zip(self.views(), self.parameters, strict=True):
+            if parameter.grad is None:
+                view.zero_()
+            else:
+                view.copy_(parameter.grad)
+        self._work = dist.all_reduce(self._flat, async_op=True)
+
+    def wait(self) -> None:
+        assert self._work is not None
+        self._work.wait()
 
 
 class GradientReducer:
@@ -42,59 +152,12 @@ class GradientReducer:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], world: World, bucket_bytes: float = 25e6) -> None:
         self.parameters = list(parameters.values())
-        self.world = world
-        self.buckets: list[_Bucket] = []
-        self._handles: list[Any] = []
-        self._sent = 0
-        if world.size > 1:
-            self._lay_out(bucket_bytes)
-
-    def _lay_out(self, bucket_bytes: float) -> None:
-        open_buckets: dict[tuple[torch.dtype, torch.device], tuple[_Bucket, float]] = {}
-        for parameter in reversed(self.parameters):  # roughly the order in which a backward pass completes them
-            key, size = (parameter.dtype, parameter.device), float(parameter.nbytes)
-            bucket, filled = open_buckets.get(key, (None, 0.0))
-            if bucket is None or filled + size > bucket_bytes:
-                bucket, filled = _Bucket(), 0.0
-                self.buckets.append(bucket)
-            bucket.parameters.append(parameter)
-            open_buckets[key] = (bucket, filled + size)
+        self.buckets = _lay_out(self.parameters, bucket_bytes) if world.size > 1 else []
+        self.exchange = GradientExchange(self.buckets, world)
 
     def begin(self) -> None:
         """The next backward pass is the step's last: send each bucket once the pass has completed it."""
-        self._disarm()
-        for bucket in self.buckets:
-            bucket.missing = {id(p) for p in bucket.parameters}
-            hook = self._hook(bucket)
-            self._handles += [p.register_post_accumulate_grad_hook(hook) for p in bucket.parameters]
-
-    def _hook(self, bucket: _Bucket) -> Callable[[Tensor], None]:
-        def arrived(parameter: Tensor) -> None:
-            bucket.missing.discard(id(parameter))
-            # Collectives must start in one order on every rank: a bucket waits for those before it.
-            while self._sent < len(self.buckets) and not self.buckets[self._sent].missing:
-                self._send(self.buckets[self._sent])
-
-        return arrived
-
-    def _send(self, bucket: _Bucket) -> None:
-        first = bucket.parameters[0]
-        size = sum(p.numel() for p in bucket.parameters)
-        if bucket.flat is None:
-            bucket.flat = torch.empty(size, dtype=first.dtype, device=first.device)
-        for view, parameter in zip(bucket.views(), bucket.parameters, strict=True):
-            if parameter.grad is None:
-                view.zero_()
-            else:
-                view.copy_(parameter.grad)
-        bucket.work = dist.all_reduce(bucket.flat, async_op=True)
-        self._sent += 1
-
-    def _disarm(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        self._sent = 0
+        self.exchange.begin()
 
     @torch.no_grad()
     def finish(self) -> Tensor:
@@ -103,7 +166,7 @@ class GradientReducer:
         Returns:
             L2 norm of all gradients together, float32 (), the same on every rank.
         """
-        self._exchange()
+        self.exchange.finish()
         for bucket in self.buckets:
             for view, parameter in zip(bucket.views(), bucket.parameters, strict=True):
                 if parameter.grad is None:
@@ -117,19 +180,24 @@ class GradientReducer:
 
     def discard(self) -> None:
         """Clear the gradients. Between ``begin`` and ``finish`` it is collective: what one rank sent all must send."""
-        if self._handles:
-            self._exchange()
+        if self.exchange.started:
+            self.exchange.finish()
         for parameter in self.parameters:
             parameter.grad = None
 
-    def _exchange(self) -> None:
-        """Send what the backward pass did not, and wait for all."""
-        for bucket in self.buckets[self._sent :]:
-            self._send(bucket)
-        self._disarm()
-        for bucket in self.buckets:
-            assert bucket.work is not None
-            bucket.work.wait()
+
+def _lay_out(parameters: Sequence[nn.Parameter], bucket_bytes: float) -> list[_Bucket]:
+    buckets: list[_Bucket] = []
+    open_buckets: dict[tuple[torch.dtype, torch.device], tuple[_Bucket, float]] = {}
+    for parameter in reversed(parameters):  # roughly the order in which a backward pass completes them
+        key, size = (parameter.dtype, parameter.device), float(parameter.nbytes)
+        bucket, filled = open_buckets.get(key, (None, 0.0))
+        if bucket is None or filled + size > bucket_bytes:
+            bucket, filled = _Bucket(), 0.0
+            buckets.append(bucket)
+        bucket.parameters.append(parameter)
+        open_buckets[key] = (bucket, filled + size)
+    return buckets
 
 
 def global_norm(tensors: Sequence[Tensor]) -> Tensor:
@@ -166,7 +234,7 @@ class TorchOptimizer(Optimizer):
         self.base_lrs = [float(group["lr"]) for group in optimizer.param_groups]
         self.state_tensors = state_tensors
         # What the optimizer updates: the parameter, or its float32 copy.
-        self._updated = {name: _wide(parameter) for name, parameter in self.parameters.items()}
+        self._updated = {name: _float32_copy(parameter) for name, parameter in self.parameters.items()}
         updated = {id(self.parameters[name]): p for name, p in self._updated.items()}
         for group in optimizer.param_groups:
             group["params"] = [updated[id(p)] for p in group["params"]]
@@ -234,6 +302,6 @@ class TorchOptimizer(Optimizer):
         return masters + messages + sum(self.state_tensors * p.nbytes for p in self._updated.values())
 
 
-def _wide(parameter: nn.Parameter) -> nn.Parameter:
+def _float32_copy(parameter: nn.Parameter) -> nn.Parameter:
     """The parameter, or a float32 copy of one with 16 bits."""
     return nn.Parameter(parameter.detach().float()) if parameter.dtype.itemsize < 4 else parameter

@@ -213,7 +213,7 @@ class Trainer:
     def _profiler(self) -> Profiler:
         steps = self.planned.experiment.train.profile
         ahead = self.planned.plan.num_iterations - self.parts.state.step
-        return Profiler(self.run_dir.path / "profile", self.world, steps, UNTIMED_STEPS, ahead, self.logs.report)
+        return Profiler(self.run_dir.profile, self.world, steps, UNTIMED_STEPS, ahead, self.logs.report)
 
     # -- how it ends before the horizon
 

@@ -26,6 +26,7 @@ from nanochat_core import (
     TokenizerContext,
     Tokens,
     cut_long_runs,
+    encode_by_pieces,
     load_table_tokenizer,
     special_tokens_from,
     well_formed,
@@ -75,17 +76,10 @@ class BPETokenizer(TableTokenizer):
         return BPETokenizer, (self._pattern, self._tokens, self._encoder)
 
     def encode_array(self, text: str) -> Tokens:
-        pieces = cut_long_runs(text)
-        if len(pieces) > 1:
-            return np.concatenate([self._encode_piece(piece) for piece in pieces])
-        return self._encode_piece(text)
+        return encode_by_pieces(self._encode_piece, text)
 
     def _by_tiktoken(self, text: str) -> Tokens:
-        try:
-            ids = self._encodings.get().encode_to_numpy(text, disallowed_special=())
-        except UnicodeEncodeError:
-            ids = self._encodings.get().encode_to_numpy(well_formed(text), disallowed_special=())
-        return ids.view(np.int32)
+        return self._encodings.get().encode_to_numpy(text, disallowed_special=()).view(np.int32)
 
     @property
     def fingerprint(self) -> str:

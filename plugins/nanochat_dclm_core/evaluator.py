@@ -102,7 +102,6 @@ class Core(Evaluator):
         open_bundle(self.config.bundle, cache_dir())
 
     def _chosen(self, bundle: Bundle) -> list[Task]:
-
         known = {task.label: task for task in bundle.tasks}
         unknown = [label for label in self.config.tasks if label not in known]
         if unknown:
@@ -194,36 +193,47 @@ class Core(Evaluator):
     def _report(
         self, tasks: Sequence[Task], rows: list[dict[str, Any]], close: Mapping[str, int], unfinished: list[str]
     ) -> Evaluation:
-        assert self._bundle is not None
-        accuracies: dict[str, float] = {}
-        for task in tasks:
-            values = [row["value"] for row in rows if row["task"] == task.label]
-            if values:
-                accuracies[task.label] = sum(values) / len(values)
-        scores = {t.label: centered(accuracies[t.label], t.baseline) for t in tasks if t.label in accuracies}
-        missing = [label for label in self._bundle.missing() if label not in unfinished]
-        left_out = [t.label for t in self._bundle.tasks if t not in tasks]
+        """What was found, of the rows of all tasks that were finished."""
+        by_task: dict[str, list[dict[str, Any]]] = {}
+        for row in rows:
+            by_task.setdefault(row["task"], []).append(row)
+        scored = [task for task in tasks if task.label in by_task]
+        accuracies = {t.label: sum(row["value"] for row in by_task[t.label]) / len(by_task[t.label]) for t in scored}
+        scores = {task.label: centered(accuracies[task.label], task.baseline) for task in scored}
         metrics = {f"core/{label}": score for label, score in scores.items()}
-        mean_name, mean = aggregate(scores)
         if scores:
+            mean_name, mean = aggregate(scores)
             metrics[mean_name] = mean
         facts = {
+            **self._settings(),
+            "accuracy": accuracies,
+            "examples": {label: len(by_task[label]) for label in scores},
+            "close": dict(close),
+            "cropped": {label: sum(row["cropped"] for row in by_task[label]) for label in scores},
+            **self._absent(tasks, unfinished),
+            "task_digests": dict(self._digests),
+        }
+        files = {"core.csv": table(accuracies, scores)} if scores else {}
+        return Evaluation(metrics=metrics, examples=rows, files=files, facts=facts, notes=self._notes(facts))
+
+    def _settings(self) -> dict[str, Any]:
+        assert self._bundle is not None
+        return {
             "baselines": self._bundle.baselines_version,
             "bundle": self._bundle.source,
             "bundle_digest": self._bundle.digest,
             "max_per_task": self.config.max_per_task,
             "max_len": self.max_len,
-            "accuracy": accuracies,
-            "examples": {label: sum(row["task"] == label for row in rows) for label in scores},
-            "close": dict(close),
-            "cropped": {label: sum(row["cropped"] for row in rows if row["task"] == label) for label in scores},
-            "missing_tasks": missing,
-            "left_out_tasks": left_out,
-            "unfinished_tasks": unfinished,
-            "task_digests": dict(self._digests),
         }
-        files = {"core.csv": table(accuracies, scores)} if scores else {}
-        return Evaluation(metrics=metrics, examples=rows, files=files, facts=facts, notes=self._notes(facts))
+
+    def _absent(self, tasks: Sequence[Task], unfinished: list[str]) -> dict[str, list[str]]:
+        """Tasks without a score, by the reason."""
+        assert self._bundle is not None
+        return {
+            "missing_tasks": [label for label in self._bundle.missing() if label not in unfinished],
+            "left_out_tasks": [task.label for task in self._bundle.tasks if task not in tasks],
+            "unfinished_tasks": unfinished,
+        }
 
     def _notes(self, facts: Mapping[str, Any]) -> tuple[str, ...]:
         notes = []
@@ -252,7 +262,6 @@ def centered(accuracy: float, baseline: float) -> float:
 
 def aggregate(scores: Mapping[str, float]) -> tuple[str, float]:
     """The metric that the mean of centered accuracies is, and its value."""
-
     name = "core_metric" if set(scores) == set(CORE_TASKS) else "core/partial_mean"
     return name, sum(scores.values()) / len(scores) if scores else math.nan
 

@@ -37,7 +37,7 @@ def fp8_linear(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     return y.view(*x.shape[:-1], len(weight))
 
 
-def cast(x: Tensor, to: torch.dtype) -> tuple[Tensor, Tensor]:
+def quantize(x: Tensor, to: torch.dtype) -> tuple[Tensor, Tensor]:
     """x / scale in float8, and the scale, float32 (): the largest magnitude becomes the format's largest number."""
     largest = torch.finfo(to).max
     scale = x.abs().amax().float().clamp_min(1e-12) / largest
@@ -53,7 +53,7 @@ def _product(a: tuple[Tensor, Tensor], b_transposed: tuple[Tensor, Tensor], dtyp
 class _Fp8Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_NI: Tensor, weight_OI: Tensor) -> Tensor:
-        x, w = cast(x_NI, FORWARD), cast(weight_OI, FORWARD)
+        x, w = quantize(x_NI, FORWARD), quantize(weight_OI, FORWARD)
         ctx.save_for_backward(*x, *w)
         ctx.dtype = x_NI.dtype
         return _product(x, w, x_NI.dtype)
@@ -62,7 +62,7 @@ class _Fp8Linear(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dy_NO: Tensor) -> tuple[Tensor, Tensor]:
         x_NI, scale_x, w_OI, scale_w = ctx.saved_tensors
-        dy, scale_dy = cast(dy_NO, BACKWARD)
+        dy, scale_dy = quantize(dy_NO, BACKWARD)
         dx_NI = _product((dy, scale_dy), (w_OI.t().contiguous(), scale_w), ctx.dtype)
         dw_OI = _product((dy.t().contiguous(), scale_dy), (x_NI.t().contiguous(), scale_x), ctx.dtype)
         return dx_NI, dw_OI

@@ -5,19 +5,21 @@ Derived by hand. With u = h (W / cap)^T, t = tanh(u), logits s = cap t and p = s
     loss = -log p[target]        ds = p - onehot(target)        dz = ds (1 - t^2)        dh = dz W        dW = dz^T h
 
 where z = cap u are the logits before the cap. Because of the cap no p underflows, so that the loss can be read from p.
+
+``nanochat_core.cross_entropy`` does the same for any head: autograd differentiates each chunk, whose logits and their
+gradient are new tensors. Here all chunks work in the same three buffers, softmax rows in the cache of a core: that is
+what makes it worth having twice. What they share are ``loss_with_gradients`` and ``without_ignored``.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from nanochat_core import device_type
+from nanochat_core import device_type, loss_with_gradients, wide_dtype, without_ignored
 
 # Largest cap for which exp(-2 cap) / V is far from float32's smallest number.
 MAX_CAP = 30.0
@@ -49,57 +51,42 @@ def softcap_cross_entropy(
         dtype: of the matrix products.
         fused: let a compiler make the softmax and its gradient two kernels. Unverified: it never ran on a GPU.
     """
-    if hidden_ND.is_cpu and bool((targets_N < 0).any()):  # elsewhere the question would wait for the device
-        kept = (targets_N >= 0).nonzero().squeeze(1)
-        hidden_ND, targets_N = hidden_ND.index_select(0, kept), targets_N.index_select(0, kept)
-    loss: Tensor = _SoftcapCrossEntropy.apply(hidden_ND, weight_VD, targets_N, cap, dtype, fused)
-    return loss
+    hidden_ND, targets_N = without_ignored(hidden_ND, targets_N)
+    return loss_with_gradients(
+        lambda: _softcap_cross_entropy(hidden_ND, weight_VD, targets_N, cap, dtype, fused), [hidden_ND, weight_VD]
+    )
 
 
-class _SoftcapCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_ND: Tensor,
-        weight_VD: Tensor,
-        targets_N: Tensor,
-        cap: float,
-        dtype: torch.dtype,
-        fused: bool,
-    ) -> Tensor:
-        (N, _), V = hidden_ND.shape, len(weight_VD)
-        product_rows, softmax_rows = chunk_sizes(V, hidden_ND.device)
-        product_rows, softmax_rows = min(product_rows, N), min(softmax_rows, N)
-        hidden_ND = hidden_ND.to(dtype)
-        scaled_VD, plain_VD = scaled_head(weight_VD, cap, dtype), weight_VD.to(dtype)
-        wide = torch.promote_types(dtype, torch.float32)
-        # Memory that every chunk uses again: it stays in the cache.
-        z_buffer = hidden_ND.new_empty(product_rows, V)
-        t_buffer, p_buffer = (hidden_ND.new_empty(0 if fused else softmax_rows, V, dtype=wide) for _ in range(2))
-        loss = hidden_ND.new_zeros((), dtype=wide)
-        dhidden_ND, dweight_VD = torch.empty_like(hidden_ND), torch.zeros_like(weight_VD, dtype=wide)
-        chunks = list(zip(*(x.split(product_rows) for x in (hidden_ND, dhidden_ND, targets_N)), strict=True))
-        if hidden_ND.is_meta:  # only counted: every chunk takes the same memory
-            chunks = chunks[:1]
-        for h_ND, dh_ND, y_N in chunks:
-            z_NV = z_buffer[: len(h_ND)]
-            torch.mm(h_ND, scaled_VD.t(), out=z_NV)
-            if fused:
-                chunk_loss, z_NV = _compiled()(z_NV, y_N[:, None], cap)
-                loss += chunk_loss
-            else:
-                for z, y in zip(z_NV.split(softmax_rows), y_N.split(softmax_rows), strict=True):
-                    loss += _loss_and_gradient(z, y[:, None], cap, t_buffer[: len(z)], p_buffer[: len(z)])
-            torch.mm(z_NV, plain_VD, out=dh_ND)
-            dweight_VD += z_NV.t() @ h_ND
-        ctx.save_for_backward(dhidden_ND, dweight_VD)
-        return loss.to(torch.promote_types(hidden_ND.dtype, torch.float32))
-
-    @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        dhidden_ND, dweight_VD = ctx.saved_tensors
-        return dhidden_ND * grad.to(dhidden_ND.dtype), dweight_VD * grad, None, None, None, None
+def _softcap_cross_entropy(
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, cap: float, dtype: torch.dtype, fused: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """The loss, and its gradients by hidden states and weight."""
+    (N, _), V = hidden_ND.shape, len(weight_VD)
+    product_rows, softmax_rows = chunk_sizes(V, hidden_ND.device)
+    product_rows, softmax_rows = min(product_rows, N), min(softmax_rows, N)
+    hidden_ND = hidden_ND.to(dtype)
+    scaled_VD, plain_VD = scaled_head(weight_VD, cap, dtype), weight_VD.to(dtype)
+    wide = wide_dtype(dtype)
+    # Memory that every chunk uses again: it stays in the cache.
+    z_buffer = hidden_ND.new_empty(product_rows, V)
+    t_buffer, p_buffer = (hidden_ND.new_empty(0 if fused else softmax_rows, V, dtype=wide) for _ in range(2))
+    loss = hidden_ND.new_zeros((), dtype=wide)
+    dhidden_ND, dweight_VD = torch.empty_like(hidden_ND), torch.zeros_like(weight_VD, dtype=wide)
+    chunks = list(zip(*(x.split(product_rows) for x in (hidden_ND, dhidden_ND, targets_N)), strict=True))
+    if hidden_ND.is_meta:  # only counted: every chunk takes the same memory
+        chunks = chunks[:1]
+    for h_ND, dh_ND, y_N in chunks:
+        z_NV = z_buffer[: len(h_ND)]
+        torch.mm(h_ND, scaled_VD.t(), out=z_NV)
+        if fused:
+            chunk_loss, z_NV = _compiled()(z_NV, y_N[:, None], cap)
+            loss += chunk_loss
+        else:
+            for z, y in zip(z_NV.split(softmax_rows), y_N.split(softmax_rows), strict=True):
+                loss += _loss_and_gradient(z, y[:, None], cap, t_buffer[: len(z)], p_buffer[: len(z)])
+        torch.mm(z_NV, plain_VD, out=dh_ND)
+        dweight_VD += z_NV.t() @ h_ND
+    return loss.to(wide_dtype(hidden_ND.dtype)), [dhidden_ND, dweight_VD]
 
 
 def _loss_and_gradient(u_NV: Tensor, targets_N1: Tensor, cap: float, t_NV: Tensor, p_NV: Tensor) -> Tensor:

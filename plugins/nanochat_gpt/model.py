@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nanochat_core import Cache, ConfigError, Model, ModelContext, Resolved, cast
+from nanochat_core import Cache, ConfigError, Model, ModelContext, Resolved, cast, wide_dtype
 from nanochat_gpt.attention import Masking, attend, choose_backend, flash3_problem, make_masking
 from nanochat_gpt.cache import KVCache, LayerCache
 from nanochat_gpt.config import GATE_CHANNELS, SMEAR_CHANNELS, GPTConfig, Shape, auto_window
@@ -144,7 +144,7 @@ class GPT(Model):
         if config.backout:
             self.backout_factor = nn.Parameter(torch.empty(()))
         initialize(self, config)  # in float32, so that one seed gives the same numbers whatever the dtype
-        self.to(torch.promote_types(self.dtype, torch.float32))
+        self.to(wide_dtype(self.dtype))
         if self.dtype == torch.bfloat16:
             self.embedding.to(self.dtype)
             self.value_embeddings.to(self.dtype)
@@ -221,14 +221,14 @@ class GPT(Model):
 
     def _rotary_tables(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         cos_TC, sin_TC = rotary_tables(start, stop, self.shape.head_dim, self.config.rope_base)
-        wide = torch.promote_types(self.dtype, torch.float32)
+        wide = wide_dtype(self.dtype)
         return cos_TC.to(wide), sin_TC.to(wide)
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         with no_autocast(hidden_ND.device):
             weight_VD = cast(self.head.weight, self.dtype)[: self.vocab_size]
             cap, z_NV = self.config.softcap, linear(hidden_ND, weight_VD, self.dtype)
-            z_NV = z_NV.to(torch.promote_types(z_NV.dtype, torch.float32))
+            z_NV = z_NV.to(wide_dtype(z_NV.dtype))
             if not cap:
                 return z_NV
             return cap * torch.tanh(z_NV / cap) if torch.is_grad_enabled() else z_NV.div_(cap).tanh_().mul_(cap)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nanochat_core import cast
+from nanochat_core import cast, wide_dtype
 from nanochat_gpt.fp8 import fp8_linear
 
 
@@ -42,7 +42,7 @@ class _Embed(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_BTD: Tensor) -> tuple[None, Tensor]:
         (ids_BT,) = ctx.saved_tensors
-        grad_BTD = grad_BTD.to(_wide(grad_BTD.dtype))
+        grad_BTD = grad_BTD.to(wide_dtype(grad_BTD.dtype))
         return None, torch.ops.aten.embedding_dense_backward(grad_BTD, ids_BT, ctx.rows, -1, False).to(ctx.dtype)
 
 
@@ -220,7 +220,7 @@ def smear(x_BTD: Tensor, before_B1D: Tensor | None, weight_1G: Tensor, factor: T
 
 
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:
-    wide = _wide(x.dtype)
+    wide = wide_dtype(x.dtype)
     if _by_hand():
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
         return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
@@ -229,7 +229,3 @@ def _inverse_rms(x: Tensor, eps: float) -> Tensor:
 
 def _by_hand() -> bool:
     return not torch.compiler.is_compiling()
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)

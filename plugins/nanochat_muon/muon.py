@@ -11,6 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nanochat_core import wide_dtype
+from nanochat_muon.config import MuonAdamWConfig
+
 # Coefficients of a polynomial a x + b x^3 + c x^5: a steep slope at 0, so that few steps bring singular values near 1.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 # One triple a step, each the best after those before it; for singular values up to 1 / 1.01 (safety 2e-2, cushion 2).
@@ -81,7 +84,7 @@ def _rescale(x_GRC: Tensor, renormalize: bool, variance: Tensor | None, beta2: f
     """
     rows, columns = x_GRC.shape[1:]
     dim = 2 if rows >= columns else 1
-    wide = torch.promote_types(x_GRC.dtype, torch.float32)
+    wide = wide_dtype(x_GRC.dtype)
     square = torch.linalg.vector_norm(x_GRC, dim=dim, keepdim=True, dtype=wide).square_().div_(x_GRC.shape[dim])
 
     def total(mean_square: Tensor) -> Tensor:  # squared Frobenius norm
@@ -114,19 +117,14 @@ def muon_update(
     parameters: Sequence[Tensor],
     grads: Sequence[Tensor],
     buffer_GRC: Tensor,
-    variance: Tensor | None = None,
+    variance: Tensor | None,
+    config: MuonAdamWConfig,
     *,
     scale: float,
     lr: float,
     momentum: float,
     weight_decay: float,
-    steps: int,
     dtype: torch.dtype,
-    polar_express: bool = False,
-    row_equilibration: bool = False,
-    renormalize: bool = False,
-    variance_beta2: float = 0.9,
-    cautious: bool = False,
 ) -> None:
     """One step of G matrices of one shape [R, C], in place.
 
@@ -138,20 +136,28 @@ def muon_update(
         grads: theirs; left as they are.
         buffer_GRC: momentum, float32.
         variance: NorMuon's second moment, see ``variance_shape``, float32; None: no variance reduction.
+        config: which of the steps are taken, and what does not change from step to step. With
+            ``cautious_weight_decay`` only entries with update x p >= 0 decay: also those whose update is 0.
         scale: factor on the gradients.
-        steps, dtype: see ``orthogonalize``.
-        cautious: decay only entries with update x p >= 0: where the update is 0 they decay as they do otherwise.
+        lr, momentum, weight_decay: of this step, used instead of the config's.
+        dtype: what ``orthogonalize`` computes in.
     """
     g_GRC = torch.stack(list(grads)).to(buffer_GRC.dtype).mul_(scale)
     buffer_GRC.lerp_(g_GRC, 1 - momentum)
     g_GRC.lerp_(buffer_GRC, momentum)  # Nesterov
-    update_GRC = orthogonalize(g_GRC, steps, dtype, polar_express=polar_express, row_equilibration=row_equilibration)
+    update_GRC = orthogonalize(
+        g_GRC,
+        config.ns_steps,
+        dtype,
+        polar_express=config.polar_express,
+        row_equilibration=config.row_equilibration,
+    )
     wide = buffer_GRC.dtype
-    if renormalize or variance is not None:
-        factor = _rescale(update_GRC, renormalize, variance, variance_beta2)
+    if config.renormalize or variance is not None:
+        factor = _rescale(update_GRC, config.renormalize, variance, config.variance_beta2)
         update_GRC = update_GRC.to(wide).mul_(factor)
     lr = lr * shape_factor(*g_GRC.shape[1:])
-    if weight_decay and cautious:
+    if weight_decay and config.cautious_weight_decay:
         p_GRC, update_GRC = torch.stack(list(parameters)).to(wide), update_GRC.to(wide)
         agree_GRC = (update_GRC * p_GRC).ge_(0)
         update_GRC.addcmul_(p_GRC, agree_GRC, value=weight_decay)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from nanochat_core import Multipliers, Optimizer, OptimizerContext, PluginError, Resolved, has_fast_bfloat16
+from nanochat_core import Multipliers, Optimizer, OptimizerContext, PluginError, Resolved, has_fast_bfloat16, wide_dtype
 from nanochat_muon import settings
 from nanochat_muon.config import MuonAdamWConfig
 from nanochat_muon.muon import muon_update, variance_shape
@@ -101,7 +101,7 @@ class MuonAdamW(Optimizer):
         made = []
         for ((rows, columns), dtype), group in sorted(groups.items(), key=lambda g: -len(g[1]) * g[0][0].numel()):
             own = [s for s in shares if s.name in group]
-            like = torch.zeros((), dtype=_wide(dtype), device=self.parameters[next(iter(group))].device)
+            like = torch.zeros((), dtype=wide_dtype(dtype), device=self.parameters[next(iter(group))].device)
             variance = None
             if self.config.variance_reduction:
                 variance = like.new_zeros(len(own), *variance_shape(rows, columns))
@@ -148,17 +148,12 @@ class MuonAdamW(Optimizer):
             [share.gradient() for share in shares],
             group.buffer_GRC[chunk],
             None if group.variance is None else group.variance[chunk],
+            c,
             scale=scale,
             lr=settings.matrix_lr(c) * multipliers.lr,
             momentum=settings.momentum(c, multipliers.step, multipliers.warmdown),
             weight_decay=decay,
-            steps=c.ns_steps,
             dtype=orthogonalization_dtype(c.ns_dtype, shares[0].target),
-            polar_express=c.polar_express,
-            row_equilibration=c.row_equilibration,
-            renormalize=c.renormalize,
-            variance_beta2=c.variance_beta2,
-            cautious=c.cautious_weight_decay,
         )
 
     def discard(self) -> None:
@@ -224,7 +219,7 @@ class MuonAdamW(Optimizer):
 
 
 def _moments(share: Share, method: AdamW) -> Moments:
-    dtype = _wide(share.target.dtype)
+    dtype = wide_dtype(share.target.dtype)
     step = torch.zeros((), dtype=torch.float32, device=share.target.device)
     first, second = (torch.zeros_like(share.target, dtype=dtype) for _ in range(2))
     return Moments(share, method, step, first, second)
@@ -260,10 +255,6 @@ def orthogonalization_dtype(wanted: str, parameter: Tensor) -> torch.dtype:
     if wanted != "auto":
         return torch.bfloat16 if wanted == "bfloat16" else torch.float32
     return torch.bfloat16 if has_fast_bfloat16(parameter.device) else torch.float32
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def build(config: MuonAdamWConfig, context: OptimizerContext) -> MuonAdamW:

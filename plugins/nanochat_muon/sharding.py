@@ -8,7 +8,7 @@ parameters travel together and belong to all. With one rank there are no message
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nanochat_core import PluginError, World
+from nanochat_core import GradientExchange, World
 
 SMALL = 1024  # elements a rank; of a parameter with fewer every rank owns all
 
@@ -83,7 +83,6 @@ class Message:
         self.world, self.part = world, part
         total = sum(p.numel() for p in self.parameters)
         self.size = total if part is None else part * world.size
-        self.missing: set[int] = set()  # ids of parameters whose gradient has not come yet
         self.sums: Tensor | None = None  # of the gradients that this rank owns, flat
         self._flat: Tensor | None = None
         self._work: dist.Work | None = None
@@ -206,10 +205,7 @@ def lay_out(parameters: Mapping[str, nn.Parameter], matrices: Collection[str], w
 
 
 class Exchange:
-    """Sums gradients over ranks while the backward pass still runs.
-
-    Messages are sent in one order on every rank: at first roughly the reverse of the model's, from the second step on
-    that in which rank 0's first backward pass completed them.
+    """Sums gradients over ranks while the backward pass still runs, in an order that the first step teaches.
 
     Args:
         parameters: all of them.
@@ -219,60 +215,11 @@ class Exchange:
 
     def __init__(self, parameters: Sequence[nn.Parameter], messages: Sequence[Message], world: World) -> None:
         self.parameters, self.messages, self.world = list(parameters), list(messages), world
-        self._queue = list(messages)
-        self._sent = 0
-        self._handles: list[Any] = []
-        self._completed: list[int] | None = []  # indices of messages; None once the order is learnt
+        self._exchange = GradientExchange(messages, world, learn_order=True)
 
     def begin(self) -> None:
         """The next backward pass is the step's last: send each message once the pass has completed it."""
-        assert not self._handles, "reduce or discard ends a step"
-        for index, message in enumerate(self.messages):
-            message.missing = {id(p) for p in message.parameters}
-            hook = self._hook(index)
-            self._handles += [p.register_post_accumulate_grad_hook(hook) for p in message.parameters]
-
-    def _hook(self, index: int) -> Callable[[Tensor], None]:
-        message = self.messages[index]
-
-        def arrived(parameter: Tensor) -> None:
-            message.missing.discard(id(parameter))
-            if not message.missing and self._completed is not None:
-                self._completed.append(index)
-            # Collectives must start in one order on every rank: a message waits for those before it.
-            while self._sent < len(self._queue) and not self._queue[self._sent].missing:
-                self._send_next()
-
-        return arrived
-
-    def _send_next(self) -> None:
-        self._queue[self._sent].send()
-        self._sent += 1
-
-    def _finish_messages(self) -> None:
-        """Send what the backward pass did not, and wait for all."""
-        armed = bool(self._handles)
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        while self._sent < len(self._queue):
-            self._send_next()
-        self._sent = 0
-        for message in self.messages:
-            message.wait()
-        if any(p.grad is not None for m in self.messages for p in m.parameters):
-            raise PluginError(
-                "a parameter got more gradient after its first in one backward pass, which several ranks can't sum: "
-                "checkpoint activations with use_reentrant=False"
-            )
-        if armed and self._completed is not None:
-            self._learn_order(self._completed)
-
-    def _learn_order(self, completed: list[int]) -> None:
-        order: list[int] = self.world.broadcast_object(completed)
-        rest = [i for i in range(len(self.messages)) if i not in order]
-        self._queue = [self.messages[i] for i in (*order, *rest)]
-        self._completed = None
+        self._exchange.begin()
 
     @torch.no_grad()
     def finish(self) -> Tensor:
@@ -286,7 +233,7 @@ class Exchange:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
             return _norm([p.grad for p in self.parameters if p.grad is not None], self.world).float()
-        self._finish_messages()
+        self._exchange.finish()
         own = [m.sums for m in self.messages if m.sums is not None and (m.part is not None or self.world.is_main)]
         square = _norm(own, self.world).square()
         self.world.all_reduce(square)
@@ -294,8 +241,8 @@ class Exchange:
 
     def discard(self) -> None:
         """Clear the gradients. Between ``begin`` and ``finish`` it is collective: what one rank sent all must send."""
-        if self._handles:
-            self._finish_messages()
+        if self._exchange.started:
+            self._exchange.finish()
         for message in self.messages:
             message.sums = None
         for parameter in self.parameters:
@@ -303,7 +250,8 @@ class Exchange:
 
 
 def _norm(tensors: Sequence[Tensor], world: World) -> Tensor:
-    """L2 norm of all tensors together: (), float64 where the device has it, so that it can be squared and summed."""
+    """L2 norm of all tensors together: (), float64 where the device has it, so that it can be squared and summed over
+    ranks. (The core's ``GradientReducer``, whose ranks have all gradients, needs float32 only.)"""
     dtype = torch.float32 if world.device.type == "mps" else torch.float64
     if not tensors:
         return torch.zeros((), dtype=dtype, device=world.device)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 import sysconfig
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from nanochat_core import DataContext, DataError, DataSource, Split
+from nanochat_core import DataContext, DataError, DataSource, Split, write_atomic
 from nanochat_python_docs import corpus
 from nanochat_python_docs.config import PythonDocsConfig
 
@@ -65,17 +63,5 @@ def build(config: PythonDocsConfig, context: DataContext) -> PythonDocs:
                 f"missing, or packed into an archive); install it in full, or choose another data.plugin"
             ) from None
         with suppress(OSError):  # a cache that can't be written costs seconds at every start, no more
-            _write_atomically(cached, json.dumps(splits))
+            write_atomic(cached, json.dumps(splits))
     return PythonDocs(splits)
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    """Several processes may write the same file at once: each replaces it with a complete one."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

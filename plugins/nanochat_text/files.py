@@ -5,10 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,7 @@ import attrs
 import pyarrow as pa
 from filelock import FileLock
 
-from nanochat_core import DataError
+from nanochat_core import DataError, open_atomic, write_atomic
 
 COMPRESSED = (".gz", ".zst")
 BLOCK = 2**22
@@ -98,16 +95,15 @@ def plain(path: Path, directory: Path, keep_damaged: bool) -> Plain:
     with FileLock(base.with_suffix(".lock")):
         if not report.exists():  # written last
             problem = _decompress(path, done, keep_damaged)
-            write_atomically(report, json.dumps({"file": str(path), "problem": problem}).encode())
+            write_atomic(report, json.dumps({"file": str(path), "problem": problem}))
         return Plain(done, json.loads(report.read_text(encoding="utf-8"))["problem"])
 
 
 def _decompress(path: Path, done: Path, keep_damaged: bool) -> str:
     """Write what is in ``path`` to ``done``. Returns what could not be read."""
     problem = ""
-    descriptor, name = tempfile.mkstemp(dir=done.parent, prefix=".")
     try:
-        with os.fdopen(descriptor, "wb") as target, open_compressed(path) as source:
+        with open_atomic(done) as target, open_compressed(path) as source:
             try:
                 while block := source.read(BLOCK):
                     target.write(block)
@@ -119,10 +115,8 @@ def _decompress(path: Path, done: Path, keep_damaged: bool) -> str:
                     raise DataError(
                         f"data.on_error: {problem}; get the file again, or set data.on_error to skip"
                     ) from error
-        Path(name).replace(done)
-    except BaseException as error:
-        Path(name).unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
             raise DataError(
                 f"data.path: no room in {done.parent} to decompress {path}; make room, "
                 f"or set NANOCHAT_HOME to another disk"
@@ -145,16 +139,3 @@ def fingerprint(paths: Sequence[Path], settings: Any) -> str:
                 file.seek(max(0, size - SAMPLE) * i // (SAMPLES - 1))
                 digest.update(file.read(SAMPLE))
     return digest.hexdigest()
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Several processes may write the same file at once: each replaces it with a complete one."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-        Path(name).replace(path)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            Path(name).unlink()
-        raise

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeAlias
@@ -12,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from filelock import FileLock
 
+from nanochat_core import open_atomic
 from nanochat_text.files import identity
 
 Spans: TypeAlias = npt.NDArray[np.int64]  # [documents, 2]: first byte of each, and the byte after it
@@ -82,15 +82,9 @@ def load_index(path: Path, directory: Path, separator: str | None = None) -> Spa
     kept = directory / f"{identity(path)}-{kind}.spans"
     with FileLock(kept.with_suffix(".lock")):
         if not kept.exists():
-            descriptor, name = tempfile.mkstemp(dir=directory, prefix=".")
-            try:
-                with os.fdopen(descriptor, "wb") as file:
-                    for spans in jsonl_spans(path) if separator is None else text_spans(path, separator):
-                        spans.tofile(file)
-                Path(name).replace(kept)
-            except BaseException:
-                Path(name).unlink(missing_ok=True)
-                raise
+            with open_atomic(kept) as file:
+                for spans in jsonl_spans(path) if separator is None else text_spans(path, separator):
+                    spans.tofile(file)
     if kept.stat().st_size == 0:  # nothing to map
         return np.empty((0, 2), dtype=np.int64)
     return np.memmap(kept, dtype=np.int64, mode="r").reshape(-1, 2)

@@ -24,10 +24,9 @@ from nanochat_core import (
     TableTokenizer,
     TokenizerContext,
     Tokens,
-    cut_long_runs,
+    encode_by_pieces,
     load_table_tokenizer,
     special_tokens_from,
-    well_formed,
 )
 from nanochat_tiktoken.config import TiktokenConfig
 
@@ -71,14 +70,10 @@ class TiktokenTokenizer(TableTokenizer):
         return TiktokenTokenizer, (self._pattern, self._ranks, self._own_special)
 
     def encode_array(self, text: str) -> Tokens:
-        pieces = cut_long_runs(text)
-        if len(pieces) > 1:
-            return np.concatenate([self.encode_array(piece) for piece in pieces])
-        try:
-            ids = self._encodings.get().encode_to_numpy(text, disallowed_special=())
-        except UnicodeEncodeError:
-            ids = self._encodings.get().encode_to_numpy(well_formed(text), disallowed_special=())
-        return ids.view(np.int32)
+        return encode_by_pieces(self._by_tiktoken, text)
+
+    def _by_tiktoken(self, text: str) -> Tokens:
+        return self._encodings.get().encode_to_numpy(text, disallowed_special=()).view(np.int32)
 
     @property
     def fingerprint(self) -> str:

@@ -14,7 +14,7 @@ from nanochat_core import ModelContext
 from nanochat_core.testing import check_model
 from nanochat_gpt.attention import attend, choose_backend, make_masking
 from nanochat_gpt.config import GPTConfig
-from nanochat_gpt.fp8 import cast, fp8_linear
+from nanochat_gpt.fp8 import fp8_linear, quantize
 from nanochat_gpt.head import plain_loss_and_gradient, softcap_cross_entropy
 from nanochat_gpt.model import build
 
@@ -165,7 +165,7 @@ def test_float8_products_are_close_and_so_are_their_gradients() -> None:
 @pytest.mark.parametrize("factor", [1e-30, 1.0, 1e30, 0.0])
 def test_a_float8_tensor_uses_the_whole_range(factor: float) -> None:
     x = factor * torch.tensor([0.5, -1.0, 0.25])
-    small, scale = cast(x, torch.float8_e4m3fn)
+    small, scale = quantize(x, torch.float8_e4m3fn)
     assert torch.isfinite(small.float()).all()
     if factor >= 1:
         assert small.float().abs().max() == 448

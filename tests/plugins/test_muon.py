@@ -9,6 +9,7 @@ from typing import Any
 import attrs
 import pytest
 import torch
+from helpers.recipes import MODERN_MUON
 from torch import Tensor, nn
 
 from nanochat_core import ConfigError, Model, ModelContext, Multipliers, OptimizerContext, PluginError, World
@@ -20,27 +21,6 @@ from nanochat_muon.optimizer import MuonAdamW, build
 
 ALONE = World(0, 1, torch.device("cpu"))
 EXACT = MuonAdamWConfig(ns_dtype="float32")
-MODERN = {
-    "polar_express": True,
-    "row_equilibration": True,
-    "renormalize": True,
-    "variance_reduction": True,
-    "cautious_weight_decay": True,
-    "matrix_weight_decay": 0.28,
-    "matrix_weight_decay_schedule": "cosine",
-    "momentum": 0.97,
-    "momentum_warmup_steps": 3,
-    "momentum_end": 0.9,
-    "embedding_lr": 0.3,
-    "unembedding_lr": 0.008,
-    "embedding_beta2": 0.995,
-    "unembedding_beta2": 0.96,
-    "x0_beta1": 0.96,
-    "embedding_weight_decay": 0.001,
-    "value_embedding_weight_decay": 0.01,
-    "unembedding_weight_decay": 0.01,
-    "residual_weight_decay": 0.05,
-}
 # one parameter or two of every role: matrices tall, wide, square and flat
 SHAPES = {
     "embedding": (12, 6),
@@ -162,10 +142,10 @@ def test_matrices_move_like_torch_optim_muon() -> None:
     start = [p.clone() for p in ours]
     reference = torch.optim.Muon(theirs, lr=0.03, weight_decay=0.0, momentum=0.9, nesterov=True)
     buffer_GRC = torch.zeros(3, 48, 16)
-    settings = {"lr": 0.03, "momentum": 0.9, "weight_decay": 0.0, "steps": 5, "dtype": torch.bfloat16}
+    settings = {"lr": 0.03, "momentum": 0.9, "weight_decay": 0.0, "dtype": torch.bfloat16}
     for _ in range(4):
         grads = [torch.randn(48, 16) for _ in ours]
-        muon_update(ours, grads, buffer_GRC, scale=0.5, **settings)
+        muon_update(ours, grads, buffer_GRC, None, MuonAdamWConfig(), scale=0.5, **settings)
         for parameter, grad in zip(theirs, grads, strict=True):
             parameter.grad = 0.5 * grad
         reference.step()
@@ -236,9 +216,9 @@ PAPER = [  # arXiv:2505.16932, safety 2e-2, cushion 2
         {"matrix_weight_decay": 0.5, "matrix_weight_decay_scale": 0.3},
         {"lr_scale": 0.6, "matrix_weight_decay": 0.5},
         {"momentum": 0.97, "momentum_warmup_steps": 3, "momentum_end": 0.9},
-        MODERN,
+        MODERN_MUON,
     ],
-    ids=lambda options: "modern" if options is MODERN else "+".join(options) or "classic",
+    ids=lambda options: "modern" if options is MODERN_MUON else "+".join(options) or "classic",
 )
 def test_matrices_move_as_the_formulas_say(options: dict[str, Any]) -> None:
     config = MuonAdamWConfig(**options)
@@ -254,7 +234,7 @@ def test_matrices_move_as_the_formulas_say(options: dict[str, Any]) -> None:
 def test_dead_rows_do_no_harm() -> None:
     """Rows without gradient stay where they are; a matrix without any too."""
     parameters = bag(torch.float32)
-    optimizer = make(parameters, MuonAdamWConfig(**{**MODERN, "matrix_weight_decay": 0.0}))
+    optimizer = make(parameters, MuonAdamWConfig(**{**MODERN_MUON, "matrix_weight_decay": 0.0}))
     start = {name: p.detach().clone() for name, p in parameters.items()}
     for step in range(3):
         for name, gradient in gradients(step).items():
@@ -271,7 +251,9 @@ def test_dead_rows_do_no_harm() -> None:
 # -- AdamW
 
 
-@pytest.mark.parametrize("options", [{"weight_decay": 0.1}, {**MODERN, "lr_scale": 0.5}], ids=["classic", "modern"])
+@pytest.mark.parametrize(
+    "options", [{"weight_decay": 0.1}, {**MODERN_MUON, "lr_scale": 0.5}], ids=["classic", "modern"]
+)
 def test_the_rest_moves_like_torch_optim_adamw(options: dict[str, Any]) -> None:
     config = MuonAdamWConfig(**options)
     parameters, theirs = bag(), bag()
@@ -312,7 +294,7 @@ def test_the_rest_moves_like_torch_optim_adamw(options: dict[str, Any]) -> None:
 
 def test_moments_are_float32_and_their_size_is_known_before() -> None:
     parameters = bag(torch.bfloat16)
-    optimizer = make(parameters, MuonAdamWConfig(**MODERN))
+    optimizer = make(parameters, MuonAdamWConfig(**MODERN_MUON))
     planned = optimizer.state_bytes()
     move(parameters, optimizer, range(2))
     state = optimizer.state_dict()
@@ -477,7 +459,7 @@ def test_it_trains_a_third_party_model_by_its_roles() -> None:
 # -- state
 
 
-@pytest.mark.parametrize("options", [{}, MODERN], ids=["classic", "modern"])
+@pytest.mark.parametrize("options", [{}, MODERN_MUON], ids=["classic", "modern"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_state_goes_on_exactly_where_it_was_saved(dtype: torch.dtype, options: dict[str, Any]) -> None:
     config = MuonAdamWConfig(**options)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.ranks import on_ranks
+from helpers.recipes import MODERN_MUON
 from torch import Tensor, nn
 
 from nanochat_core import Model, ModelContext, Multipliers, OptimizerContext, PluginError, World
@@ -17,23 +18,7 @@ from nanochat_muon.config import MuonAdamWConfig
 from nanochat_muon.optimizer import MuonAdamW, build
 
 ALONE = World(0, 1, torch.device("cpu"))
-EVERYTHING = MuonAdamWConfig(
-    polar_express=True,
-    row_equilibration=True,
-    renormalize=True,
-    variance_reduction=True,
-    cautious_weight_decay=True,
-    matrix_weight_decay=0.28,
-    matrix_weight_decay_schedule="cosine",
-    momentum=0.97,
-    momentum_warmup_steps=3,
-    momentum_end=0.9,
-    embedding_beta2=0.995,
-    unembedding_beta2=0.96,
-    x0_beta1=0.96,
-    weight_decay=0.01,
-    residual_weight_decay=0.05,
-)
+EVERYTHING = MuonAdamWConfig(**MODERN_MUON)
 # In the model's order. Elements of the flat ones: a multiple of 6, no multiple of 2 or 3, and too few to cut.
 SHAPES = {
     "embedding": (96, 64),

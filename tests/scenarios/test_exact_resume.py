@@ -13,15 +13,14 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers.recipes import MODERN_MUON
 from helpers.support import Site, assert_same_end, call, ledger, metrics, only_run, write_experiment
 
 STEPS = 12
 MODERN = (
     "model.depth=2", "model.value_embeddings=true", "model.residual_scalars=true", "model.smear=true",
-    "model.backout=true", "model.init=modern", "model.window_pattern=SL", "optimizer.polar_express=true",
-    "optimizer.row_equilibration=true", "optimizer.renormalize=true", "optimizer.variance_reduction=true",
-    "optimizer.cautious_weight_decay=true", "optimizer.matrix_weight_decay=0.28", "optimizer.momentum_end=0.9",
-    "optimizer.matrix_weight_decay_schedule=cosine", "optimizer.momentum_warmup_steps=6",
+    "model.backout=true", "model.init=modern", "model.window_pattern=SL",
+    *(f"optimizer.{name}={json.dumps(value)}" for name, value in MODERN_MUON.items()),
 )  # fmt: skip
 BEST_FIT = ("data.packing=best_fit", "data.packing_window=4")
 

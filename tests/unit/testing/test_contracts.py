@@ -14,6 +14,7 @@ import torch
 from helpers.core_bundle import write_bundle
 from helpers.hub_server import serve
 from helpers.lm_eval_tasks import write_task
+from helpers.recipes import MODERN_MUON
 from helpers.support import ROOT
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -80,30 +81,7 @@ def test_our_models(name: str) -> None:
     check_model(*entry("model", name, **MODELS[name]))
 
 
-SPEEDRUN = {
-    "polar_express": True,
-    "row_equilibration": True,
-    "renormalize": True,
-    "variance_reduction": True,
-    "cautious_weight_decay": True,
-    "matrix_weight_decay": 0.28,
-    "matrix_weight_decay_schedule": "cosine",
-    "momentum": 0.97,
-    "momentum_warmup_steps": 400,
-    "momentum_end": 0.9,
-    "embedding_lr": 0.3,
-    "unembedding_lr": 0.008,
-    "embedding_beta2": 0.995,
-    "unembedding_beta2": 0.96,
-    "x0_beta1": 0.96,
-    "embedding_weight_decay": 0.001,
-    "value_embedding_weight_decay": 0.01,
-    "unembedding_weight_decay": 0.01,
-    "residual_weight_decay": 0.05,
-}
-
-
-@pytest.mark.parametrize(("name", "options"), [("adamw", {}), ("muon_adamw", {}), ("muon_adamw", SPEEDRUN)])
+@pytest.mark.parametrize(("name", "options"), [("adamw", {}), ("muon_adamw", {}), ("muon_adamw", MODERN_MUON)])
 def test_our_optimizers(name: str, options: dict[str, Any]) -> None:
     check_optimizer(*entry("optimizer", name, **options))
 
@@ -432,6 +410,7 @@ def drifts(model: Model, step: int) -> Evaluation:
         (lambda model, step: Evaluation(), "neither metrics nor texts"),
         (lambda model, step: Evaluation({"a": torch.ones(())}), "must be a Python int or float"),
         (lambda model, step: Evaluation({"step": 1}), "names of the ledger"),
+        (lambda model, step: Evaluation({"a": 1.0}, examples=[{"task": "x"}]), "an example needs task"),
         (lambda model, step: Evaluation({"a": float(torch.rand(()) + step)}), "other metrics the second time"),
         (drifts, "changes the model's parameters"),
     ],

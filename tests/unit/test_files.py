@@ -1,0 +1,63 @@
+"""Files: atomic writes, hashes, short lists."""
+
+import hashlib
+import threading
+from pathlib import Path
+
+import pytest
+
+from nanochat_core import file_sha256, first_few, open_atomic, write_atomic
+
+
+def test_an_atomic_write_replaces_the_file_and_leaves_nothing_else(tmp_path: Path) -> None:
+    write_atomic(tmp_path / "a.json", "1")
+    write_atomic(tmp_path / "a.json", "ü")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+    assert (tmp_path / "a.json").read_text(encoding="utf-8") == "ü"
+    write_atomic(tmp_path / "a.json", b"\x00\xff")
+    assert (tmp_path / "a.json").read_bytes() == b"\x00\xff"
+
+
+def test_an_atomic_write_that_fails_keeps_the_old_content(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_atomic(path, "old")
+
+    def fail_half_way() -> None:
+        with open_atomic(path) as file:
+            file.write(b"half")
+            assert path.read_text() == "old"
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_half_way()
+    with pytest.raises(OSError, match="No such file"):
+        write_atomic(tmp_path / "absent" / "a.json", "1")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+    assert path.read_text() == "old"
+
+
+def test_atomic_writes_of_several_threads_do_not_mix(tmp_path: Path) -> None:
+    path, texts = tmp_path / "a.txt", [letter * 100_000 for letter in "abcd"]
+
+    def write(text: str) -> None:
+        for _ in range(5):
+            write_atomic(path, text)
+
+    threads = [threading.Thread(target=write, args=(text,)) for text in texts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert path.read_text() in texts
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_file_sha256_is_that_of_the_content(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc" * 100_000)
+    assert file_sha256(tmp_path / "a") == hashlib.sha256(b"abc" * 100_000).hexdigest()
+
+
+def test_first_few_counts_the_rest() -> None:
+    assert first_few([]) == ""
+    assert first_few(["a", "b"], 2) == "a, b"
+    assert first_few(["a", "b", "c", "d"], 2) == "a, b and 2 more"
