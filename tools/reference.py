@@ -57,7 +57,10 @@ the options of the plugins that come with nanochat. [Experiments](../experiments
   goes on and says so. `refuse`: the run is not resumed, because it would become another run.
 - **unverified**: the code behind the option never ran on the hardware that it is for.
 
+The tables, and the plugins that can be named in them:
+
 """
+LONG = 40  # characters of a default that does not stand in the table
 
 
 def cell(text: str) -> str:
@@ -197,15 +200,19 @@ def entry_section(table: str, entry: Entry) -> str:
 
 
 def options_table(table: str, config: type) -> str:
-    lines = ["| option | type | default | meaning | on resume |", "|---|---|---|---|---|"]
+    """A row per option of a config class, and what is too long for a row."""
+    lines, below = ["| option | type | default | meaning | on resume |", "|---|---|---|---|---|"], ""
     for name, field in fields_of(config).items():
         note = field.metadata.get("unverified")
         help_text = cell(field.metadata.get("help", "")) + (f" **Unverified**: {cell(note)}." if note else "")
         kind = cell(type_name(field.type))
         shown = default(field, field.default)
-        shown = shown if shown in ("required", "unset") else code(shown)
+        if len(shown) > LONG:
+            below += f"\nThe default of `{name}`:\n\n```toml\n{name} = {shown}\n```\n"
+            shown = "below"
+        shown = shown if shown in ("required", "unset", "below") else code(shown)
         lines.append(f"| `{name}` | {kind} | {shown} | {help_text} | {resume_rule(table, name, field)} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + below
 
 
 def default(field: attrs.Attribute[Any], value: Any) -> str:
