@@ -23,7 +23,8 @@ from typing import Any
 import attrs
 
 from nanochat_core.cli import COMMANDS
-from nanochat_core.config.schema import CORE_TABLES, PLUGIN_LISTS, PLUGIN_TABLES, TABLES
+from nanochat_core.config.load import PLUGIN_LISTS, PLUGIN_TABLES
+from nanochat_core.config.schema import CORE_TABLES, TABLES
 from nanochat_core.config.tables import resume_rule
 from nanochat_core.plugins.choice import RESERVED, EntryKeys
 from nanochat_core.plugins.discovery import load_plugins
