@@ -40,7 +40,7 @@ lint: $(VENV)/.installed-dev
 
 # The guides as a site: open site/index.html.
 docs: $(VENV)/.installed-docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # docs/reference/, which a test compares with the code.
 reference: $(VENV)/.installed
