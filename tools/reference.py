@@ -23,7 +23,7 @@ from typing import Any
 import attrs
 
 from nanochat_core.cli import COMMANDS
-from nanochat_core.config.load import PLUGIN_LISTS, PLUGIN_TABLES
+from nanochat_core.config.merge import PLUGIN_LISTS, PLUGIN_TABLES
 from nanochat_core.config.schema import CORE_TABLES, TABLES
 from nanochat_core.config.tables import resume_rule
 from nanochat_core.plugins.choice import RESERVED, EntryKeys
@@ -48,14 +48,14 @@ Plugins may add [commands of their own](../plugins/index.md#commands).
 OPTIONS_HEAD = f"""{GENERATED}
 # Options
 
-Every key of an experiment's TOML file: the tables of the core, the keys that the core adds to the tables of plugins, and
-the options of the plugins that come with nanochat. [Experiments](../experiments.md) explains how files, `extends` and
-`--set` work together. `nanochat plugins KIND/NAME` prints the options of any plugin that is installed, and
+Every key of an experiment's TOML file: the tables of the core, the keys that the core adds to the tables of plugins,
+and the options of the plugins that come with nanochat. [Experiments](../experiments.md) explains how files, `extends`
+and `--set` work together. `nanochat plugins KIND/NAME` prints the options of any plugin that is installed, and
 `nanochat show FILE` the values of an experiment with where each came from.
 
 - **default**: "unset" means that the key has no value unless a file gives one. "required" means that a file must.
-- **on resume**: what happens when a run is resumed with another value. `free`: it goes on with the new value. `warn`: it
-  goes on and says so. `refuse`: the run is not resumed, because it would become another run.
+- **on resume**: what happens when a run is resumed with another value. `free`: it goes on with the new value. `warn`:
+  it goes on and says so. `refuse`: the run is not resumed, because it would become another run.
 - **unverified**: the code behind the option never ran on the hardware that it is for.
 
 The tables, and the plugins that can be named in them:

@@ -98,7 +98,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_every_page_is_on_the_site() -> None:
-    site = yaml.load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"), yaml.BaseLoader)  # noqa: S506 (plain strings)
+    site = yaml.load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"), yaml.BaseLoader)
 
     def leaves(tree: object) -> Iterator[str]:
         if isinstance(tree, str):
@@ -106,7 +106,7 @@ def test_every_page_is_on_the_site() -> None:
         for child in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ():
             yield from leaves(child)
 
-    outside = {"index.md", "changelog.md", "contributing.md", "benchmarks.md"}  # see tools/site.py
+    outside = {"index.md", "changelog.md", "contributing.md", "benchmarks.md"}  # see tools/mkdocs_hooks.py
     assert set(leaves(site["nav"])) == {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")} | outside
 
 
