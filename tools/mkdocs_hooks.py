@@ -1,7 +1,7 @@
 """Hooks of MkDocs: pages that lie outside ``docs/``, and files that the guides link to.
 
-On the site README.md is the start page. Links are rewritten, so that a link between two Markdown files works on the site as
-it does in the repository.
+On the site README.md is the start page. Links are rewritten, so that a link between two Markdown files works on the
+site as it does in the repository.
 """
 
 from __future__ import annotations
