@@ -206,7 +206,7 @@ def test_plugins_lists_what_is_installed() -> None:
     assert result.code == 0
     rows = [line.split() for line in result.out.splitlines()]
     assert rows[0] == ["KIND", "NAME", "DISTRIBUTION", "VERSION", "SUMMARY"]
-    assert ["model", "gpt", "nanochat", nanochat_core.__version__] in [row[:4] for row in rows]
+    assert ["model", "gpt", "nanochat-core", nanochat_core.__version__] in [row[:4] for row in rows]
     assert len({row[0] for row in rows[1:]}) == 6
     assert call("plugins", "--check").code == 0
 
