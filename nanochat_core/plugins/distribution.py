@@ -10,6 +10,8 @@ import json
 import re
 import urllib.parse
 import urllib.request
+from contextlib import suppress
+from functools import cache
 from importlib.metadata import Distribution, PackageNotFoundError, distribution, entry_points
 from pathlib import Path
 
@@ -27,16 +29,17 @@ GROUP = "nanochat"  # entry points of plugins
 
 def is_ours(package: Distribution) -> bool:
     """Whether an installed package is this distribution, under either name."""
-    name = canonicalize_name(package.name)
+    name = canonicalize_name(package.name or "")  # None when its metadata are lost
     return name == NAME or (name == FIRST_NAME and any(point.value == COMMAND for point in package.entry_points))
 
 
+@cache  # the metadata are parsed at each access, and a package may bring many plugins
 def identify(package: Distribution | None) -> tuple[str, str]:
     """Name and version to show and to record for an installed package.
 
     The version of this distribution is the code's own: the metadata of an editable installation may be older.
     """
-    if package is None:
+    if package is None or not package.name:
         return "unknown", "unknown"
     return (NAME, __version__) if is_ours(package) else (package.name, package.version)
 
@@ -52,6 +55,8 @@ def check_core_version(package: Distribution) -> None:
     Raises:
         PluginError: saying which versions fit.
     """
+    if identify(package)[0] == NAME:
+        return
     for requirement in _core_requirements(package):
         if not requirement.specifier.contains(__version__, prereleases=True):
             raise PluginError(
@@ -62,13 +67,13 @@ def check_core_version(package: Distribution) -> None:
 
 def outdated_requirements() -> list[str]:
     """What to say of each installed plugin package that requires the core by its first name."""
-    packages = {point.dist.name: point.dist for point in entry_points(group=GROUP) if point.dist is not None}
+    packages = {identify(point.dist)[0]: point.dist for point in entry_points(group=GROUP) if point.dist is not None}
     return [
-        f"{package.name} {package.version} requires {str(requirement)!r}, which on the package index is another "
+        f"{name} {package.version} requires {str(requirement)!r}, which on the package index is another "
         f"project's package; this one is called {NAME} now. {_how_to_mend(package, requirement)}"
-        for _, package in sorted(packages.items())
+        for name, package in sorted(packages.items())
         for requirement in _core_requirements(package)
-        if canonicalize_name(requirement.name) == FIRST_NAME and not is_ours(package)
+        if canonicalize_name(requirement.name) == FIRST_NAME and name != NAME
     ]
 
 
@@ -88,13 +93,14 @@ def installed_by_first_name() -> str:
 
 def _core_requirements(package: Distribution) -> list[Requirement]:
     """A package's requirements of this distribution that hold in this environment."""
-    requirements = [Requirement(text) for text in package.requires or ()]
-    return [
-        requirement
-        for requirement in requirements
-        if canonicalize_name(requirement.name) in (NAME, FIRST_NAME)
-        and (requirement.marker is None or requirement.marker.evaluate({"extra": ""}))
-    ]
+    found = []
+    for text in package.requires or ():
+        with suppress(InvalidRequirement):  # for pip to complain about
+            requirement = Requirement(text)
+            here = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+            if here and canonicalize_name(requirement.name) in (NAME, FIRST_NAME):
+                found.append(requirement)
+    return found
 
 
 def _how_to_mend(package: Distribution, requirement: Requirement) -> str:
@@ -119,9 +125,7 @@ def _find_requirement(pyproject: Path, requirement: Requirement) -> int | None:
         return None
     for number, line in enumerate(lines, start=1):
         for quoted in re.findall(r'"[^"]+"|' + "'[^']+'", line):
-            try:
+            with suppress(InvalidRequirement):
                 if Requirement(quoted[1:-1]) == requirement:
                     return number
-            except InvalidRequirement:
-                continue
     return None

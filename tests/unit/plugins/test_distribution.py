@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import tomllib
+from contextlib import nullcontext
+from importlib.metadata import Distribution
 from pathlib import Path
 
 import pytest
 from helpers.support import ROOT, Site, call
 
 import nanochat_core
+from nanochat_core import PluginError
 from nanochat_core.plugins.discovery import load_plugins
-from nanochat_core.plugins.distribution import NAME, current_name
+from nanochat_core.plugins.distribution import NAME, check_core_version, current_name
 from nanochat_core.runs.provenance import provenance
 
 LOGGER = """
@@ -67,6 +70,15 @@ def test_a_plugin_of_the_other_project_keeps_its_name(site: Site) -> None:
     assert (entry.distribution, entry.version) == ("nanochat", "1.0")
 
 
+def test_a_plugin_whose_metadata_are_lost_works(site: Site) -> None:
+    site.add("made-up", LOGGER)
+    (site.directory / "made_up-1.0.dist-info" / "METADATA").unlink()
+    entry = load_plugins()["logger"].get("mine")
+    assert entry is not None
+    assert (entry.distribution, entry.version) == ("unknown", "unknown")
+    assert call("plugins", "--check").code == 0
+
+
 def test_an_installation_under_the_first_name_is_this_one(site: Site) -> None:
     """As it is in a clone that was installed before the name changed: everything stands twice."""
     install_this(site, "nanochat-core")
@@ -89,12 +101,12 @@ def test_an_installation_under_the_first_name_is_this_one(site: Site) -> None:
         (">=0.2", False), ("<0.1", False), ("!=0.1.0", False), ("[hf]==0.2.*", False),
     ],
 )  # fmt: skip
-def test_a_plugin_package_says_which_core_fits(site: Site, name: str, ranges: str, fits: bool) -> None:
-    site.add("made-up", LOGGER, requires=["numpy", name + ranges])
-    plugins = load_plugins()
-    assert (plugins["logger"].get("mine") is not None) is fits
-    if not fits:
-        assert "this is 0.1.0: pip install 'nanochat-core" in plugins.failures[0].reason
+def test_a_plugin_package_says_which_core_fits(tmp_path: Path, name: str, ranges: str, fits: bool) -> None:
+    (tmp_path / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: made-up\nVersion: 1.0\nRequires-Dist: numpy\nRequires-Dist: {name}{ranges}\n"
+    )
+    with nullcontext() if fits else pytest.raises(PluginError, match=r"this is 0\.1\.0: pip install 'nanochat-core"):
+        check_core_version(Distribution.at(tmp_path))
 
 
 OUTDATED = "made-up 1.0 requires 'nanochat<1,>=0.1', which on the package index is another project's package"
