@@ -153,20 +153,48 @@ def test_the_wheel_has_every_file(index: Path) -> None:
     assert "nanochat_core/plugins/scaffold/common/pyproject.toml.txt" in packed
 
 
-def test_pip_finds_the_core_of_a_scaffold(index: Path, tmp_path: Path) -> None:
-    source = tmp_path / "nanochat-top-k"
+@pytest.fixture(scope="module")
+def fresh(index: Path, tmp_path_factory: pytest.TempPathFactory) -> FreshVenv:
+    """A venv with a scaffold, whose dependency on the core was found by pip."""
+    directory = tmp_path_factory.mktemp("fresh")
+    source = directory / "nanochat-top-k"
     assert call("plugins", "new", "evaluator", "top-k", source).code == 0
-    venv = FreshVenv(tmp_path / "venv")
-    venv("-m", "pip", "install", "-q", "--no-build-isolation", "--no-index", "--find-links", index, source)
+    venv = FreshVenv(directory / "venv")
+    install = ("-m", "pip", "install", "-q", "--no-build-isolation", "--no-compile", "--no-index")
+    venv(*install, "--find-links", index, source)
+    return venv
+
+
+def test_pip_finds_the_core_of_a_scaffold(fresh: FreshVenv, tmp_path: Path) -> None:
     code = "import importlib.metadata as m; print(sorted(d.name for d in m.distributions() if 'nanochat' in d.name))"
-    assert venv("-c", code, cwd=tmp_path) == "['nanochat-core', 'nanochat-top-k']\n"  # and not nanochat
-    command = venv.directory / "bin" / "nanochat"
-    listed = venv(command, "plugins", "--check", cwd=tmp_path)
+    assert fresh("-c", code, cwd=tmp_path) == "['nanochat-core', 'nanochat-top-k']\n"  # and not nanochat
+    listed = fresh(fresh.directory / "bin" / "nanochat", "plugins", "--check", cwd=tmp_path)
     rows = [line.split()[:4] for line in listed.splitlines()]
     assert ["evaluator", "top-k", "nanochat-top-k", "0.1.0"] in rows
     assert ["model", "gpt", "nanochat-core", "0.1.0"] in rows
-    where = venv("-c", "import nanochat_core; print(nanochat_core.__file__)", cwd=tmp_path)
-    assert Path(where).is_relative_to(venv.directory)
+    where = fresh("-c", "import nanochat_core; print(nanochat_core.__file__)", cwd=tmp_path)
+    assert Path(where).is_relative_to(fresh.directory)
+
+
+def test_a_type_checker_sees_the_public_names(fresh: FreshVenv, tmp_path: Path) -> None:
+    """In a package of somebody else, through ``py.typed`` and the stub."""
+    pytest.importorskip("mypy")
+    skipped = "".join(f"[mypy-{library}.*]\nfollow_imports = skip\n" for library in ("torch", "numpy", "safetensors"))
+    (tmp_path / "mypy.ini").write_text(f"[mypy]\nstrict = true\n{skipped}")  # for speed
+    (tmp_path / "theirs.py").write_text(
+        "import nanochat_core\nfrom nanochat_core import HOOK_API, Registrar, score_choices\n"
+        "from nanochat_core.testing import check_logger\n"
+        "def f(registry: Registrar) -> None:\n    registry.add('x', config=int, factory=3)\n"
+        "reveal_type(HOOK_API)\nreveal_type(score_choices)\nreveal_type(check_logger)\nnanochat_core.nonsense\n"
+    )
+    check = "import sys; from mypy.api import run; sys.stdout.write(run(sys.argv[1:])[0])"  # whatever its exit code
+    said = fresh("-c", check, "--no-incremental", "theirs.py", cwd=tmp_path)
+    assert 'theirs.py:5: error: Argument "factory" to "add" of "Registrar" has incompatible type "int"' in said
+    assert 'theirs.py:6: note: Revealed type is "int"' in said
+    assert 'theirs.py:7: note: Revealed type is "def (model: nanochat_core.interfaces.model.Model, ' in said
+    assert 'theirs.py:8: note: Revealed type is "def (factory: ' in said
+    assert 'theirs.py:9: error: Module has no attribute "nonsense"' in said
+    assert "Found 2 errors in 1 file" in said
 
 
 def test_a_scaffold_is_clean(installed: tuple[Venv, dict[str, Path]]) -> None:

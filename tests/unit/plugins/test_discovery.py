@@ -10,7 +10,9 @@ from helpers.support import BROKEN, THIRD_PARTY, Site
 
 import nanochat_core
 from nanochat_core import PluginError
+from nanochat_core.plugins import hookspecs
 from nanochat_core.plugins.discovery import PluginFailure, Plugins, load_plugins
+from nanochat_core.plugins.registry import KINDS
 
 
 def offered(plugins: Plugins) -> set[tuple[str, str]]:
@@ -38,6 +40,13 @@ def test_the_default_plugins_are_found_like_any_other() -> None:
         "nanochat-core"
     }
     assert plugins.versions()["nanochat-core"] == nanochat_core.__version__
+
+
+def test_there_is_a_hook_for_each_kind() -> None:
+    registering = {name for name in hookspecs.HOOKS if name.startswith("nanochat_register_")}
+    assert registering == {f"nanochat_register_{kind}s" for kind in (*KINDS, "command")}
+    assert len(hookspecs.OBSERVER_HOOKS) == 5
+    assert set(hookspecs.HOOKS) == registering | set(hookspecs.OBSERVER_HOOKS)
 
 
 def test_the_environment_restricts_what_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
