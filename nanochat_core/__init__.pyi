@@ -1,59 +1,75 @@
 """The public names of nanochat's core: plugins import from here and from ``nanochat_core.testing``, nothing else.
 
-``lazy_loader`` reads this file; a name is imported when it is first used.
+``lazy_loader`` reads this file; a name is imported when it is first used. Type checkers read it too.
 """
 
 # ruff: noqa: I001 (the groups are for readers)
 
 __version__: str
 
-# The six interfaces, and what their factories get and return.
+# Registering: a plugin's module has functions marked with @hookimpl, which get a Registrar.
 from .plugins.hookspecs import HOOK_API as HOOK_API
 from .plugins.hookspecs import hookimpl as hookimpl
 from .plugins.registry import Registrar as Registrar
-from .interfaces.tokenizer import Tokenizer as Tokenizer
-from .interfaces.tokenizer import TokenizerContext as TokenizerContext
-from .interfaces.types import Tokens as Tokens
-from .interfaces.types import Split as Split
-from .interfaces.types import Batch as Batch
-from .interfaces.types import Resolved as Resolved
-from .interfaces.model import Model as Model
-from .interfaces.model import ModelContext as ModelContext
-from .interfaces.model import Cache as Cache
-from .interfaces.model import base_role as base_role
-from .interfaces.model import default_roles as default_roles
-from .interfaces.optimizer import Optimizer as Optimizer
-from .interfaces.optimizer import OptimizerContext as OptimizerContext
-from .interfaces.optimizer import Multipliers as Multipliers
-from .interfaces.data_source import DataSource as DataSource
-from .interfaces.data_source import DataContext as DataContext
-from .interfaces.evaluator import Evaluator as Evaluator
-from .interfaces.evaluator import EvaluatorContext as EvaluatorContext
-from .interfaces.evaluator import Evaluation as Evaluation
-from .interfaces.logger import Logger as Logger
-from .interfaces.logger import LoggerContext as LoggerContext
-from .interfaces.logger import metrics_and_texts as metrics_and_texts
-from .interfaces.loss import IGNORED as IGNORED
-from .interfaces.loss import loss_with_gradients as loss_with_gradients
-from .interfaces.loss import without_ignored as without_ignored
-from .distributed.world import World as World
 
-# Options of a config class.
+# Options: the fields of a config class, and what their values must be.
+from .plugins.options import option as option
 from .plugins.options import above as above
 from .plugins.options import at_least as at_least
 from .plugins.options import between as between
 from .plugins.options import one_of as one_of
-from .plugins.options import option as option
 
-# Exceptions that users meet.
-from .errors import CheckpointError as CheckpointError
-from .errors import ConfigError as ConfigError
-from .errors import DataError as DataError
+# Exceptions that users see as a message without a traceback. Problem is one line of a ConfigError.
 from .errors import NanochatError as NanochatError
-from .errors import PluginError as PluginError
+from .errors import ConfigError as ConfigError
 from .errors import Problem as Problem
+from .errors import DataError as DataError
+from .errors import CheckpointError as CheckpointError
+from .errors import PluginError as PluginError
 
-# Text: documents and tokenizers.
+# Types that several interfaces share.
+from .interfaces.types import Tokens as Tokens
+from .interfaces.types import Split as Split
+from .interfaces.types import Batch as Batch
+from .interfaces.types import Resolved as Resolved
+from .distributed.world import World as World
+
+# The six interfaces, each with the context that its factory gets and what goes with it.
+# Tokenizer
+from .interfaces.tokenizer import Tokenizer as Tokenizer
+from .interfaces.tokenizer import TokenizerContext as TokenizerContext
+
+# Data source
+from .interfaces.data_source import DataSource as DataSource
+from .interfaces.data_source import DataContext as DataContext
+
+# Model
+from .interfaces.model import Model as Model
+from .interfaces.model import ModelContext as ModelContext
+from .interfaces.model import Cache as Cache
+from .interfaces.loss import IGNORED as IGNORED
+from .interfaces.loss import loss_with_gradients as loss_with_gradients
+from .interfaces.loss import without_ignored as without_ignored
+
+# Optimizer
+from .interfaces.optimizer import Optimizer as Optimizer
+from .interfaces.optimizer import OptimizerContext as OptimizerContext
+from .interfaces.optimizer import Multipliers as Multipliers
+from .interfaces.model import base_role as base_role
+
+# Evaluator
+from .interfaces.evaluator import Evaluator as Evaluator
+from .interfaces.evaluator import EvaluatorContext as EvaluatorContext
+from .interfaces.evaluator import Evaluation as Evaluation
+
+# Logger
+from .interfaces.logger import Logger as Logger
+from .interfaces.logger import LoggerContext as LoggerContext
+from .interfaces.logger import metrics_and_texts as metrics_and_texts
+
+# The rest is help that a plugin may use or leave.
+
+# For data sources and tokenizers: documents, and tokenizers made of a table of byte strings.
 from .data.documents import Documents as Documents
 from .data.documents import UnreadablePlaces as UnreadablePlaces
 from .data.documents import hold_out as hold_out
@@ -66,26 +82,22 @@ from .data.table_tokenizer import encode_by_pieces as encode_by_pieces
 from .data.table_tokenizer import load_table_tokenizer as load_table_tokenizer
 from .data.table_tokenizer import special_tokens_from as special_tokens_from
 
-# Evaluation: spans, scores and samples.
+# For evaluators: spans of text, their scores, and sampling.
 from .evaluation.spans import Span as Span
 from .evaluation.spans import choice_spans as choice_spans
 from .evaluation.spans import cropped_span as cropped_span
-from .evaluation.spans import token_spans as token_spans
-from .evaluation.scoring import OutOfTime as OutOfTime
-from .evaluation.scoring import SpanScore as SpanScore
+from .evaluation.scoring import score_spans as score_spans
+from .evaluation.scoring import score_choices as score_choices
+from .evaluation.scoring import pick_choice as pick_choice
 from .evaluation.scoring import greedy_match as greedy_match
 from .evaluation.scoring import is_close_call as is_close_call
-from .evaluation.scoring import pick_choice as pick_choice
-from .evaluation.scoring import score_choices as score_choices
-from .evaluation.scoring import score_spans as score_spans
 from .evaluation.sampling import generate as generate
-from .interfaces.loss import cross_entropy as cross_entropy
 
-# Optimizers.
+# For optimizers: any torch optimizer as one of ours, and the exchange of gradients between ranks.
+from .training.gradients import TorchOptimizer as TorchOptimizer
 from .training.gradients import GradientExchange as GradientExchange
 from .training.gradients import GradientMessage as GradientMessage
 from .training.gradients import GradientReducer as GradientReducer
-from .training.gradients import TorchOptimizer as TorchOptimizer
 
 # Machines and files.
 from .files import cache_dir as cache_dir

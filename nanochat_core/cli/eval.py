@@ -51,8 +51,9 @@ def main(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
         return launch(arguments, options.nproc)
     from nanochat_core.evaluation.standalone import evaluate_model
+    from nanochat_core.plugins.discovery import load_plugins
 
-    return evaluate_model(options.target, options.evaluators, options.overrides, options.runs_dir)
+    return evaluate_model(options.target, options.evaluators, options.overrides, options.runs_dir, load_plugins())
 
 
 def _compare(a: str, b: str, names: Sequence[str], runs_dir: Path, allow_other_data: bool) -> int:

@@ -45,7 +45,8 @@ def main(options: argparse.Namespace, _: Sequence[str]) -> int:
     from nanochat_core.config.load import load
     from nanochat_core.plugins.discovery import load_plugins
 
-    loaded = load(options.file, options.overrides, load_plugins())
+    plugins = load_plugins()
+    loaded = load(options.file, options.overrides, plugins)
     blocking = [p for p in loaded.missing if p.key.split(".")[0] in ("tokenizer", "model", "optimizer")]
     if blocking:
         loaded.require_all()
@@ -71,7 +72,7 @@ def main(options: argparse.Namespace, _: Sequence[str]) -> int:
         key, values = options.vary
         variants = {}
         for value in values:
-            varied = load(options.file, [*options.overrides, f"{key}={value}"], load_plugins())
+            varied = load(options.file, [*options.overrides, f"{key}={value}"], plugins)
             variants[value] = plan_batches(varied, options.nproc, device)
     print(_table(variants, "" if not options.vary else options.vary[0], flops_per_second, options.price))
     for problem in planned.problems:

@@ -13,6 +13,7 @@ import attrs
 from nanochat_core.errors import PluginError, did_you_mean
 from nanochat_core.plugins.choice import RESERVED, EntryKeys
 from nanochat_core.plugins.discovery import Plugins, load_plugins
+from nanochat_core.plugins.distribution import installed_by_first_name, outdated_requirements
 from nanochat_core.plugins.registry import KINDS, Entry
 from nanochat_core.plugins.structure import fields_of, type_name
 
@@ -27,7 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"one kind ({', '.join(KINDS)}) or one entry of it; or write a new plugin package",
     )
     parser.add_argument("--timings", action="store_true", help="say how long each plugin takes to import")
-    parser.add_argument("--check", action="store_true", help="exit 1 if a plugin failed to load, and say why")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="exit 1 if a plugin failed to load or its package has to be mended, and say why",
+    )
 
 
 def main(options: argparse.Namespace, _: Sequence[str]) -> int:
@@ -49,8 +54,13 @@ def main(options: argparse.Namespace, _: Sequence[str]) -> int:
             print(registry.explain_clash(clash), file=sys.stderr)
     for failure in plugins.failures:
         print(failure if not options.check else f"{failure}\n{failure.traceback}", file=sys.stderr)
+    if not options.check:
+        return 0
     clashes = any(r.clashes() for r in plugins.registries.values())
-    return 1 if options.check and (plugins.failures or clashes) else 0
+    outdated = outdated_requirements()
+    for line in filter(None, [*outdated, installed_by_first_name()]):
+        print(line, file=sys.stderr)
+    return 1 if plugins.failures or clashes or outdated else 0
 
 
 def _kind(text: str) -> str:

@@ -25,8 +25,9 @@ def main(options: argparse.Namespace, _: Sequence[str]) -> int:
     from nanochat_core.evaluation.sampling import generate
     from nanochat_core.evaluation.trained_model import load_trained
     from nanochat_core.hardware.machine import pick_device
+    from nanochat_core.plugins.discovery import load_plugins
 
-    trained = load_trained(options.run, options.runs_dir, pick_device(0))
+    trained = load_trained(options.run, options.runs_dir, pick_device(0), load_plugins())
     tokenizer = trained.tokenizer
     ids = [tokenizer.bos_id, *tokenizer.encode(options.text)]
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a token may end inside a character

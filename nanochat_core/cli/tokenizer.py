@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from nanochat_core.config.schema import Experiment
     from nanochat_core.interfaces.data_source import DataSource
     from nanochat_core.interfaces.tokenizer import Tokenizer
+    from nanochat_core.plugins.discovery import Plugins
 
 COLOURS = (194, 223, 189, 217, 153)  # backgrounds of the 256-colour palette, light, one token after the other
 OTHERS = ("gpt2", "cl100k_base")  # compared with when they are there
@@ -63,7 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace, _: Sequence[str]) -> int:
-    return {"train": _train, "show": _show, "compare": _compare}[options.action](options)
+    from nanochat_core.plugins.discovery import load_plugins
+
+    return {"train": _train, "show": _show, "compare": _compare}[options.action](options, load_plugins())
 
 
 def _say(line: str) -> None:
@@ -73,14 +76,13 @@ def _say(line: str) -> None:
 # ----------------------------------------------------------------------------------------------------------- train
 
 
-def _train(options: argparse.Namespace) -> int:
+def _train(options: argparse.Namespace, plugins: Plugins) -> int:
     from nanochat_core.config.load import load
     from nanochat_core.config.origins import add_places
     from nanochat_core.data.sources import build_source
     from nanochat_core.data.tokenizer_cache import make_tokenizer
-    from nanochat_core.plugins.discovery import load_plugins
 
-    loaded = load(options.file, options.overrides, load_plugins())
+    loaded = load(options.file, options.overrides, plugins)
     _require(loaded.missing)
     experiment = loaded.experiment
     try:
@@ -105,28 +107,27 @@ def _require(missing: Sequence[Problem]) -> None:
 # ------------------------------------------------------------------------------------------------------------ show
 
 
-def _open(reference: str, runs_dir: Path) -> tuple[Tokenizer, Experiment]:
+def _open(reference: str, runs_dir: Path, plugins: Plugins) -> tuple[Tokenizer, Experiment]:
     """The tokenizer of an experiment file (made now if it isn't in the cache) or of a run."""
     from nanochat_core.config.load import load
     from nanochat_core.data.sources import build_source
     from nanochat_core.data.tokenizer_cache import load_tokenizer, make_tokenizer
-    from nanochat_core.plugins.discovery import load_plugins
     from nanochat_core.runs.directory import find_run
     from nanochat_core.runs.restore import load_recorded
 
     if reference.endswith(".toml"):
-        loaded = load(Path(reference), (), load_plugins())
+        loaded = load(Path(reference), (), plugins)
         _require(loaded.missing)
         experiment = loaded.experiment
         return make_tokenizer(experiment.tokenizer, build_source(experiment.data), _say).tokenizer, experiment
     run = find_run(reference, runs_dir)
-    loaded = load_recorded(run, load_plugins())
+    loaded = load_recorded(run, plugins)
     _require([p for p in loaded.missing if p.key.startswith("tokenizer")])
     return load_tokenizer(loaded.experiment.tokenizer, run.tokenizer), loaded.experiment
 
 
-def _show(options: argparse.Namespace) -> int:
-    tokenizer, _ = _open(options.reference, options.runs_dir)
+def _show(options: argparse.Namespace, plugins: Plugins) -> int:
+    tokenizer, _ = _open(options.reference, options.runs_dir, plugins)
     text = sys.stdin.read() if options.text is None else options.text
     ids = tokenizer.encode(text)
     pieces = [_readable(tokenizer.decode_bytes([i])) for i in ids]
@@ -154,17 +155,17 @@ def _coloured(text: str, colour: int) -> str:
 # --------------------------------------------------------------------------------------------------------- compare
 
 
-def _compare(options: argparse.Namespace) -> int:
+def _compare(options: argparse.Namespace, plugins: Plugins) -> int:
     from nanochat_core.data.sources import build_source
 
     tokenizers: dict[str, Tokenizer] = {}
     source: DataSource | None = None
     for index, reference in enumerate(options.references):
-        encoding = _encoding(reference)
+        encoding = _encoding(reference, plugins)
         if encoding is not None:
             tokenizers[reference] = encoding
             continue
-        tokenizer, experiment = _open(reference, options.runs_dir)
+        tokenizer, experiment = _open(reference, options.runs_dir, plugins)
         tokenizers[Path(reference).stem if reference.endswith(".toml") else reference] = tokenizer
         if index == 0:
             try:
@@ -173,7 +174,7 @@ def _compare(options: argparse.Namespace) -> int:
                 _say(f"without validation documents: {error}")
     for name in OTHERS:
         try:
-            other = _encoding(name)
+            other = _encoding(name, plugins)
         except NanochatError:
             _say(f"without {name}: it isn't in tiktoken's cache")
             continue
@@ -214,14 +215,13 @@ def _first(documents: Sequence[str], size: int) -> Iterator[str]:
             return
 
 
-def _encoding(name: str) -> Tokenizer | None:
+def _encoding(name: str, plugins: Plugins) -> Tokenizer | None:
     """An encoding of tiktoken by its name; None when it has no such name."""
     from nanochat_core.data.tokenizer_cache import build_tokenizer
     from nanochat_core.plugins.choice import Choice, EntryKeys
-    from nanochat_core.plugins.discovery import load_plugins
     from nanochat_core.plugins.structure import converter
 
-    entry = load_plugins()["tokenizer"].get("tiktoken")
+    entry = plugins["tokenizer"].get("tiktoken")
     if entry is None or "/" in name or name.endswith(".toml"):
         return None
     choice = Choice(EntryKeys("tiktoken"), entry, converter.structure({"encoding": name}, entry.config))

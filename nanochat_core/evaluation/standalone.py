@@ -30,7 +30,7 @@ from nanochat_core.hardware.casting import dtype_of, name_of
 from nanochat_core.interfaces.data_source import DataSource
 from nanochat_core.interfaces.evaluator import Evaluation
 from nanochat_core.planning.build import build_model
-from nanochat_core.plugins.discovery import Plugins, load_plugins
+from nanochat_core.plugins.discovery import Plugins
 from nanochat_core.runs.checkpoint import MANIFEST, load_state, verify
 from nanochat_core.runs.directory import EVALUATIONS, RunDirectory, find_run
 from nanochat_core.runs.restore import load_run, newest_checkpoint
@@ -104,7 +104,7 @@ def _of_run(run: RunDirectory, checkpoint: Path) -> Subject:
     return Subject(str(checkpoint), run.evaluations, load_state(checkpoint).step, run, checkpoint)
 
 
-def load_subject(subject: Subject, names: Sequence[str], overrides: Sequence[str]) -> Experiment:
+def load_subject(subject: Subject, names: Sequence[str], overrides: Sequence[str], plugins: Plugins) -> Experiment:
     """The experiment around a subject, with only the evaluators that are asked for.
 
     Args:
@@ -118,7 +118,6 @@ def load_subject(subject: Subject, names: Sequence[str], overrides: Sequence[str
     if wrong:
         message = f"can't be changed for an evaluation; what can: {', '.join(allowed)}"
         raise ConfigError([Problem(key, message, "--set") for key in wrong])
-    plugins = load_plugins()
     known = {choice.name for choice in _load(subject, (), plugins).experiment.evaluators}
     for name in dict.fromkeys(n for n in names if n not in known):
         if plugins["evaluator"].get(name) is None:
@@ -164,7 +163,9 @@ def open_subject(subject: Subject, experiment: Experiment, device: torch.device)
     return TrainedModel(model, tokenizer, experiment, dtype, Path(subject.path))
 
 
-def evaluate_model(target: str, names: Sequence[str], overrides: Sequence[str], runs_dir: Path) -> int:
+def evaluate_model(
+    target: str, names: Sequence[str], overrides: Sequence[str], runs_dir: Path, plugins: Plugins
+) -> int:
     """Evaluate on this rank of the world that the environment describes. Returns the exit code: 1 when an evaluator
     failed.
 
@@ -177,7 +178,7 @@ def evaluate_model(target: str, names: Sequence[str], overrides: Sequence[str], 
     with Watchdog(world.rank, world.size, store):
         try:
             subject: Subject = world.on_main(lambda: find_subject(target, runs_dir))
-            experiment: Experiment = world.on_main(lambda: _checked(subject, names, overrides))
+            experiment: Experiment = world.on_main(lambda: _checked(subject, names, overrides, plugins))
             return _evaluate(subject, experiment, world)
         except OtherRankFailed as failure:
             return failure.exit_code
@@ -189,8 +190,8 @@ def evaluate_model(target: str, names: Sequence[str], overrides: Sequence[str], 
             leave_world()
 
 
-def _checked(subject: Subject, names: Sequence[str], overrides: Sequence[str]) -> Experiment:
-    experiment = load_subject(subject, names, overrides)
+def _checked(subject: Subject, names: Sequence[str], overrides: Sequence[str], plugins: Plugins) -> Experiment:
+    experiment = load_subject(subject, names, overrides, plugins)
     print(f"evaluating {subject.label} with {', '.join(c.name for c in experiment.evaluators)}", flush=True)
     return experiment
 

@@ -13,7 +13,7 @@ from nanochat_core.hardware.casting import dtype_of
 from nanochat_core.interfaces.model import Model
 from nanochat_core.interfaces.tokenizer import Tokenizer
 from nanochat_core.planning.build import build_model
-from nanochat_core.plugins.discovery import load_plugins
+from nanochat_core.plugins.discovery import Plugins
 from nanochat_core.runs.checkpoint import load_model_tensors, saved_tensors
 from nanochat_core.runs.directory import RunDirectory, find_run
 from nanochat_core.runs.restore import load_experiment, newest_checkpoint
@@ -30,7 +30,7 @@ class TrainedModel:
     checkpoint: Path
 
 
-def load_trained(reference: str, runs_dir: Path, device: torch.device) -> TrainedModel:
+def load_trained(reference: str, runs_dir: Path, device: torch.device, plugins: Plugins) -> TrainedModel:
     """The model and tokenizer of a run's newest sound checkpoint, on ``device``, in eval mode.
 
     Raises:
@@ -39,7 +39,7 @@ def load_trained(reference: str, runs_dir: Path, device: torch.device) -> Traine
     """
     run = find_run(reference, runs_dir)
     checkpoint = newest_checkpoint(run)
-    return open_trained(run, checkpoint, load_experiment(run, checkpoint, load_plugins()), device)
+    return open_trained(run, checkpoint, load_experiment(run, checkpoint, plugins), device)
 
 
 def open_trained(run: RunDirectory, checkpoint: Path, experiment: Experiment, device: torch.device) -> TrainedModel:

@@ -7,7 +7,7 @@ import inspect
 import json
 import math
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import attrs
@@ -15,6 +15,7 @@ import attrs
 from nanochat_core.errors import PluginError
 from nanochat_core.files import write_atomic
 from nanochat_core.interfaces.logger import Logger, LoggerContext, metrics_and_texts
+from nanochat_core.plugins import hookspecs
 from nanochat_core.plugins.choice import Choice, LoggerKeys
 from nanochat_core.plugins.discovery import load_plugins
 from nanochat_core.plugins.registry import Entry
@@ -42,7 +43,7 @@ class Observer(Logger):
         self.module, self.context, self.failures = found[0].module, context, 0
         self.memory = RunDirectory(context.directory).loggers / f"{PREFIX}{config.plugin}.checkpoints.json"
         self.checkpoints: list[str] = json.loads(self.memory.read_text()) if self.memory.exists() else []
-        self._call("run_started")
+        self._call(hookspecs.nanochat_run_started)
 
     def log(self, record: Mapping[str, float | str]) -> None:
         step = int(record["step"])
@@ -50,13 +51,15 @@ class Observer(Logger):
         metrics, texts = metrics_and_texts(record)
         if "evaluator" in record:
             evaluator = record["evaluator"]
-            self._call("evaluation_finished", step=step, evaluator=evaluator, metrics=metrics, texts=texts)
+            self._call(
+                hookspecs.nanochat_evaluation_finished, step=step, evaluator=evaluator, metrics=metrics, texts=texts
+            )
         else:
-            self._call("step_finished", step=step, metrics=metrics)
+            self._call(hookspecs.nanochat_step_finished, step=step, metrics=metrics)
 
     def finish(self, status: Literal["finished", "failed", "preempted"]) -> None:
         self._tell_checkpoints()
-        self._call("run_ended", status=status)
+        self._call(hookspecs.nanochat_run_ended, status=status)
         if self.failures > 1:
             self.context.report(f"its hooks failed {self.failures} times in all")
 
@@ -66,11 +69,11 @@ class Observer(Logger):
             if path.name not in self.checkpoints and step <= until:
                 self.checkpoints.append(path.name)
                 write_atomic(self.memory, json.dumps(self.checkpoints) + "\n")
-                self._call("checkpoint_saved", step=step, path=path)
+                self._call(hookspecs.nanochat_checkpoint_saved, step=step, path=path)
 
-    def _call(self, hook: str, **arguments: Any) -> None:
-        """Call the hook with those of its arguments that it takes, as pluggy does."""
-        function = getattr(self.module, f"nanochat_{hook}", None)
+    def _call(self, hook: Callable[..., None], **arguments: Any) -> None:
+        """Call the plugin's function for the hook with those of the arguments that it takes, as pluggy does."""
+        function = getattr(self.module, hook.__name__, None)
         if function is not None:
             known = {"context": self.context, **arguments}
             try:
@@ -79,7 +82,7 @@ class Observer(Logger):
                 traceback.print_exc()
                 self.failures += 1
                 if self.failures == 1:
-                    self.context.report(f"nanochat_{hook} failed, training goes on: {type(error).__name__}: {error}")
+                    self.context.report(f"{hook.__name__} failed, training goes on: {type(error).__name__}: {error}")
 
 
 def observer_choices(observers: Sequence[tuple[str, str]]) -> tuple[Choice, ...]:

@@ -3,35 +3,25 @@
 from __future__ import annotations
 
 import importlib.metadata
-import operator as operators
 import os
-import re
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
 import attrs
 import pluggy
 
+from nanochat_core import __version__
 from nanochat_core.errors import PluginError, did_you_mean
 from nanochat_core.plugins import hookspecs
 from nanochat_core.plugins.choice import RESERVED, EntryKeys
+from nanochat_core.plugins.distribution import GROUP, check_core_version, identify
 from nanochat_core.plugins.registry import KINDS, Command, CommandRegistrar, Entry, Kind, Registrar, Registry
 from nanochat_core.plugins.structure import check_config_class, fields_of
 
-GROUP = "nanochat"
 _HOOKS: Mapping[Kind, str] = {kind: f"nanochat_register_{kind}s" for kind in KINDS}
-_COMMANDS = "nanochat_register_commands"
-_OBSERVERS = tuple(
-    f"nanochat_{event}"
-    for event in ("run_started", "step_finished", "evaluation_finished", "checkpoint_saved", "run_ended")
-)
-_COMPARE: Mapping[str, Callable[[Any, Any], bool]] = {
-    "<": operators.lt, "<=": operators.le, "==": operators.eq,
-    ">": operators.gt, ">=": operators.ge, "!=": operators.ne,
-}  # fmt: skip
 
 
 @attrs.frozen
@@ -107,11 +97,11 @@ def load_plugins(only: str | None = None) -> Plugins:
     for point in sorted(points.values(), key=lambda e: (e.name, e.value)):
         if wanted and point.name not in wanted:
             continue
-        distribution = point.dist.name if point.dist else "unknown"
-        version = point.dist.version if point.dist else "unknown"
+        distribution, version = identify(point.dist)
         start = time.perf_counter()
         try:
-            _check_versions(point.dist)
+            if point.dist is not None:
+                check_core_version(point.dist)
             module = point.load()
             _register(manager, plugins, module, point.name, distribution, version)
         except KeyboardInterrupt:
@@ -139,11 +129,11 @@ def _register(
     api = getattr(module, "NANOCHAT_HOOK_API", hookspecs.HOOK_API)
     if api != hookspecs.HOOK_API:
         raise PluginError(
-            f"it is written for hook API {api}, nanochat {_own_version()} has {hookspecs.HOOK_API}: install a version "
+            f"it is written for hook API {api}, nanochat {__version__} has {hookspecs.HOOK_API}: install a version "
             f"of {distribution} for hook API {hookspecs.HOOK_API}, or "
             f"{'a newer' if api > hookspecs.HOOK_API else 'an older'} nanochat with hook API {api}"
         )
-    known = {*_HOOKS.values(), _COMMANDS, *_OBSERVERS}
+    known = set(hookspecs.HOOKS)
     implemented = [n for n in dir(module) if getattr(getattr(module, n, None), "nanochat_impl", None) is not None]
     for hook in implemented:
         if hook not in known:
@@ -163,58 +153,10 @@ def _register(
                 if (entry.plugin, entry.distribution) == (name, distribution):
                     check_config_class(kind, entry.name, entry.config)
                     _check_keys(entry)
-    if _COMMANDS in implemented:
+    if hookspecs.nanochat_register_commands.__name__ in implemented:
         module.nanochat_register_commands(CommandRegistrar(plugins.commands, name, distribution))
-    if set(_OBSERVERS) & set(implemented):
+    if set(hookspecs.OBSERVER_HOOKS) & set(implemented):
         plugins.observers.append(ObserverPlugin(name, distribution, module))
-
-
-def _own_version() -> str:
-    return importlib.metadata.version("nanochat")
-
-
-def _check_versions(distribution: importlib.metadata.Distribution | None) -> None:
-    """Refuse a plugin whose package asks for another nanochat, before it is imported.
-
-    Raises:
-        PluginError: saying which versions fit.
-    """
-    for requirement in (distribution.requires if distribution is not None else None) or ():
-        wanted, _, marker = requirement.partition(";")
-        match = re.fullmatch(r"\s*nanochat\s*(?:\[[^]]*\])?\s*\(?([^)]*)\)?\s*", wanted, re.IGNORECASE)
-        if match is None or marker.strip() or not match[1].strip():
-            continue
-        if not version_fits(_own_version(), match[1]):
-            assert distribution is not None
-            package, fits = distribution.name, match[1].strip()
-            raise PluginError(
-                f"{package} {distribution.version} fits nanochat {fits}, this is {_own_version()}: "
-                f"pip install 'nanochat{fits}', or another version of {package}"
-            )
-
-
-def version_fits(version: str, ranges: str) -> bool:
-    """Whether a version lies in ranges such as ``>=0.1,<1``. Only numbers count; an operator not known here fits."""
-
-    def numbers(text: str) -> tuple[int, ...]:
-        found = [int(part) for part in re.match(r"[0-9.]*", text.strip())[0].split(".") if part]  # type: ignore[index]
-        return tuple(found + [0] * (4 - len(found)))
-
-    have = numbers(version)
-    for part in ranges.split(","):
-        operator, text = re.match(r"\s*([<>=!~]*)(.*)", part).groups()  # type: ignore[union-attr]
-        want = numbers(text)
-        if operator == "~=":
-            size = len([p for p in text.strip().split(".") if p]) - 1
-            if have < want or have[:size] != want[:size]:
-                return False
-        elif operator == "==" and text.strip().endswith(".*"):
-            size = len(text.strip().split(".")) - 1
-            if have[:size] != want[:size]:
-                return False
-        elif not _COMPARE.get(operator, lambda a, b: True)(have, want):
-            return False
-    return True
 
 
 def _check_keys(entry: Entry) -> None:

@@ -86,3 +86,7 @@ def nanochat_checkpoint_saved(context: LoggerContext, step: int, path: Path) -> 
 @hookspec
 def nanochat_run_ended(context: LoggerContext, status: str) -> None:
     """The run is finished, failed (or was killed), or preempted."""
+
+
+HOOKS = tuple(name for name, value in list(globals().items()) if hasattr(value, f"{hookspec.project_name}_spec"))
+OBSERVER_HOOKS = tuple(name for name in HOOKS if not name.startswith("nanochat_register_"))

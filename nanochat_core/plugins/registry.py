@@ -1,4 +1,19 @@
-"""Typed registries: what plugins offer, by kind and name."""
+"""Typed registries: what plugins offer, by kind and name.
+
+A plugin's module adds its entries when ``load_plugins`` calls its hook, through a ``Registrar``::
+
+    from nanochat_core import hookimpl
+    from my_package.config import MyConfig  # an attrs class: its fields are the options
+
+    @hookimpl
+    def nanochat_register_tokenizers(registry):
+        registry.add("mine", config=MyConfig, factory="my_package.tokenizer:build", summary="one line about it")
+
+From then on ``plugin = "mine"`` in ``[tokenizer]`` of an experiment picks the entry, and the core builds it::
+
+    entry = plugins["tokenizer"].get("mine")
+    tokenizer = entry.load()(MyConfig(), context)  # imports my_package.tokenizer
+"""
 
 from __future__ import annotations
 
@@ -17,6 +32,20 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 @attrs.frozen
+class ModelVersion:
+    """Which checkpoints of a model its plugin can load.
+
+    Args:
+        number: grows when options or parameters of older checkpoints mean something else.
+        upgrade: ``module:function``, imported for a checkpoint of an older version; called with (version, options,
+            tensors), the options as plain data and the tensors by name, it returns both as they are today.
+    """
+
+    number: int = 1
+    upgrade: str = ""
+
+
+@attrs.frozen
 class Entry:
     """One thing a plugin offers.
 
@@ -31,9 +60,7 @@ class Entry:
         aliases: other names of options, accepted in TOML files: old to new.
         in_process: a logger that must run in the training process, as one that writes to the terminal; others have a
             process of their own.
-        model_version: of a model: grows when options or parameters of older checkpoints mean something else.
-        upgrade: of a model: ``module:function``, imported for a checkpoint of an older version; called with (version,
-            options, tensors), the options as plain data and the tensors by name, it returns both as they are today.
+        model_version: of a model; of other kinds it has no meaning.
         plugin: entry-point name of the plugin; ``distribution`` and ``version``: the package it came in.
     """
 
@@ -47,8 +74,7 @@ class Entry:
     defaults: Mapping[str, Any] = attrs.field(factory=dict)
     aliases: Mapping[str, str] = attrs.field(factory=dict)
     in_process: bool = False
-    model_version: int = 1
-    upgrade: str = ""
+    model_version: ModelVersion = ModelVersion()
     plugin: str = ""
     distribution: str = ""
     version: str = ""
@@ -75,7 +101,7 @@ class Entry:
         Raises:
             PluginError: with the original traceback, when it can't be imported.
         """
-        return self._import(self.upgrade)
+        return self._import(self.model_version.upgrade)
 
     def _import(self, target: str) -> Callable[..., Any]:
         module, _, attribute = target.partition(":")
@@ -164,7 +190,7 @@ class Registrar:
         version: int = 1,
         upgrade: str = "",
     ) -> None:
-        """Offer ``name``. See ``Entry`` for the arguments; ``version`` is its ``model_version``.
+        """Offer ``name``. See ``Entry`` for the arguments; ``version`` and ``upgrade`` are those of ``ModelVersion``.
 
         Raises:
             PluginError: when an argument is not what ``Entry`` says.
@@ -186,8 +212,7 @@ class Registrar:
                 defaults=dict(defaults or {}),
                 aliases=dict(aliases or {}),
                 in_process=in_process,
-                model_version=version,
-                upgrade=upgrade,
+                model_version=ModelVersion(version, upgrade),
                 plugin=self.plugin,
                 distribution=self.distribution,
                 version=self.version,

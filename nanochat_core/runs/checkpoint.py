@@ -233,7 +233,7 @@ def read_model(checkpoint: Path) -> ModelRecord:
 def saved_options(checkpoint: Path, entry: Entry) -> dict[str, Any]:
     """Options of a checkpoint's model as the installed ``entry`` has them. See ``upgrade_model`` for errors."""
     record = read_model(checkpoint)
-    tensors = load_weights(checkpoint) if record.version < entry.model_version else {}
+    tensors = load_weights(checkpoint) if record.version < entry.model_version.number else {}
     return upgrade_model(record, entry, tensors, str(checkpoint))[0]
 
 

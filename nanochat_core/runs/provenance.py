@@ -12,7 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nanochat_core import __version__
 from nanochat_core.config.origins import Origin
+from nanochat_core.plugins.distribution import NAME
 
 
 def describe_code() -> dict[str, str]:
@@ -36,7 +38,7 @@ def provenance(
     origins: Mapping[str, Origin], distributions: Mapping[str, str], fingerprints: Mapping[str, str], plan: Any
 ) -> dict[str, Any]:
     """The content of ``provenance.json``."""
-    packages = {name: importlib.metadata.version(name) for name in ("nanochat", "numpy")}
+    packages = {NAME: __version__, "numpy": importlib.metadata.version("numpy")}
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": sys.argv,

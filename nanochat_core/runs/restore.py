@@ -15,6 +15,7 @@ from nanochat_core.config.schema import Experiment
 from nanochat_core.errors import CheckpointError, ConfigError, PluginError, Problem
 from nanochat_core.plugins.choice import Choice
 from nanochat_core.plugins.discovery import Plugins
+from nanochat_core.plugins.distribution import NAME, current_name
 from nanochat_core.runs.checkpoint import MANIFEST, latest_checkpoint, list_checkpoints, read_model, saved_options
 from nanochat_core.runs.directory import RunDirectory
 
@@ -34,6 +35,8 @@ def missing_distributions(checkpoint: Path) -> list[str]:
         return []
     lines = []
     for name, version in sorted(needed.items()):
+        if current_name(name) == NAME:
+            continue
         try:
             importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

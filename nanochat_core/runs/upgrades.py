@@ -26,7 +26,7 @@ class ModelRecord:
     """Plugin, version and options that a checkpoint's model was built from.
 
     Args:
-        plugin: name of the entry; ``version``: see ``Entry.model_version``.
+        plugin: name of the entry; ``version``: see ``ModelVersion.number``.
         options: every option of the entry's config as plain data, None included, so that defaults do not matter later.
     """
 
@@ -37,7 +37,7 @@ class ModelRecord:
     @classmethod
     def of(cls, choice: Choice) -> ModelRecord:
         assert choice.entry is not None, "load() refuses experiments with unknown plugins"
-        return cls(choice.plugin, choice.entry.model_version, to_plain(choice.config, keep_none=True))
+        return cls(choice.plugin, choice.entry.model_version.number, to_plain(choice.config, keep_none=True))
 
 
 def upgrade_manifest(manifest: Mapping[str, Any], checkpoint: Path) -> Mapping[str, Any]:
@@ -64,7 +64,7 @@ def upgrade_model(record: ModelRecord, entry: Entry, tensors: dict[str, Tensor],
         CheckpointError: when the checkpoint is newer than the plugin, or too old for it.
         PluginError: with the original traceback, when the plugin's upgrade fails.
     """
-    have, want = record.version, entry.model_version
+    have, want = record.version, entry.model_version.number
     if have == want:
         return dict(record.options), tensors
     package = f"{entry.distribution} {entry.version}"
@@ -73,7 +73,7 @@ def upgrade_model(record: ModelRecord, entry: Entry, tensors: dict[str, Tensor],
             f"{source} has version {have} of model {entry.name!r}, {package} knows versions up to {want}: "
             f"install a newer {entry.distribution}"
         )
-    if not entry.upgrade:
+    if not entry.model_version.upgrade:
         raise CheckpointError(
             f"{source} has version {have} of model {entry.name!r}, {package} has version {want} and can't read older "
             f"ones: install the {entry.distribution} it was made with (its manifest.json says which)"

@@ -54,11 +54,11 @@ def check_version(checkpoint: Path, plugins: Plugins) -> None:
     """Refuse to resume from an older version of the model: the optimizer's state is that of its parameters."""
     record = read_model(checkpoint)
     entry = plugins["model"].get(record.plugin)
-    if entry is not None and record.version < entry.model_version:
+    if entry is not None and record.version < entry.model_version.number:
         run = checkpoint.parents[1]
         raise CheckpointError(
             f"{checkpoint} has version {record.version} of model {entry.name!r}, {entry.distribution} {entry.version} "
-            f"has version {entry.model_version}, and a run can't go on with another: install the "
+            f"has version {entry.model_version.number}, and a run can't go on with another: install the "
             f"{entry.distribution} it was made with (its manifest.json says which), or start a fresh run from its "
             f"weights, without --resume and with --set train.init_from={run}"
         )

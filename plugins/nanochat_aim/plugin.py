@@ -19,5 +19,5 @@ def nanochat_register_loggers(registry: Registrar) -> None:
         factory="nanochat_aim.logger:Aim",
         summary="an Aim repository, on disk or behind a server",
         requires=("aim",),
-        install="pip install -e '.[aim]' (Aim has no packages for Python 3.13)",
+        install="pip install 'nanochat-core[aim]' (Aim has no packages for Python 3.13)",
     )

@@ -10,7 +10,7 @@ from nanochat_hf.config import HFConfig
 if TYPE_CHECKING:
     from nanochat_core import Registrar
 
-INSTALL = "pip install 'nanochat[hf]'"
+INSTALL = "pip install 'nanochat-core[hf]'"
 
 
 @hookimpl

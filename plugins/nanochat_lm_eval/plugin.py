@@ -19,6 +19,6 @@ def nanochat_register_evaluators(registry: Registrar) -> None:
         factory="nanochat_lm_eval.evaluator:LMEval",
         summary="tasks of EleutherAI's lm-evaluation-harness",
         requires=["lm_eval"],
-        install="pip install 'nanochat[lm-eval]'",
+        install="pip install 'nanochat-core[lm-eval]'",
         defaults={"every": 0, "at_start": False, "at_end": True},
     )

@@ -19,5 +19,5 @@ def nanochat_register_loggers(registry: Registrar) -> None:
         factory="nanochat_tensorboard.logger:TensorBoard",
         summary="event files for TensorBoard",
         requires=("tensorboard",),
-        install="pip install -e '.[tensorboard]'",
+        install="pip install 'nanochat-core[tensorboard]'",
     )

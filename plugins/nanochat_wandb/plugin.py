@@ -19,5 +19,5 @@ def nanochat_register_loggers(registry: Registrar) -> None:
         factory="nanochat_wandb.logger:Wandb",
         summary="Weights & Biases, online or offline",
         requires=("wandb",),
-        install="pip install -e '.[wandb]'",
+        install="pip install 'nanochat-core[wandb]'",
     )

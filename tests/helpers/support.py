@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -181,18 +181,20 @@ class Site:
         self.directory = directory
         self.before = set(sys.modules)
 
-    def add(self, package: str, plugin: str, point: str = "") -> None:
-        """A package whose module ``plugin.py`` says ``plugin``, with one entry point."""
+    def add(self, package: str, plugin: str, point: str = "", requires: Sequence[str] = ()) -> Path:
+        """Install a package whose module ``plugin.py`` says ``plugin``, with one entry point. Returns its source."""
         source = self.directory.parent / f"source-{package}"
         (source / package.replace("-", "_")).mkdir(parents=True)
         (source / package.replace("-", "_") / "__init__.py").touch()
         (source / package.replace("-", "_") / "plugin.py").write_text(HEADER + plugin, encoding="utf-8")
         (source / "pyproject.toml").write_text(
             f'[project]\nname = "{package}"\nversion = "1.0"\n'
+            f"dependencies = {json.dumps(list(requires))}\n"
             f'[project.entry-points.nanochat]\n{point or "made_up"} = "{package.replace("-", "_")}.plugin"\n',
             encoding="utf-8",
         )
         install_fixture(source, self.directory)
+        return source
 
     def change(self, package: str, plugin: str) -> None:
         """Another release of a package that was added."""

@@ -83,7 +83,7 @@ def test_same_as_a_plain_reading(bundle, tokenizer, T, max_len, batch_tokens):
 
 
 def test_same_for_a_trained_model(bundle, trained: Trained):
-    ours = load_trained("tiny", trained.runs, CPU)
+    ours = load_trained("tiny", trained.runs, CPU, load_plugins())
     evaluation = core(ours.tokenizer, 32, bundle=bundle, max_per_task=5).evaluate(ours.model, 0)
     check(evaluation, ours.model, ours.tokenizer, 5, 320)
 

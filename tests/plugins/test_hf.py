@@ -21,8 +21,8 @@ from nanochat_core import (
     choice_spans,
     pick_choice,
     score_spans,
-    token_spans,
 )
+from nanochat_core.evaluation.spans import token_spans
 from nanochat_core.plugins.discovery import load_plugins
 from nanochat_dclm_core.bundle import open_bundle
 from nanochat_dclm_core.prompts import chosen_examples, prompts, shots

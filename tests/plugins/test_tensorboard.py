@@ -85,7 +85,7 @@ def test_entry_tells_how_to_install_its_library():
     entry = load_plugins("tensorboard")["logger"].get("tensorboard")
     assert entry is not None
     assert entry.requires == ("tensorboard",)
-    assert entry.install == "pip install -e '.[tensorboard]'"
+    assert entry.install == "pip install 'nanochat-core[tensorboard]'"
 
 
 def test_a_resumed_run_has_every_step_once(logged):

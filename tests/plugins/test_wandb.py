@@ -245,4 +245,4 @@ def test_a_service_of_another_process_is_left_alone(
 def test_the_entry_tells_how_to_install_its_library() -> None:
     entry = load_plugins("wandb")["logger"].get("wandb")
     assert entry is not None
-    assert (entry.requires, entry.install) == (("wandb",), "pip install -e '.[wandb]'")
+    assert (entry.requires, entry.install) == (("wandb",), "pip install 'nanochat-core[wandb]'")

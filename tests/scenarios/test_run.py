@@ -118,7 +118,7 @@ def test_provenance_explains_every_value(trained: Trained) -> None:
     assert facts["origins"]["train.grad_clip"] == "default"
     assert set(facts["fingerprints"]) == {"tokenizer", "train", "val"}
     assert facts["packages"]["torch"] == torch.__version__
-    assert facts["plugins"]["nanochat"]
+    assert facts["plugins"]["nanochat-core"]
     assert facts["plan"]["num_iterations"] == 12
     assert 0 < facts["plan"]["relative_data"] < 1  # of depth 1, over depth 12
     assert facts["python"]

@@ -9,6 +9,7 @@ from pathlib import Path
 import attrs
 
 from nanochat_core.errors import ConfigError
+from nanochat_core.plugins.distribution import NAME
 from nanochat_core.plugins.hookspecs import HOOK_API
 
 HERE = Path(__file__).parent
@@ -52,6 +53,8 @@ def write_package(kind: str, name: str, directory: Path | None) -> Path:
     if not re.fullmatch(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*", name):
         raise ConfigError(f"a plugin's name has small letters, digits, - and _, and starts with a letter, not {name!r}")
     distribution = f"nanochat-{name.replace('_', '-')}"
+    if distribution == NAME:
+        raise ConfigError(f"{distribution} is nanochat's own distribution: choose another name than {name!r}")
     directory = directory or Path(distribution)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ConfigError(f"{directory} exists and is not empty: give another directory")
@@ -70,7 +73,6 @@ def write_package(kind: str, name: str, directory: Path | None) -> Path:
         "factory": what.factory.replace("$Class", camel),
         "summary": what.summary,
         "hook_api": str(HOOK_API),
-        "core": ">=0.1,<1",
     }
     for template in sorted([*(HERE / "common").iterdir(), *(HERE / kind).iterdir()]):
         name_of_file = template.name.removesuffix(".txt")  # tools leave .txt files alone

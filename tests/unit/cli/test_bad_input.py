@@ -238,7 +238,7 @@ def test_two_plugins_with_one_name(
     result = call("run", file, "--runs-dir", tmp_path / "runs")
     check(result, f"{file}:13: model.plugin: model 'gpt' is claimed by nanochat", tmp_path / "runs")
     assert "nanochat-broken-name-clash 0.1.0 (plugin 'broken_name_clash')" in result.err
-    assert "nanochat 0.1.0 (plugin 'gpt')" in result.err
+    assert "nanochat-core 0.1.0 (plugin 'gpt')" in result.err
     assert "NANOCHAT_PLUGINS" in result.err
 
 

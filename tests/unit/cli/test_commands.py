@@ -206,7 +206,7 @@ def test_plugins_lists_what_is_installed() -> None:
     assert result.code == 0
     rows = [line.split() for line in result.out.splitlines()]
     assert rows[0] == ["KIND", "NAME", "DISTRIBUTION", "VERSION", "SUMMARY"]
-    assert ["model", "gpt", "nanochat", nanochat_core.__version__] in [row[:4] for row in rows]
+    assert ["model", "gpt", "nanochat-core", nanochat_core.__version__] in [row[:4] for row in rows]
     assert len({row[0] for row in rows[1:]}) == 6
     assert call("plugins", "--check").code == 0
 
@@ -277,6 +277,39 @@ def test_a_clash_alone_fails_the_check(broken: tuple[Path, str], monkeypatch: py
     assert call("plugins", "--check").code == 1
     monkeypatch.setenv("NANOCHAT_PLUGINS", "gpt")
     assert call("plugins", "--check").code == 0
+
+
+COUNTING = """
+import os
+@hookimpl
+def nanochat_register_loggers(registry):
+    with open(os.environ["LOADS"], "a") as file:
+        file.write("x")
+"""
+
+
+def test_a_command_loads_the_plugins_once(
+    site: Site, tiny: Path, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.add("counting-package", COUNTING)
+    loads = tmp_path / "loads"
+    monkeypatch.setenv("LOADS", str(loads))
+    of_runs = ("--runs-dir", trained.runs)
+    commands: list[tuple[object, ...]] = [
+        ("plugins",),
+        ("show", tiny),
+        ("plan", tiny, "--vary", "model.depth=1,2,3"),
+        ("data", "info", tiny),
+        ("data", "info", "--source", "python_docs"),
+        ("tokenizer", "show", tiny, "text"),
+        ("tokenizer", "compare", tiny, "tiny", "--val-bytes", "1000", *of_runs),
+        ("sample", "tiny", "one, ", "--max-tokens", "1", *of_runs),
+    ]
+    for command in commands:
+        loads.write_text("")
+        result = call(*command)
+        assert result.code == 0, result.err
+        assert loads.read_text() == "x", command
 
 
 def test_broken_plugins_cost_a_line_and_not_the_run(

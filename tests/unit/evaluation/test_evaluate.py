@@ -67,7 +67,8 @@ def test_mode_and_random_generators_are_restored():
 
 NOISY = """
 import random, numpy, torch
-from nanochat_core import Evaluation, Evaluator, score_choices, token_spans
+from nanochat_core import Evaluation, Evaluator, score_choices
+from nanochat_core.evaluation.spans import token_spans
 class Noisy(Evaluator):
     def __init__(self, config, context): self.context = context
     def evaluate(self, model, step):
@@ -104,7 +105,8 @@ def test_training_does_not_notice_evaluations(tmp_path, shards, site: Site):
 
 def test_evaluations_do_not_compile_training_anew():
     """Shapes change all the time in an evaluation, and the compiled training step is left alone."""
-    from nanochat_core import ModelContext, score_choices, token_spans
+    from nanochat_core import ModelContext, score_choices
+    from nanochat_core.evaluation.spans import token_spans
     from nanochat_core.plugins.discovery import load_plugins
 
     entry = load_plugins()["model"].get("gpt")

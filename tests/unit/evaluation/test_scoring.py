@@ -16,7 +16,6 @@ from nanochat_core import (
     EvaluatorContext,
     Model,
     ModelContext,
-    OutOfTime,
     Span,
     World,
     cropped_span,
@@ -25,9 +24,10 @@ from nanochat_core import (
     pick_choice,
     score_choices,
     score_spans,
-    token_spans,
 )
 from nanochat_core.distributed.guarded import EvaluationWorld
+from nanochat_core.evaluation.scoring import OutOfTime
+from nanochat_core.evaluation.spans import token_spans
 from nanochat_core.plugins.discovery import load_plugins
 
 CPU = torch.device("cpu")

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanochat_core import Model, cross_entropy
+from nanochat_core import Model
+from nanochat_core.interfaces.loss import cross_entropy
 
 V, D, B, T = 37, 12, 3, 11
 

@@ -10,7 +10,9 @@ from helpers.support import BROKEN, THIRD_PARTY, Site
 
 import nanochat_core
 from nanochat_core import PluginError
+from nanochat_core.plugins import hookspecs
 from nanochat_core.plugins.discovery import PluginFailure, Plugins, load_plugins
+from nanochat_core.plugins.registry import KINDS
 
 
 def offered(plugins: Plugins) -> set[tuple[str, str]]:
@@ -35,9 +37,16 @@ def test_the_default_plugins_are_found_like_any_other() -> None:
     assert offered(plugins) >= SHIPPED
     assert not plugins.failures
     assert {e.distribution for r in plugins.registries.values() for e in r if (e.kind, e.name) in SHIPPED} == {
-        "nanochat"
+        "nanochat-core"
     }
-    assert plugins.versions()["nanochat"] == nanochat_core.__version__
+    assert plugins.versions()["nanochat-core"] == nanochat_core.__version__
+
+
+def test_there_is_a_hook_for_each_kind() -> None:
+    registering = {name for name in hookspecs.HOOKS if name.startswith("nanochat_register_")}
+    assert registering == {f"nanochat_register_{kind}s" for kind in (*KINDS, "command")}
+    assert len(hookspecs.OBSERVER_HOOKS) == 5
+    assert set(hookspecs.HOOKS) == registering | set(hookspecs.OBSERVER_HOOKS)
 
 
 def test_the_environment_restricts_what_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +114,7 @@ def test_a_name_that_two_distributions_claim_belongs_to_neither(site: Site) -> N
     assert models.get("gpt") is None
     assert models.clashes() == ["gpt"]
     explained = models.explain_clash("gpt")
-    assert "nanochat 0.1.0 (plugin 'gpt')" in explained
+    assert "nanochat-core 0.1.0 (plugin 'gpt')" in explained
     assert "nanochat-broken-name-clash 0.1.0 (plugin 'broken_name_clash')" in explained
     assert "NANOCHAT_PLUGINS" in explained
 
@@ -114,7 +123,7 @@ def test_a_clash_is_settled_by_naming_the_plugins_to_load(site: Site) -> None:
     install_fixture(BROKEN / "nanochat-broken-name-clash", site.directory)
     entry = load_plugins(only="gpt")["model"].get("gpt")
     assert entry is not None
-    assert entry.distribution == "nanochat"
+    assert entry.distribution == "nanochat-core"
 
 
 REGISTER = """

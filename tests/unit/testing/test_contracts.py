@@ -70,7 +70,7 @@ def test_every_plugin_of_ours_is_checked() -> None:
         "evaluator": EVALUATORS, "logger": LOGGERS,
     }  # fmt: skip
     for kind, registry in load_plugins().registries.items():
-        ours = {entry.name for entry in registry.entries if entry.distribution == "nanochat"} - set(FOREIGN)
+        ours = {entry.name for entry in registry.entries if entry.distribution == "nanochat-core"} - set(FOREIGN)
         assert ours == set(checked[kind]), kind
     for name in TOKENIZERS:
         assert "check_tokenizer(build, " in (ROOT / "tests" / "plugins" / f"test_{name}.py").read_text()
