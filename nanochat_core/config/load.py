@@ -19,9 +19,9 @@ from nanochat_core.config.merge import (
     read_layers,
 )
 from nanochat_core.config.origins import DEFAULT, Origin
-from nanochat_core.config.schema import CORE_TABLES, HORIZONS, PLUGIN_LISTS, PLUGIN_TABLES, TABLES, WARMUPS, Experiment
+from nanochat_core.config.schema import CORE_TABLES, HORIZONS, TABLES, WARMUPS, Experiment
 from nanochat_core.errors import ConfigError, Problem, did_you_mean
-from nanochat_core.plugins.choice import RESERVED, Choice, EntryKeys
+from nanochat_core.plugins.choice import PLUGIN_LISTS, PLUGIN_TABLES, RESERVED, Choice, EntryKeys
 from nanochat_core.plugins.discovery import Plugins
 from nanochat_core.plugins.structure import Mismatch, converter, fields_of
 
@@ -217,7 +217,11 @@ class _Structurer:
                 self._problem((*path, key), f'unknown key of {word} plugin "{name}"{hint}', own.pop(key))
         keys = self._structure(reserved_class, path, kept)
         config = self._structure(entry.config, path, own, owner=f' of {word} plugin "{name}"', place=chosen)
-        return Choice(keys, entry, config) if keys is not None and config is not None else None
+        if keys is None or config is None:
+            return None
+        origins = {key: self.origins[key] for key in (".".join((*path, name)) for name in (*known, *reserved_names))}
+        at = first_origin(chosen) or first_origin(table)  # of what is left at its default
+        return Choice(keys, entry, config, {key: o.text if o.layer >= 0 else at for key, o in origins.items()})
 
     def _apply_alias(self, path: Path_, table: Tree, old: str, new: str) -> None:
         if old not in table:

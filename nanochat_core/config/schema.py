@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import attrs
 
@@ -147,10 +147,6 @@ class Experiment:
 
 
 CORE_TABLES: Mapping[str, type] = {"run": Run, "schedule": Schedule, "train": Train, "checkpoint": Checkpoint}
-PLUGIN_TABLES: Mapping[str, Any] = {
-    "tokenizer": "tokenizer", "data": "data_source", "model": "model", "optimizer": "optimizer",
-}  # fmt: skip
-PLUGIN_LISTS: Mapping[str, Any] = {"evaluators": "evaluator", "loggers": "logger"}
 TABLES = ("run", "tokenizer", "data", "model", "optimizer", "schedule", "train", "checkpoint", "evaluators", "loggers")
 
 # ------------------------------------------------------------------------------------------ strict structuring

@@ -70,7 +70,7 @@ def evaluate(
     evaluation = Evaluation()
     with inference(model, dtype):
         try:
-            with guard.stop.interruptible():
+            with guard.stop.interruptible(), choice.naming_options():
                 evaluation = evaluator.evaluate(model, step)
             _check(evaluation)
         except Stopped:

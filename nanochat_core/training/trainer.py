@@ -368,9 +368,10 @@ class Trainer:
         keys = self.experiment.data.keys
         assert isinstance(keys, DataSourceKeys)
         return DataError(
-            f"data.epochs: the training data are used up after step {self.state.step} of {self.plan.num_iterations} "
+            f"the training data are used up after step {self.state.step} of {self.plan.num_iterations} "
             f"(epochs = {keys.epochs!r}), which is saved. To go on: --resume with more epochs, as in "
-            f"--set data.epochs=repeat, or with fewer steps, as in --set train.num_iterations={self.state.step}"
+            f"--set data.epochs=repeat, or with fewer steps, as in --set train.num_iterations={self.state.step}",
+            key="data.epochs",
         )
 
     def _diverged(

@@ -60,7 +60,8 @@ class BitsPerByte(Evaluator):
             return {}
         if total_bytes == 0:
             raise DataError(
-                f"bpb: the {name} {'split' if name in ('val', 'train') else 'set'} has not a single byte to predict: "
-                f"give the data source documents for it, or pick the other split"
+                f"the {name} {'split' if name in ('val', 'train') else 'set'} has not a single byte to predict: "
+                f"give the data source documents for it, or pick the other split",
+                key="split",
             )
         return {f"{name}/bpb{'_partial' if stops else ''}": total_nats / (math.log(2) * total_bytes)}

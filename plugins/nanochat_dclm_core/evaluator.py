@@ -106,9 +106,7 @@ class Core(Evaluator):
         known = {task.label: task for task in bundle.tasks}
         unknown = [label for label in self.config.tasks if label not in known]
         if unknown:
-            raise ConfigError(
-                f"evaluators.core.tasks: {', '.join(unknown)} not in the bundle; it has {', '.join(known)}"
-            )
+            raise ConfigError(f"{', '.join(unknown)} not in the bundle; it has {', '.join(known)}", key="tasks")
         return [task for task in bundle.tasks if not self.config.tasks or task.label in self.config.tasks]
 
     def _facts(self, model: Model, step: int) -> dict[str, Any]:
@@ -231,7 +229,7 @@ class Core(Evaluator):
             missing = facts["missing_tasks"]
             notes.append(f"{len(missing)} of CORE's 22 tasks are not in the bundle: {', '.join(missing)}")
         if facts["left_out_tasks"]:
-            notes.append(f"left out by evaluators.core.tasks: {', '.join(facts['left_out_tasks'])}")
+            notes.append(f"left out by the option tasks: {', '.join(facts['left_out_tasks'])}")
         if facts["unfinished_tasks"]:
             notes.append(f"time_budget ended before: {', '.join(facts['unfinished_tasks'])}")
         if facts["missing_tasks"] or facts["left_out_tasks"] or facts["unfinished_tasks"]:
