@@ -50,7 +50,7 @@ class NanochatError(Exception):
         """Complete the keys: they are names of options in ``table``, such as ``data`` or ``evaluators.mine``. Only the
         first call counts, for an error may pass through several plugins. A key that is whole already stays.
         """
-        if self._table or not table:
+        if self._table or not table or not self.problems:
             return
         self._table, root = table, table.partition(".")[0]
         self._set(
@@ -65,7 +65,7 @@ class NanochatError(Exception):
             places: ``file:line`` or the like, by whole key.
         """
         if self.problems:
-            self._set(attrs.evolve(p, where=p.where or places.get(p.key, "")) for p in self.problems)
+            self._set(attrs.evolve(p, where=p.where or (places.get(p.key, "") if p.key else "")) for p in self.problems)
 
 
 class ConfigError(NanochatError):

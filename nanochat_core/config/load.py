@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from nanochat_core.config.merge import (
     read_layers,
 )
 from nanochat_core.config.origins import DEFAULT, Origin
-from nanochat_core.config.schema import CORE_TABLES, HORIZONS, TABLES, WARMUPS, Experiment
+from nanochat_core.config.schema import CORE_TABLES, HORIZONS, TABLES, WARMUPS, Checkpoint, Experiment
 from nanochat_core.errors import ConfigError, Problem, did_you_mean
 from nanochat_core.plugins.choice import PLUGIN_LISTS, PLUGIN_TABLES, RESERVED, Choice, EntryKeys
 from nanochat_core.plugins.discovery import Plugins
@@ -58,7 +58,7 @@ def load(
 
     Args:
         file: the TOML file.
-        overrides: ``key=value`` texts; list entries are addressed by name, as in ``evaluators.bpb.every=50``.
+        overrides: ``key=value`` texts; list entries are addressed by name, as in ``evaluators.NAME.every=50``.
         plugins: what is installed.
         instead: tables that stand in for those of the file; ``instead_from``: where they come from.
 
@@ -76,6 +76,26 @@ def load(
     return _Structurer(tree, plugins, problems, default_name=Path(file).stem).finish()
 
 
+def load_tables(
+    tables: Mapping[str, Mapping[str, Any]], where: str, overrides: Iterable[str], plugins: Plugins
+) -> LoadedExperiment:
+    """Make an experiment of tables instead of a file, for those who need only some of its parts.
+
+    Args:
+        tables: as in a TOML file. A part that no table names a plugin for is a Choice without an entry.
+        where: where the values come from, for messages.
+        overrides, plugins: as for ``load``.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    problems: list[Problem] = []
+    tree: Tree = {}
+    merge_layer(tree, tables, {(): where}, 0, problems)
+    merge_overrides(tree, list(overrides), 1, problems)
+    return _Structurer(tree, plugins, problems, default_name="tables", complete=False).finish()
+
+
 # ------------------------------------------------------------------------------------------------ files to layers
 
 
@@ -88,8 +108,11 @@ def load(
 class _Structurer:
     """Turns the merged tree into an Experiment, collecting problems, origins and missing plugins."""
 
-    def __init__(self, tree: Tree, plugins: Plugins, problems: list[Problem], default_name: str) -> None:
+    def __init__(
+        self, tree: Tree, plugins: Plugins, problems: list[Problem], default_name: str, complete: bool = True
+    ) -> None:
         self.tree, self.plugins, self.problems, self.default_name = tree, plugins, problems, default_name
+        self.complete = complete  # every part must name its plugin
         self.origins: dict[str, Origin] = {}
         self.missing: list[Problem] = []
 
@@ -112,6 +135,7 @@ class _Structurer:
             entries = self._table(table)
             chosen = [self._choice((table, name), entry, kind) for name, entry in entries.items()]
             parts[table] = tuple(c for c in chosen if c is not None)
+        parts["checkpoint"] = self._with_best_metric(parts["checkpoint"], parts["evaluators"])
         if self.problems:
             raise ConfigError([*self.problems, *self.missing])
         if not parts["run"].name:
@@ -144,6 +168,19 @@ class _Structurer:
     def _core_table(self, name: str) -> Any:
         return self._structure(CORE_TABLES[name], (name,), self._table(name))
 
+    def _with_best_metric(self, checkpoint: Checkpoint | None, evaluators: Sequence[Choice]) -> Checkpoint | None:
+        """``best_metric`` that is not given is that of the first evaluator that has one."""
+        if checkpoint is None or checkpoint.best_metric is not None:
+            return checkpoint
+        for choice in evaluators:
+            if choice.entry is not None and choice.entry.best_metric:
+                self.origins["checkpoint.best_metric"] = Origin(f"default: the metric of {choice.table}")
+                return attrs.evolve(checkpoint, best_metric=choice.metric_name(choice.entry.best_metric))
+        if checkpoint.keep_best is not None and not self.missing:
+            message = "missing: keep_best needs a metric, and no evaluator of the experiment has one of its own"
+            self._problem(("checkpoint", "best_metric"), message, self._table("checkpoint")["keep_best"])
+        return checkpoint
+
     def _structure(self, cls: type, path: Path_, table: Tree, owner: str = "", place: Any = None) -> Any:
         """An instance of an attrs class, or None after noting every problem, at ``place`` what has none of its own."""
         try:
@@ -171,6 +208,8 @@ class _Structurer:
         chosen = table.get("plugin")
         if chosen is None and len(path) == 2 and isinstance(table, dict) and registry.claims(path[1]):
             chosen = Value(path[1], DEFAULT)
+        if chosen is None and not self.complete and not table:
+            return Choice(EntryKeys(""), None, {})
         if not isinstance(chosen, Value) or not isinstance(chosen.value, str):
             names = ", ".join(e.name for e in registry) or "none"
             self._problem((*path, "plugin"), f"missing: name a {word} plugin (installed: {names})", chosen or table)

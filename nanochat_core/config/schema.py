@@ -108,7 +108,10 @@ class Checkpoint:
         None, "keep so many checkpoints that best_metric finds best, of those evaluated at their very step",
         validator=at_least(1),
     )  # fmt: skip
-    best_metric: str = option("val/bpb", "what keep_best looks at: an evaluation metric as the ledger names it")
+    best_metric: str | None = option(
+        None, "what keep_best looks at: an evaluation metric as the ledger names it; default: that of the first "
+        "evaluator that has one",
+    )  # fmt: skip
     best_is: Literal["smallest", "largest"] = option("smallest", "which value of best_metric is best")
 
     def __attrs_post_init__(self) -> None:

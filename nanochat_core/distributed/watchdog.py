@@ -74,7 +74,7 @@ class Watchdog:
         self._thread.join()
 
     def heartbeat(self, doing: str) -> None:
-        """Something was done, and something new begins: ``after step 8``, ``in evaluation core``. As good as free."""
+        """Something was done, and something new begins: ``after step 8``, ``in evaluation NAME``. As good as free."""
         self._beat = (doing, time.monotonic())
 
     def report_stalls(

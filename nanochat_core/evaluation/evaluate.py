@@ -88,8 +88,8 @@ def evaluate(
     if choice.name != choice.plugin:
         evaluation = attrs.evolve(
             evaluation,
-            metrics={f"{choice.name}/{key}": value for key, value in evaluation.metrics.items()},
-            texts={f"{choice.name}/{key}": text for key, text in evaluation.texts.items()},
+            metrics={choice.metric_name(key): value for key, value in evaluation.metrics.items()},
+            texts={choice.metric_name(key): text for key, text in evaluation.texts.items()},
         )
     return evaluation
 

@@ -120,6 +120,10 @@ class Choice:
         table = next(t for t, kind in (*PLUGIN_TABLES.items(), *PLUGIN_LISTS.items()) if kind == self.entry.kind)
         return f"{table}.{self.name}" if table in PLUGIN_LISTS else table
 
+    def metric_name(self, metric: str) -> str:
+        """What the ledger calls a metric of an evaluator: an entry renamed in TOML leads it with its name."""
+        return metric if self.name == self.plugin else f"{self.name}/{metric}"
+
     def build(self, context: Any) -> Any:
         """Import the factory and call it.
 

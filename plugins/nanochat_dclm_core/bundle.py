@@ -160,8 +160,8 @@ def _file_reader(root: Path) -> Callable[[str], bytes]:
             return (root / name).read_bytes()
         except OSError as error:
             raise DataError(
-                f"{root / name} can't be read ({error.strerror}): give the directory that holds {CONFIG}, or leave tasks "
-                f"without data out with the option tasks",
+                f"{root / name} can't be read ({error.strerror}): give the directory that holds {CONFIG}, or leave "
+                f"tasks without data out with the option tasks",
                 key="bundle",
             ) from error
 

@@ -205,12 +205,14 @@ class Core(Evaluator):
         mean_name, mean = aggregate(scores)
         if scores:
             metrics[mean_name] = mean
-        facts = {
+        settings = {
             "baselines": self._bundle.baselines_version,
-            "bundle": self._bundle.source,
             "bundle_digest": self._bundle.digest,
             "max_per_task": self.config.max_per_task,
             "max_len": self.max_len,
+        }
+        facts = {
+            "bundle": self._bundle.source,
             "accuracy": accuracies,
             "examples": {label: sum(row["task"] == label for row in rows) for label in scores},
             "close": dict(close),
@@ -221,7 +223,8 @@ class Core(Evaluator):
             "task_digests": dict(self._digests),
         }
         files = {"core.csv": table(accuracies, scores)} if scores else {}
-        return Evaluation(metrics=metrics, examples=rows, files=files, facts=facts, notes=self._notes(facts))
+        notes = self._notes({**facts, **settings})
+        return Evaluation(metrics=metrics, examples=rows, files=files, facts=facts, settings=settings, notes=notes)
 
     def _notes(self, facts: Mapping[str, Any]) -> tuple[str, ...]:
         notes = []

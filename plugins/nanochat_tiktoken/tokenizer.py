@@ -100,6 +100,11 @@ class TiktokenTokenizer(TableTokenizer):
         return {"pattern": self._pattern, "merges": MERGES}
 
 
+def from_name(name: str) -> TiktokenConfig | None:
+    """The config of an encoding that tiktoken knows by name; None when it knows none of that name."""
+    return TiktokenConfig(encoding=name) if name in tiktoken.list_encoding_names() else None
+
+
 class _NotInCache(Exception):
     """tiktoken wants to download something."""
 
