@@ -105,7 +105,7 @@ def add_experiment(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="KEY=VALUE",
         dest="overrides",
-        help="override a value, as in --set model.depth=12 --set evaluators.bpb.every=50; may be repeated",
+        help="override a value, as in --set model.depth=12 --set evaluators.NAME.every=50; may be repeated",
     )
 
 

@@ -14,6 +14,7 @@ from nanochat_core.errors import ConfigError, NanochatError, Problem
 if TYPE_CHECKING:
     from nanochat_core.config.load import LoadedExperiment
     from nanochat_core.interfaces.data_source import DataSource
+    from nanochat_core.plugins.registry import Entry
 
 BYTES_A_TOKEN = 4.2  # of English text and a vocabulary of some ten thousand tokens
 SAMPLES = 200  # documents read to estimate the length of all
@@ -33,10 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             default=[],
             metavar="KEY=VALUE",
             dest="overrides",
-            help="override a value, as in --set data.shards=10; may be repeated",
+            help="override a value, as in --set data.cache=true; may be repeated",
         )
         action.add_argument(
-            "-n", "--shards", type=positive, metavar="N", help="training shards, instead of data.shards"
+            "-n", "--shards", type=positive, metavar="N", help="how many training shards, if the source comes in shards"
         )
     download.add_argument(
         "-w", "--workers", type=positive, default=4, metavar="N", help="files at the same time (default: 4)"
@@ -47,10 +48,9 @@ def main(options: argparse.Namespace, _: Sequence[str]) -> int:
     from nanochat_core.config.origins import add_places
     from nanochat_core.data.sources import build_source
 
-    overrides = [*options.overrides, *([f"data.shards={options.shards}"] if options.shards else [])]
     if options.source:
-        return _act(options, _named_source(options.source, overrides), None)
-    loaded = _load(options.file, overrides)
+        return _act(options, _named_source(options.source, options.overrides, options.shards), None)
+    loaded = _load(options.file, options.overrides, options.shards)
     try:
         return _act(options, build_source(loaded.experiment.data), loaded)
     except NanochatError as error:
@@ -62,23 +62,32 @@ def _act(options: argparse.Namespace, source: DataSource, loaded: LoadedExperime
     return _download(source, options.workers) if options.action == "download" else _info(source, loaded)
 
 
-def _load(file: Path, overrides: Sequence[str]) -> LoadedExperiment:
+def _load(file: Path, overrides: Sequence[str], shards: int | None) -> LoadedExperiment:
     from nanochat_core.config.load import load
     from nanochat_core.plugins.discovery import load_plugins
 
-    loaded = load(file, overrides, load_plugins())
+    plugins = load_plugins()
+    loaded = load(file, overrides, plugins)
+    entry = loaded.experiment.data.entry
+    if shards is not None and entry is not None:
+        loaded = load(file, [*overrides, f"data.{_limit_option(entry)}={shards}"], plugins)
     needed = [problem for problem in loaded.missing if problem.key.split(".")[0] == "data"]
     if needed:
         raise ConfigError(needed)
     return loaded
 
 
-def _named_source(name: str, overrides: Sequence[str]) -> DataSource:
+def _limit_option(entry: Entry) -> str:
+    if not entry.limit_option:
+        raise ConfigError([Problem("", f'data source "{entry.name}" does not come in shards; leave it out', "-n")])
+    return entry.limit_option
+
+
+def _named_source(name: str, overrides: Sequence[str], shards: int | None) -> DataSource:
+    from nanochat_core.config.load import Tables, load
     from nanochat_core.config.merge import parse_override
     from nanochat_core.data.sources import build_source
-    from nanochat_core.plugins.choice import Choice, EntryKeys
     from nanochat_core.plugins.discovery import load_plugins
-    from nanochat_core.plugins.structure import Mismatch, converter
 
     plugins = load_plugins()
     registry = plugins["data_source"]
@@ -89,17 +98,14 @@ def _named_source(name: str, overrides: Sequence[str]) -> DataSource:
     if entry.missing():
         needs = f"needs {', '.join(entry.missing())}: {entry.how_to_install()}"
         raise ConfigError([Problem("", needs, f"--source {name}")])
-    given: dict[str, Any] = {}
     for text in overrides:
-        path, value = parse_override(text)
+        path, _ = parse_override(text)
         if path[0] != "data" or len(path) != 2:
             raise ConfigError([Problem("", f"write data.OPTION=VALUE, not {text!r}", "--set")])
-        given[path[1]] = value
-    try:
-        config: Any = converter.structure(given, entry.config)
-    except Mismatch as error:
-        raise ConfigError([Problem(".".join(("data", *key)), text, "--set") for key, text in error.problems]) from None
-    return build_source(Choice(EntryKeys(plugin=name), entry, config))
+    limit = [] if shards is None else [f"data.{_limit_option(entry)}={shards}"]
+    source = Tables({"data": {"plugin": name}}, f"--source {name}")
+    loaded = load(None, [*overrides, *limit], plugins, [source], complete=False)
+    return build_source(loaded.experiment.data)
 
 
 # ------------------------------------------------------------------------------------------------------- download

@@ -1,4 +1,4 @@
-"""``nanochat eval RUN|CHECKPOINT|hf:PATH``: any evaluator on any model; ``--compare`` two evaluations."""
+"""``nanochat eval RUN|CHECKPOINT|PLUGIN:PATH``: any evaluator on any model; ``--compare`` two evaluations."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "target", nargs="?", metavar="RUN|CHECKPOINT|hf:PATH",
-        help="a run (its newest checkpoint), a checkpoint's directory, or a Hugging Face model (directory or hub name)",
+        "target", nargs="?", metavar="RUN|CHECKPOINT|PLUGIN:PATH",
+        help="a run (its newest checkpoint), a checkpoint's directory, or a model from elsewhere: the plugin that "
+        "loads it, a colon, and the model's directory or name",
     )  # fmt: skip
     parser.add_argument(
         "--evaluator", action="append", default=[], metavar="NAME", dest="evaluators",
@@ -26,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
-        help="override a value, as in --set evaluators.core.bundle=PATH; may be repeated",
+        help="override a value, as in --set train.device_batch_size=8; may be repeated",
     )  # fmt: skip
     parser.add_argument("--nproc", type=positive, default=1, metavar="N", help="worker processes, one a device")
     parser.add_argument(
@@ -93,10 +94,10 @@ def _compare(a: str, b: str, names: Sequence[str], runs_dir: Path, allow_other_d
                 print(f"{metric}: {x:.6g} to {y:.6g} ({y - x:+.6g})")
         for split in others:
             print(f"careful: they were measured on other {split} data")
-        for fact in ("baselines", "max_per_task", "max_len", "bundle_digest"):
-            x, y = ours.facts["facts"].get(fact), theirs.facts["facts"].get(fact)
+        for setting in sorted({*ours.settings, *theirs.settings}):
+            x, y = ours.own_facts.get(setting), theirs.own_facts.get(setting)
             if x != y:
-                print(f"careful: {fact} is {x} in A and {y} in B")
+                print(f"careful: {setting} is {x} in A and {y} in B")
         print()
     return 0
 
@@ -117,5 +118,5 @@ def _stored(reference: str, runs_dir: Path) -> dict[str, Stored]:
             return evaluations
     evaluations = find_evaluations(find_run(reference, runs_dir).evaluations)
     if not evaluations:
-        raise CheckpointError(f"{reference} has not been evaluated yet: nanochat eval {reference} --evaluator core")
+        raise CheckpointError(f"{reference} has not been evaluated yet: nanochat eval {reference} --evaluator NAME")
     return evaluations

@@ -7,13 +7,14 @@ import contextlib
 import json
 import os
 import time
+import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from nanochat_core.cli import add_runs_dir
 from nanochat_core.runs.directory import RunDirectory, all_runs
-from nanochat_core.runs.ledger import read_ledger
+from nanochat_core.runs.ledger import best_value, read_ledger
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +26,7 @@ def main(options: argparse.Namespace, _: Sequence[str]) -> int:
     if not runs:
         print(f"no runs under {options.runs_dir}; start one with: nanochat run experiments/quickstart.toml")
         return 0
-    rows = [("NAME", "ID", "STATUS", "STEP", "BEST BPB", "VAL DATA", "AGE", "SIZE"), *(_row(run) for run in runs)]
+    rows = [("NAME", "ID", "STATUS", "STEP", "BEST", "VAL DATA", "AGE", "SIZE"), *(_row(run) for run in runs)]
     widths = [max(len(row[i]) for row in rows) for i in range(8)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -35,28 +36,32 @@ def main(options: argparse.Namespace, _: Sequence[str]) -> int:
 def _row(run: RunDirectory) -> tuple[str, ...]:
     status = run.read_status()
     step, horizon = status.get("step", 0), status.get("num_iterations", 0)
-    facts, found = _provenance(run), {}
-    comparable_from = _comparable_from(facts)
+    facts = _provenance(run)
     for record in read_ledger(run.ledger):
-        value = record.get("val/bpb")
-        if isinstance(value, float) and record["step"] >= comparable_from:
-            found[record["step"]] = (
-                value  # a step evaluated again, as on another validation set, counts as the last time
-            )
         if "train/loss" in record:
             step = max(step, record["step"] + 1)
     age = _age(time.time() - status.get("time", run.path.stat().st_mtime))
-    bpb = f"{min(found.values()):.4f}" if found else "-"
     return (
         run.name,
         run.id,
         status.get("status", "unknown"),
         f"{step}/{horizon}",
-        bpb,
-        str(facts.get("fingerprints", {}).get("val", "-"))[:8],  # bits per byte of different sets don't compare
+        _best(run, _comparable_from(facts)),
+        str(facts.get("fingerprints", {}).get("val", "-"))[:8],  # results on different sets don't compare
         age,
         _size(run.path),
     )
+
+
+def _best(run: RunDirectory, comparable_from: int) -> str:
+    """The run's ``best_metric`` and its best value."""
+    try:
+        options = tomllib.loads(run.experiment.read_text(encoding="utf-8")).get("checkpoint", {})
+    except (OSError, ValueError):
+        return "-"
+    metric = options.get("best_metric", "")
+    value = best_value(run.ledger, metric, options.get("best_is", "smallest"), comparable_from)
+    return f"{metric} {value:.4f}" if value is not None else "-"
 
 
 def _provenance(run: RunDirectory) -> dict[str, Any]:

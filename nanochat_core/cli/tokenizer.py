@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from nanochat_core.plugins.discovery import Plugins
 
 COLOURS = (194, 223, 189, 217, 153)  # backgrounds of the 256-colour palette, light, one token after the other
-OTHERS = ("gpt2", "cl100k_base")  # compared with when they are there
+WELL_KNOWN = ("gpt2", "cl100k_base")  # compared with when they are there
 REFERENCE = "an experiment (a TOML file) or a run (its name, name/id, id, or directory)"
 
 TEXTS = {
@@ -49,9 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_runs_dir(show)
     compare = commands.add_parser("compare", help="bytes a token on several texts")
     compare.add_argument(
-        "references", nargs="+", metavar="FILE|RUN|ENCODING",
-        help=f"{REFERENCE}, or an encoding of tiktoken such as o200k_base; {' and '.join(OTHERS)} are added when "
-        f"tiktoken has them on this machine",
+        "references", nargs="+", metavar="FILE|RUN|NAME",
+        help=f"{REFERENCE}, or a name that a tokenizer plugin knows, such as o200k_base; {' and '.join(WELL_KNOWN)} "
+        f"are added when they are on this machine",
     )  # fmt: skip
     compare.add_argument(
         "--text", action="append", type=Path, default=[], metavar="PATH", help="a text file to measure"
@@ -161,9 +161,9 @@ def _compare(options: argparse.Namespace, plugins: Plugins) -> int:
     tokenizers: dict[str, Tokenizer] = {}
     source: DataSource | None = None
     for index, reference in enumerate(options.references):
-        encoding = _encoding(reference, plugins)
-        if encoding is not None:
-            tokenizers[reference] = encoding
+        known = _from_name(reference, plugins)
+        if known is not None:
+            tokenizers[reference] = known
             continue
         tokenizer, experiment = _open(reference, options.runs_dir, plugins)
         tokenizers[Path(reference).stem if reference.endswith(".toml") else reference] = tokenizer
@@ -172,11 +172,11 @@ def _compare(options: argparse.Namespace, plugins: Plugins) -> int:
                 source = build_source(experiment.data)
             except NanochatError as error:
                 _say(f"without validation documents: {error}")
-    for name in OTHERS:
+    for name in WELL_KNOWN:
         try:
-            other = _encoding(name, plugins)
+            other = _from_name(name, plugins)
         except NanochatError:
-            _say(f"without {name}: it isn't in tiktoken's cache")
+            _say(f"without {name}: it is not on this machine")
             continue
         if other is not None:
             tokenizers.setdefault(name, other)
@@ -215,17 +215,16 @@ def _first(documents: Sequence[str], size: int) -> Iterator[str]:
             return
 
 
-def _encoding(name: str, plugins: Plugins) -> Tokenizer | None:
-    """An encoding of tiktoken by its name; None when it has no such name."""
+def _from_name(name: str, plugins: Plugins) -> Tokenizer | None:
+    """A well-known tokenizer by its name; None when no plugin knows the name."""
     from nanochat_core.data.tokenizer_cache import build_tokenizer
     from nanochat_core.plugins.choice import Choice, EntryKeys
-    from nanochat_core.plugins.structure import converter
 
-    entry = plugins["tokenizer"].get("tiktoken")
-    if entry is None or "/" in name or name.endswith(".toml"):
+    if "/" in name or name.endswith(".toml"):
         return None
-    choice = Choice(EntryKeys("tiktoken"), entry, converter.structure({"encoding": name}, entry.config))
-    try:
-        return build_tokenizer(choice)
-    except ConfigError:
-        return None
+    for entry in plugins["tokenizer"]:
+        if entry.from_name and not entry.missing():
+            config = entry.load_from_name()(name)
+            if config is not None:
+                return build_tokenizer(Choice(EntryKeys(entry.name), entry, config))
+    return None

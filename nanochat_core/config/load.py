@@ -19,9 +19,9 @@ from nanochat_core.config.merge import (
     read_layers,
 )
 from nanochat_core.config.origins import DEFAULT, Origin
-from nanochat_core.config.schema import CORE_TABLES, HORIZONS, PLUGIN_LISTS, PLUGIN_TABLES, TABLES, WARMUPS, Experiment
+from nanochat_core.config.schema import CORE_TABLES, HORIZONS, TABLES, WARMUPS, Checkpoint, Experiment
 from nanochat_core.errors import ConfigError, Problem, did_you_mean
-from nanochat_core.plugins.choice import RESERVED, Choice, EntryKeys
+from nanochat_core.plugins.choice import PLUGIN_LISTS, PLUGIN_TABLES, RESERVED, Choice, EntryKeys
 from nanochat_core.plugins.discovery import Plugins
 from nanochat_core.plugins.structure import Mismatch, converter, fields_of
 
@@ -78,15 +78,22 @@ class Tables:
 
 
 def load(
-    file: str | Path | None, overrides: Iterable[str], plugins: Plugins, tables: Sequence[Tables] = ()
+    file: str | Path | None,
+    overrides: Iterable[str],
+    plugins: Plugins,
+    tables: Sequence[Tables] = (),
+    *,
+    complete: bool = True,
 ) -> LoadedExperiment:
     """Read an experiment.
 
     Args:
         file: the TOML file; None when everything comes from ``tables`` and ``overrides``.
-        overrides: ``key=value`` texts; list entries are addressed by name, as in ``evaluators.bpb.every=50``.
+        overrides: ``key=value`` texts; list entries are addressed by name, as in ``evaluators.NAME.every=50``.
         plugins: what is installed.
         tables: what lies between the file and the overrides, lowest first.
+        complete: whether every part must name its plugin. If not, a part that no table names a plugin for becomes a
+            Choice without an entry.
 
     Raises:
         ConfigError: with every problem found.
@@ -103,14 +110,18 @@ def load(
         merge_layer(tree, added.content, {(): added.origin}, index, problems)
         index += 1
     merge_overrides(tree, list(overrides), index, problems)
-    return _Structurer(tree, plugins, problems, default_name=Path(file).stem if file is not None else "").finish()
+    default_name = Path(file).stem if file is not None else "tables"
+    return _Structurer(tree, plugins, problems, default_name, complete).finish()
 
 
 class _Structurer:
     """Turns the merged tree into an Experiment, collecting problems, origins and missing plugins."""
 
-    def __init__(self, tree: Tree, plugins: Plugins, problems: list[Problem], default_name: str) -> None:
+    def __init__(
+        self, tree: Tree, plugins: Plugins, problems: list[Problem], default_name: str, complete: bool = True
+    ) -> None:
         self.tree, self.plugins, self.problems, self.default_name = tree, plugins, problems, default_name
+        self.complete = complete  # every part must name its plugin
         self.origins: dict[str, Origin] = {}
         self.missing: list[Problem] = []
 
@@ -133,6 +144,7 @@ class _Structurer:
             entries = self._table(table)
             chosen = [self._choice((table, name), entry, kind) for name, entry in entries.items()]
             parts[table] = tuple(c for c in chosen if c is not None)
+        parts["checkpoint"] = self._with_best_metric(parts["checkpoint"], parts["evaluators"])
         if self.problems:
             raise ConfigError([*self.problems, *self.missing])
         if not parts["run"].name:
@@ -165,6 +177,19 @@ class _Structurer:
     def _core_table(self, name: str) -> Any:
         return self._structure(CORE_TABLES[name], (name,), self._table(name))
 
+    def _with_best_metric(self, checkpoint: Checkpoint | None, evaluators: Sequence[Choice]) -> Checkpoint | None:
+        """``best_metric`` that is not given is that of the first evaluator that has one."""
+        if checkpoint is None or checkpoint.best_metric is not None:
+            return checkpoint
+        for choice in evaluators:
+            if choice.entry is not None and choice.entry.best_metric:
+                self.origins["checkpoint.best_metric"] = Origin(f"default: the metric of {choice.table}")
+                return attrs.evolve(checkpoint, best_metric=choice.metric_name(choice.entry.best_metric))
+        if checkpoint.keep_best is not None and not self.missing:
+            message = "missing: keep_best needs a metric, and no evaluator of the experiment has one of its own"
+            self._problem(("checkpoint", "best_metric"), message, self._table("checkpoint")["keep_best"])
+        return checkpoint
+
     def _structure(self, cls: type, path: Path_, table: Tree, owner: str = "", place: Any = None) -> Any:
         """An instance of an attrs class, or None after noting every problem, at ``place`` what has none of its own."""
         try:
@@ -187,6 +212,8 @@ class _Structurer:
 
     def _choice(self, path: Path_, table: Tree, kind: Any) -> Choice | None:
         """The plugin entry a table picks, with its config; None after noting what is wrong."""
+        if not self.complete and not table:
+            return Choice(EntryKeys(""), None, {})
         chosen = self._chosen(path, table, kind)
         if chosen is None:
             return None
@@ -218,7 +245,11 @@ class _Structurer:
             self._problem((*path, key), f"unknown key{owner}{hint}", own.pop(key))
         keys = self._structure(reserved_class, path, kept)
         config = self._structure(entry.config, path, own, owner=owner, place=chosen)
-        return Choice(keys, entry, config) if keys is not None and config is not None else None
+        if keys is None or config is None:
+            return None
+        origins = {key: self.origins[key] for key in (".".join((*path, name)) for name in (*known, *reserved))}
+        at = first_origin(chosen) or first_origin(table)  # of what is left at its default
+        return Choice(keys, entry, config, {key: o.text if o.layer >= 0 else at for key, o in origins.items()})
 
     def _chosen(self, path: Path_, table: Tree, kind: Any) -> Value | None:
         """The plugin's name that a table gives, or that the name of its entry is."""

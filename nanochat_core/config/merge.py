@@ -12,9 +12,9 @@ from typing import Any
 import attrs
 
 from nanochat_core.config.origins import DEFAULT, Origin
-from nanochat_core.config.schema import PLUGIN_LISTS, PLUGIN_TABLES
 from nanochat_core.config.toml_lines import KeyPath, line_numbers
 from nanochat_core.errors import ConfigError, Problem, did_you_mean
+from nanochat_core.plugins.choice import PLUGIN_LISTS, PLUGIN_TABLES
 
 Path_ = tuple[str, ...]
 

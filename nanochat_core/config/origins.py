@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import attrs
 
-from nanochat_core.errors import ConfigError, NanochatError
+from nanochat_core.errors import NanochatError
 
 
 @attrs.frozen
@@ -30,16 +30,5 @@ DEFAULT = Origin("default")
 
 
 def add_places(error: NanochatError, origins: Mapping[str, Origin]) -> None:
-    """Put file and line in front of a message that begins with a key of the experiment, in place."""
-
-    def place(key: str) -> str:
-        origin = origins.get(key)
-        return "" if origin is None or origin.layer < 0 else origin.text
-
-    if isinstance(error, ConfigError):
-        keys = [p.key or p.message.partition(": ")[0] for p in error.problems]
-        placed = zip(error.problems, keys, strict=True)
-        error.problems = tuple(attrs.evolve(p, where=p.where or place(key)) for p, key in placed)
-        error.args = ("\n".join(map(str, error.problems)),)
-    elif place(str(error).partition(": ")[0]):
-        error.args = (f"{place(str(error).partition(': ')[0])}: {error}",)
+    """Put file and line in front of what is said about each key of the experiment, in place."""
+    error.add_places({key: origin.text for key, origin in origins.items() if origin.layer >= 0})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import attrs
 
@@ -110,7 +110,10 @@ class Checkpoint:
         None, "number of checkpoints to keep that are best by best_metric, among those evaluated at their own step",
         validator=at_least(1),
     )  # fmt: skip
-    best_metric: str = option("val/bpb", "metric that keep_best compares, as the ledger names it")
+    best_metric: str | None = option(
+        None, "what keep_best looks at: an evaluation metric as the ledger names it; default: that of the first "
+        "evaluator that has one",
+    )  # fmt: skip
     best_is: Literal["smallest", "largest"] = option("smallest", "which value of best_metric is best")
 
     def __attrs_post_init__(self) -> None:
@@ -149,10 +152,6 @@ class Experiment:
 
 
 CORE_TABLES: Mapping[str, type] = {"run": Run, "schedule": Schedule, "train": Train, "checkpoint": Checkpoint}
-PLUGIN_TABLES: Mapping[str, Any] = {
-    "tokenizer": "tokenizer", "data": "data_source", "model": "model", "optimizer": "optimizer",
-}  # fmt: skip
-PLUGIN_LISTS: Mapping[str, Any] = {"evaluators": "evaluator", "loggers": "logger"}
 TABLES = ("run", "tokenizer", "data", "model", "optimizer", "schedule", "train", "checkpoint", "evaluators", "loggers")
 
 # ------------------------------------------------------------------------------------------ strict structuring

@@ -86,8 +86,9 @@ class BestFitLane(Lane):
             tried = tried + 1 if self._num_ready == before else 0
             if tried > len(self._starts):
                 raise DataError(
-                    f"data.packing: no {self._stop(0)} documents together fill a row of {self._T + 1} tokens: "
-                    f'set data.packing to "stream", raise data.packing_window, or lower train.max_seq_len'
+                    f"no {self._stop(0)} documents together fill a row of {self._T + 1} tokens: "
+                    f'set data.packing to "stream", raise data.packing_window, or lower train.max_seq_len',
+                    key="data.packing",
                 )
         return True
 

@@ -94,11 +94,12 @@ class UnreadablePlaces:
         """
         what = " ".join(what.split())  # messages of libraries have line breaks
         if self.on_error == "fail":
-            raise DataError(f"data.on_error: {what}; {remedy}, or set data.on_error to skip") from error
+            raise DataError(f"{what}; {remedy}, or set data.on_error to skip", key="on_error") from error
         with self._lock:
             self._lines[f"skipped: {what}"] = None
             if len(self._lines) > MOST_SKIPPED:
-                raise DataError(f"data.on_error: more than {MOST_SKIPPED:,} places can't be read, the last: {what}")
+                message = f"more than {MOST_SKIPPED:,} places can't be read, the last: {what}"
+                raise DataError(message, key="on_error")
 
     def lines(self) -> list[str]:
         """A line for each place, in the order they were reported; see ``DataSource.problems``."""

@@ -200,8 +200,9 @@ class Lane(ABC):
         """
         if not self.has(count):
             raise DataError(
-                f"data.epochs: the training data are used up, read {self._epochs} times: give more data or train for "
-                f'fewer steps; to read them again, set data.epochs to "repeat" or a higher number'
+                f"the training data are used up, read {self._epochs} times: give more data or train for "
+                f'fewer steps; to read them again, set data.epochs to "repeat" or a higher number',
+                key="data.epochs",
             )
         return self._take(count)
 

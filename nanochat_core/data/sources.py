@@ -2,15 +2,75 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from typing import overload
+
 from nanochat_core.errors import PluginError
 from nanochat_core.files import cache_dir
 from nanochat_core.interfaces.data_source import DataContext, DataSource
+from nanochat_core.interfaces.types import Split
 from nanochat_core.plugins.choice import Choice
 
 
 def build_source(choice: Choice) -> DataSource:
-    """The data source."""
+    """The data source that an experiment picks.
+
+    Returns:
+        A source whose errors, also those of reading documents later, have the whole keys of options, file and line.
+
+    Raises:
+        PluginError: when the factory returns something else.
+        NanochatError: what the factory says of its options or of the data.
+    """
     source = choice.build(DataContext(cache_dir=cache_dir()))
     if not isinstance(source, DataSource):
         raise PluginError(f"the factory of data source {choice.plugin!r} must return a nanochat_core.DataSource")
-    return source
+    return _NamingSource(choice, source)
+
+
+class _NamingSource(DataSource):
+    """A data source that reads when it is asked to, and says then what is wrong with its options."""
+
+    def __init__(self, choice: Choice, source: DataSource) -> None:
+        self._choice, self._source = choice, source
+
+    def documents(self, split: Split) -> Sequence[str]:
+        with self._choice.naming_options():
+            return _NamingDocuments(self._choice, self._source.documents(split))
+
+    def fingerprint(self, split: Split) -> str:
+        with self._choice.naming_options():
+            return self._source.fingerprint(split)
+
+    def problems(self) -> Sequence[str]:
+        return self._source.problems()
+
+    def describe(self) -> Mapping[str, str | int]:
+        with self._choice.naming_options():
+            return self._source.describe()
+
+    def download(self, workers: int) -> Sequence[str]:
+        with self._choice.naming_options():
+            return self._source.download(workers)
+
+
+class _NamingDocuments(Sequence[str]):
+    """Its documents."""
+
+    def __init__(self, choice: Choice, documents: Sequence[str]) -> None:
+        self._choice, self._documents = choice, documents
+
+    def __len__(self) -> int:
+        return len(self._documents)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[str]: ...
+    def __getitem__(self, index: int | slice) -> str | Sequence[str]:
+        with self._choice.naming_options():
+            return self._documents[index]
+
+    def __iter__(self) -> Iterator[str]:
+        with self._choice.naming_options():
+            yield from self._documents

@@ -34,7 +34,7 @@ class PerThread(Generic[Thing]):
     """An object of its own for each thread, made when the thread first asks for it.
 
     For encoders with compiled regular expressions: Rust's ``regex`` keeps its working memory for the thread that
-    matches first and lends others some behind a lock, which costs tiktoken a third more time for a text.
+    matches first and lends others some behind a lock, which costs a third more time for a text.
     """
 
     def __init__(self, make: Callable[[], Thing]) -> None:

@@ -33,7 +33,7 @@ def well_formed(text: str) -> str:
 
 def cut_long_runs(text: str) -> list[str]:
     """``text``, cut inside white space of more than ``LONGEST_RUN`` characters: regular expressions that backtrack
-    overflow their stack in it (tiktoken's somewhere above 700,000)."""
+    overflow their stack in it (somewhere above 700,000)."""
     if len(text) <= LONGEST_RUN:
         return [text]
     cuts = [0, *(match.end() for match in _LONG_RUN.finditer(text)), len(text)]

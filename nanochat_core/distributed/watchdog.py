@@ -74,7 +74,7 @@ class Watchdog:
         self._thread.join()
 
     def heartbeat(self, doing: str) -> None:
-        """Note progress, with what begins now: ``after step 8``, ``in evaluation core``. Costs next to nothing."""
+        """Note progress, with what begins now: ``after step 8``, ``in evaluation NAME``. Costs next to nothing."""
         self._beat = (doing, time.monotonic())
 
     def report_stalls(

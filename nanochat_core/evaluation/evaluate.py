@@ -64,7 +64,7 @@ def evaluate(
     evaluation = Evaluation()
     with inference(model, dtype):
         try:
-            with guard.stop.interruptible():
+            with guard.stop.interruptible(), choice.naming_options():
                 evaluation = evaluator.evaluate(model, step)
             for wrong in contract_problems(evaluation):
                 raise TypeError(wrong)
@@ -83,8 +83,8 @@ def evaluate(
     if choice.name != choice.plugin:
         evaluation = attrs.evolve(
             evaluation,
-            metrics={f"{choice.name}/{key}": value for key, value in evaluation.metrics.items()},
-            texts={f"{choice.name}/{key}": text for key, text in evaluation.texts.items()},
+            metrics={choice.metric_name(key): value for key, value in evaluation.metrics.items()},
+            texts={choice.metric_name(key): text for key, text in evaluation.texts.items()},
         )
     return evaluation
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,18 @@ class Stored:
     @property
     def name(self) -> str:
         return str(self.facts["name"])
+
+    @property
+    def own_facts(self) -> Mapping[str, Any]:
+        """Facts of the evaluator, settings among them."""
+        facts: Mapping[str, Any] = self.facts.get("facts", {})
+        return facts
+
+    @property
+    def settings(self) -> Sequence[str]:
+        """Which of its facts results depend on. Version 0.1.0 did not record that: all that are single values."""
+        names: Sequence[str] | None = self.facts.get("settings")
+        return names if names is not None else [k for k, v in self.own_facts.items() if not isinstance(v, dict | list)]
 
     @property
     def metrics(self) -> Mapping[str, float]:
@@ -77,7 +89,7 @@ def write_evaluation(
     facts = {
         "name": name, "step": step, "time": time.time(), "metrics": dict(evaluation.metrics),
         "notes": list(evaluation.notes), "texts": dict(evaluation.texts), **(more or {}),
-        "facts": dict(evaluation.facts),
+        "facts": {**evaluation.settings, **evaluation.facts}, "settings": list(evaluation.settings),
     }  # fmt: skip
     write_atomic(path / FACTS, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
     return path

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import attrs
 import torch
 
-from nanochat_core.config.load import LoadedExperiment, load
+from nanochat_core.config.load import LoadedExperiment, Tables, load
 from nanochat_core.config.merge import parse_override
 from nanochat_core.config.schema import Experiment
 from nanochat_core.data.sources import build_source
@@ -21,7 +20,7 @@ from nanochat_core.distributed.guarded import EvaluationWorld
 from nanochat_core.distributed.store import RankStore
 from nanochat_core.distributed.watchdog import Watchdog
 from nanochat_core.distributed.world import OtherRankFailed, World, join_world, leave_world
-from nanochat_core.errors import CheckpointError, ConfigError, Problem
+from nanochat_core.errors import CheckpointError, ConfigError, DataError, Problem
 from nanochat_core.evaluation.build import build_evaluators
 from nanochat_core.evaluation.evaluate import EvaluationFailed, evaluate_each
 from nanochat_core.evaluation.results import EXAMPLES, TABLE, write_evaluation
@@ -39,23 +38,6 @@ FAILED_EXIT_CODE = 1
 # What may differ from the run: nothing that the weights depend on.
 CHANGEABLE = ("evaluators.", "data.", "train.device_batch_size", "train.dtype")
 CHANGEABLE_ELSEWHERE = (*CHANGEABLE, "train.max_seq_len", "model.", "tokenizer.")
-# An experiment around a model from elsewhere. Its data are what bpb looks at unless --set says otherwise.
-ELSEWHERE = """
-[run]
-name = "elsewhere"
-[tokenizer]
-plugin = "{plugin}"
-path = {path}
-[model]
-plugin = "{plugin}"
-path = {path}
-[data]
-plugin = "python_docs"
-[optimizer]
-plugin = "adamw"
-[train]
-dtype = "float32"
-"""
 
 
 @attrs.frozen
@@ -80,7 +62,7 @@ class Subject:
 
 
 def find_subject(target: str, runs_dir: Path) -> Subject:
-    """What ``target`` means: a run, a checkpoint's directory, or PLUGIN:PATH such as hf:gpt2.
+    """What ``target`` means: a run, a checkpoint's directory, or PLUGIN:PATH, which that plugin loads.
 
     Raises:
         CheckpointError: when there is no such thing, or it is damaged.
@@ -119,16 +101,18 @@ def load_subject(subject: Subject, names: Sequence[str], overrides: Sequence[str
         message = f"can't be changed for an evaluation; what can: {', '.join(allowed)}"
         raise ConfigError([Problem(key, message, "--set") for key in wrong])
     known = {choice.name for choice in _load(subject, (), plugins).experiment.evaluators}
+    added: dict[str, dict[str, str]] = {}
     for name in dict.fromkeys(n for n in names if n not in known):
         if plugins["evaluator"].get(name) is None:
             hint = plugins["evaluator"].suggest(name)
             message = f"neither an entry of the experiment ({', '.join(known) or 'none'}) nor a plugin{hint}"
             raise ConfigError([Problem(name, message, "--evaluator")])
-        overrides = [f"evaluators.{name}.plugin={name}", *overrides]
-    loaded = _load(subject, overrides, plugins)
+        added[name] = {"plugin": name}
+    loaded = _load(subject, overrides, plugins, [Tables({"evaluators": added}, "--evaluator")] if added else [])
     chosen = tuple(c for c in loaded.experiment.evaluators if not names or c.name in names)
     if not chosen:
-        raise ConfigError([Problem("--evaluator", "name at least one, as in --evaluator core")])
+        installed = ", ".join(entry.name for entry in plugins["evaluator"])
+        raise ConfigError([Problem("--evaluator", f"name at least one of {installed or 'none'}")])
     needless = {"loggers", "optimizer", "data", "schedule"}
     skipped = {f"evaluators.{c.name}" for c in loaded.experiment.evaluators if c not in chosen}
     missing = [
@@ -141,13 +125,17 @@ def load_subject(subject: Subject, names: Sequence[str], overrides: Sequence[str
     return attrs.evolve(loaded.experiment, evaluators=chosen)
 
 
-def _load(subject: Subject, overrides: Sequence[str], plugins: Plugins) -> LoadedExperiment:
+def _load(
+    subject: Subject, overrides: Sequence[str], plugins: Plugins, added: Sequence[Tables] = ()
+) -> LoadedExperiment:
     if subject.run is not None and subject.checkpoint is not None:
-        return load_run(subject.run, subject.checkpoint, plugins, overrides)
-    with tempfile.TemporaryDirectory() as directory:
-        file = Path(directory, "elsewhere.toml")
-        file.write_text(ELSEWHERE.format(plugin=subject.plugin, path=f"'{subject.path}'"))
-        return load(file, overrides, plugins)
+        return load_run(subject.run, subject.checkpoint, plugins, overrides, added)
+    part = {"plugin": subject.plugin, "path": subject.path}
+    tables = {"tokenizer": part, "model": part, "train": {"dtype": "float32"}}
+    data = plugins["data_source"].default()
+    if data is not None:
+        tables["data"] = {"plugin": data.name}
+    return load(None, overrides, plugins, [Tables(tables, subject.label), *added], complete=False)
 
 
 def open_subject(subject: Subject, experiment: Experiment, device: torch.device) -> TrainedModel:
@@ -202,6 +190,8 @@ def _evaluate(subject: Subject, experiment: Experiment, world: World) -> int:
 
     @cache  # built when somebody asks for it
     def source() -> DataSource:
+        if experiment.data.entry is None:
+            raise DataError("an evaluator asks for documents: name a data source that is installed", key="data.plugin")
         return build_source(experiment.data)
 
     evaluators = build_evaluators(

@@ -53,6 +53,8 @@ class Evaluation:
             right and 0 for wrong), optionally ``centered`` (the same, 0 for a guess), and what else a table can hold.
         files: file name to text: tables to keep besides.
         facts: what else should be recorded, as JSON, such as versions and counts.
+        settings: facts that results depend on besides the model, as JSON: numbers of two evaluations compare only where
+            these agree, and ``nanochat eval --compare`` says where they don't.
         notes: lines for people.
     """
 
@@ -61,6 +63,7 @@ class Evaluation:
     examples: Sequence[Mapping[str, Any]] = ()
     files: Mapping[str, str] = attrs.field(factory=dict)
     facts: Mapping[str, Any] = attrs.field(factory=dict)
+    settings: Mapping[str, Any] = attrs.field(factory=dict)
     notes: Sequence[str] = ()
 
 

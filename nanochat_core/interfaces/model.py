@@ -122,8 +122,8 @@ class Model(nn.Module, ABC):
         return 6.0 * (counts["total"] - counts.get("embedding", 0))
 
     def reference_counts(self) -> Mapping[str, int] | None:
-        """``parameter_counts`` of the family's reference model, the one whose best batch is 2^19 tokens (depth 12 for
-        ``gpt``). None: ``total_batch_size = "auto"`` is refused."""
+        """``parameter_counts`` of the family's reference model, the one whose best batch is 2^19 tokens (often the
+        one of depth 12). None: ``total_batch_size = "auto"`` is refused."""
         return None
 
     def resolved_options(self) -> Mapping[str, Resolved]:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import attrs
 
 from nanochat_core.errors import NanochatError, PluginError
 from nanochat_core.plugins.options import above, at_least, finite, option, plain_name
-from nanochat_core.plugins.registry import Entry
+from nanochat_core.plugins.registry import Entry, Kind
+
+PLUGIN_TABLES: Mapping[str, Kind] = {
+    "tokenizer": "tokenizer", "data": "data_source", "model": "model", "optimizer": "optimizer",
+}  # fmt: skip
+PLUGIN_LISTS: Mapping[str, Kind] = {"evaluators": "evaluator", "loggers": "logger"}
 
 
 def _entry_name(_: Any, attribute: Any, value: str) -> None:
@@ -90,11 +96,13 @@ class Choice:
         keys: the values of the keys that the core reserves on the table.
         entry: None when no installed plugin has it (``nanochat show`` goes on then).
         config: the plugin's own typed config; without an entry the raw options.
+        places: ``file:line`` or the like of each option, by dotted key; of one that is not given, that of the table.
     """
 
     keys: EntryKeys
     entry: Entry | None
     config: Any
+    places: Mapping[str, str] = attrs.field(factory=dict, eq=False, repr=False)
 
     @property
     def plugin(self) -> str:
@@ -104,17 +112,30 @@ class Choice:
     def name(self) -> str:
         return getattr(self.keys, "name", "") or self.keys.plugin
 
+    @property
+    def table(self) -> str:
+        """Dotted key of its table, such as ``data`` or ``evaluators.mine``; empty without an entry."""
+        if self.entry is None:
+            return ""
+        table = next(t for t, kind in (*PLUGIN_TABLES.items(), *PLUGIN_LISTS.items()) if kind == self.entry.kind)
+        return f"{table}.{self.name}" if table in PLUGIN_LISTS else table
+
+    def metric_name(self, metric: str) -> str:
+        """What the ledger calls a metric of an evaluator: an entry renamed in TOML leads it with its name."""
+        return metric if self.name == self.plugin else f"{self.name}/{metric}"
+
     def build(self, context: Any) -> Any:
         """Import the factory and call it.
 
         Raises:
             PluginError: with the original traceback, when the factory can't be imported or raises.
-            NanochatError: what the factory says of its options or of the data.
+            NanochatError: what the factory says of its options or of the data, with the options' whole keys and places.
         """
         assert self.entry is not None, "load() refuses experiments with unknown plugins"
         factory = self.entry.load()
         try:
-            return factory(self.config, context)
+            with self.naming_options():
+                return factory(self.config, context)
         except NanochatError:
             raise
         except Exception as error:
@@ -122,3 +143,13 @@ class Choice:
                 f"{self.entry.kind} {self.name!r} of {self.entry.distribution} {self.entry.version} can't be built: "
                 f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
             ) from error
+
+    @contextlib.contextmanager
+    def naming_options(self) -> Iterator[None]:
+        """Complete what the plugin says about its options in here: ``path`` becomes ``FILE:LINE: data.path``."""
+        try:
+            yield
+        except NanochatError as error:
+            error.in_table(self.table)
+            error.add_places(self.places)
+            raise

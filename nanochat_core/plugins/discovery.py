@@ -164,6 +164,8 @@ def _check_keys(entry: Entry) -> None:
     own, reserved = set(fields_of(entry.config)), set(fields_of(RESERVED.get(entry.kind, EntryKeys)))
     for key in sorted(set(entry.defaults) - (reserved - {"plugin", "name"})):
         raise PluginError(f"{entry.kind} {entry.name!r}: defaults names {key!r}, which is no key of the core")
+    if entry.limit_option and entry.limit_option not in own:
+        raise PluginError(f"{entry.kind} {entry.name!r}: limit_option {entry.limit_option!r} is no option of it")
     for old, new in entry.aliases.items():
         if new not in own | reserved or old in own | reserved:
             raise PluginError(

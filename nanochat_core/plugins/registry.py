@@ -61,6 +61,11 @@ class Entry:
         in_process: a logger that must run in the training process, as one that writes to the terminal; others have a
             process of their own.
         model_version: of a model; of other kinds it has no meaning.
+        default: of a data source: whether ``nanochat eval`` takes it for a model that comes without data.
+        limit_option: of a data source: its option that ``nanochat data -n`` sets, how much of the data to take.
+        from_name: of a tokenizer: ``module:function``, called with the name of a well-known tokenizer, such as gpt2; it
+            returns a config, or None when it doesn't know the name.
+        best_metric: of an evaluator: the metric that ``[checkpoint] best_metric`` stands for when it is not given.
         plugin: entry-point name of the plugin; ``distribution`` and ``version``: the package it came in.
     """
 
@@ -75,6 +80,10 @@ class Entry:
     aliases: Mapping[str, str] = attrs.field(factory=dict)
     in_process: bool = False
     model_version: ModelVersion = ModelVersion()
+    default: bool = False
+    limit_option: str = ""
+    from_name: str = ""
+    best_metric: str = ""
     plugin: str = ""
     distribution: str = ""
     version: str = ""
@@ -102,6 +111,14 @@ class Entry:
             PluginError: with the original traceback, when it can't be imported.
         """
         return self._import(self.model_version.upgrade)
+
+    def load_from_name(self) -> Callable[[str], Any]:
+        """What knows well-known tokenizers by name.
+
+        Raises:
+            PluginError: with the original traceback, when it can't be imported.
+        """
+        return self._import(self.from_name)
 
     def _import(self, target: str) -> Callable[..., Any]:
         module, _, attribute = target.partition(":")
@@ -148,6 +165,11 @@ class Registry:
         claims = self.claims(name)
         return claims[0] if len(claims) == 1 else None
 
+    def default(self) -> Entry | None:
+        """The entry to take when nobody names one; None unless exactly one plugin offers itself."""
+        found = [e for e in self.entries if e.default]
+        return found[0] if len(found) == 1 else None
+
     def __iter__(self) -> Iterator[Entry]:
         return iter(sorted(self.entries, key=lambda e: e.name))
 
@@ -189,17 +211,27 @@ class Registrar:
         in_process: bool = False,
         version: int = 1,
         upgrade: str = "",
+        default: bool = False,
+        limit_option: str = "",
+        from_name: str = "",
+        best_metric: str = "",
     ) -> None:
         """Offer ``name``. See ``Entry`` for the arguments; ``version`` and ``upgrade`` are those of ``ModelVersion``.
 
         Raises:
             PluginError: when an argument is not what ``Entry`` says.
         """
-        for what, target in (("factory", factory), ("upgrade", upgrade or ":")):
+        for what, target in (("factory", factory), ("upgrade", upgrade or ":"), ("from_name", from_name or ":")):
             if ":" not in target:
                 raise PluginError(f'{what} of {name!r} must be "module:attribute", not {target!r}')
-        if (version != 1 or upgrade) and self._registry.kind != "model":
-            raise PluginError(f"{self._registry.kind} {name!r}: only models have a version and an upgrade")
+        for kind, what, given in (
+            ("model", "a version and an upgrade", version != 1 or upgrade),
+            ("data_source", "default and limit_option", default or limit_option),
+            ("tokenizer", "from_name", from_name),
+            ("evaluator", "best_metric", best_metric),
+        ):
+            if given and self._registry.kind != kind:
+                raise PluginError(f"{self._registry.kind} {name!r}: only {kind.replace('_', ' ')}s have {what}")
         self._registry.add(
             Entry(
                 kind=self._registry.kind,
@@ -213,6 +245,10 @@ class Registrar:
                 aliases=dict(aliases or {}),
                 in_process=in_process,
                 model_version=ModelVersion(version, upgrade),
+                default=default,
+                limit_option=limit_option,
+                from_name=from_name,
+                best_metric=best_metric,
                 plugin=self.plugin,
                 distribution=self.distribution,
                 version=self.version,

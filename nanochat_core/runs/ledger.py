@@ -49,6 +49,21 @@ class Ledger:
         self._file.close()
 
 
+def best_value(path: Path, metric: str, best_is: str, from_step: int = 0) -> float | None:
+    """The best value of a metric in the ledger at ``path``, None if it never was a number.
+
+    Args:
+        best_is: "smallest" or "largest".
+        from_step: earlier steps don't count, as they were evaluated on other data.
+    """
+    found = {}
+    for record in read_ledger(path):
+        value = record.get(metric)
+        if isinstance(value, int | float) and record["step"] >= from_step:
+            found[record["step"]] = value  # of a step that was evaluated again, the last value counts
+    return (max if best_is == "largest" else min)(found.values(), default=None)
+
+
 def rewind_ledger(path: Path, keep_bytes: int, step: int) -> list[dict[str, Any]]:
     """Remove what a run wrote after the checkpoint of ``step``, at which the ledger had ``keep_bytes``.
 

@@ -54,7 +54,7 @@ class Saver:
 
     def note(self, step: int, metrics: Mapping[str, float | str]) -> None:
         """Note the metrics of an evaluation at ``step``."""
-        value = metrics.get(self.options.best_metric)
+        value = metrics.get(self.options.best_metric or "")
         if isinstance(value, int | float):
             self.scores[step] = value
 

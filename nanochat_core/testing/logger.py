@@ -54,12 +54,12 @@ def _log_a_run(
     def training(step: int) -> dict[str, Any]:
         return record(step, **{"train/loss": 5.0 / (step + 1), "train/epoch": 0})
 
-    evaluation = record(4, evaluator="bpb", **{"val/bpb": 1.25})
+    evaluation = record(4, evaluator="tiny", **{"val/tiny": 1.25})
     sample = record(8, evaluator="samples", **{"samples/0": "Hot *is*\n  <b>cold</b> \u00e9\u4e2d", "val/odd": "nan"})
     first = [*map(training, range(4)), evaluation, *map(training, range(4, 8)), sample]
     rewound = [*map(training, range(4)), evaluation, *map(training, range(4, 8)), sample, training(8)]
     context = LoggerContext(
-        directory, "checked", "run-1", "nanochat", "group", ("a", "b"), {"model": {"plugin": "gpt"}}, 9, 0,
+        directory, "checked", "run-1", "nanochat", "group", ("a", "b"), {"model": {"plugin": "tiny"}}, 9, 0,
         report=lambda line: None,
     )  # fmt: skip
     ledger = RunDirectory(directory).ledger

@@ -222,9 +222,9 @@ def _check_epochs(keys: DataSourceKeys, plan: Plan, source: DataSource) -> None:
         if counted >= needed:
             return
     raise DataError(
-        f"data.epochs: the run needs {plan.total_tokens:,} tokens, more than there are in {counted:,} bytes of "
-        f"training text read {epochs} times: give more data, train for fewer steps, or set data.epochs to "
-        f'"repeat" or a higher number'
+        f"the run needs {plan.total_tokens:,} tokens, more than there are in {counted:,} bytes of training text read "
+        f'{epochs} times: give more data, train for fewer steps, or set data.epochs to "repeat" or a higher number',
+        key="data.epochs",
     )
 
 

@@ -28,6 +28,7 @@ from nanochat_core.runs.checkpoint import (
     load_checkpoint,
     remove_leftovers,
 )
+from nanochat_core.runs.ledger import best_value
 from nanochat_core.runs.state import TrainState
 from nanochat_core.training.build import build_parts, build_saver, seed
 from nanochat_core.training.checkpoints import Checkpoints
@@ -208,8 +209,10 @@ class Session:
         report, state, runs_dir = self.logs.report, self.state, self.run_dir.path.parents[1]
         report(f"Peak memory usage: {peak_memory_mib(self.world.device):.2f} MiB")
         report(f"Total training time: {state.training_time / 60:.2f} min")
-        if "val/bpb" in state.minimum:
-            report(f"Minimum validation bpb: {state.minimum['val/bpb']:.4f}")
+        best_metric, best_is = self.experiment.checkpoint.best_metric, self.experiment.checkpoint.best_is
+        best = best_value(self.run_dir.ledger, best_metric, best_is, state.comparable_from) if best_metric else None
+        if best is not None:
+            report(f"Best {best_metric}: {best:.4f}")
         report(f"The run is in {self.run_dir.path}: experiment.toml, metrics.jsonl, checkpoints/, samples/")
         other = "" if runs_dir == Path("runs") else f" --runs-dir {runs_dir}"
         run = f"{self.run_dir.name}/{self.run_dir.id}"

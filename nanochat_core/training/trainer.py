@@ -246,8 +246,9 @@ class Trainer:
         step, keys = self.parts.state.step, self.planned.experiment.data.keys
         assert isinstance(keys, DataSourceKeys)
         error = DataError(
-            f"data.epochs: the training data are used up after step {step} of {self.planned.plan.num_iterations} "
+            f"the training data are used up after step {step} of {self.planned.plan.num_iterations} "
             f"(epochs = {keys.epochs!r}), which is saved. To go on: --resume with more epochs, as in "
-            f"--set data.epochs=repeat, or with fewer steps, as in --set train.num_iterations={step}"
+            f"--set data.epochs=repeat, or with fewer steps, as in --set train.num_iterations={step}",
+            key="data.epochs",
         )
         self.world.raise_on_main(error)

@@ -59,8 +59,11 @@ class BitsPerByte(Evaluator):
         if stops and total_bytes == 0:
             return {}
         if total_bytes == 0:
+            if name not in ("val", "train"):
+                raise DataError(f"the set {name} has not a single byte to predict: give it more text", key="sets")
             raise DataError(
-                f"bpb: the {name} {'split' if name in ('val', 'train') else 'set'} has not a single byte to predict: "
-                f"give the data source documents for it, or pick the other split"
+                f"the {name} split has not a single byte to predict: give the data source documents for it, or pick "
+                f"the other split",
+                key="split",
             )
         return {f"{name}/bpb{'_partial' if stops else ''}": total_nats / (math.log(2) * total_bytes)}

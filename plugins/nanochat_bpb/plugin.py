@@ -20,4 +20,5 @@ def nanochat_register_evaluators(registry: Registrar) -> None:
         summary="bits per byte: loss that does not depend on the tokenizer",
         defaults={"every": 250, "at_start": True, "at_end": True},
         aliases={"eval_every": "every"},
+        best_metric="val/bpb",
     )

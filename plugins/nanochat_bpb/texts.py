@@ -35,7 +35,7 @@ def documents(path: Path) -> Iterator[str]:
             else:
                 yield file.read_text(encoding="utf-8")
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"evaluators.bpb.sets: {file} can't be read: {error!r}") from error
+            raise DataError(f"{file} can't be read: {error!r}", key="sets") from error
 
 
 def tokens_of(chosen: TextSet, context: EvaluatorContext, limit: int) -> Tokens:
@@ -59,7 +59,7 @@ def tokens_of(chosen: TextSet, context: EvaluatorContext, limit: int) -> Tokens:
     if pending:
         encode()
     if not parts:
-        raise DataError(f"evaluators.bpb.sets: there is no text in {chosen.path}")
+        raise DataError(f"there is no text in {chosen.path}", key="sets")
     return np.concatenate(parts)[: limit + 1].astype(np.int32)
 
 

@@ -32,15 +32,14 @@ def make_encoder(pattern: str, tokens: Sequence[bytes], slow: Callable[[str], To
         ConfigError: when gigatoken isn't installed, or doesn't know the pattern.
     """
     if pattern not in (PATTERN, GPT4_PATTERN):
-        raise ConfigError(
-            'tokenizer.encoder: gigatoken doesn\'t know this tokenizer.pattern; set encoder to "tiktoken"'
-        )
+        raise ConfigError('gigatoken doesn\'t know tokenizer.pattern; set it to "tiktoken"', key="encoder")
     try:
         import gigatoken
     except ImportError as error:
         raise ConfigError(
-            f"tokenizer.encoder: gigatoken can't be imported ({error}): pip install gigatoken, or set it to "
-            f'"tiktoken", which gives the same tokens'
+            f"gigatoken can't be imported ({error}): pip install gigatoken, or set it to "
+            f'"tiktoken", which gives the same tokens',
+            key="encoder",
         ) from error
     with tempfile.TemporaryDirectory() as directory:  # it reads nothing but files
         file = Path(directory) / "merges.tiktoken"

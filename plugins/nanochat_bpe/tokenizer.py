@@ -60,7 +60,7 @@ class BPETokenizer(TableTokenizer):
         try:
             self._encodings.get()
         except ValueError as error:
-            raise ConfigError(f"tokenizer.pattern: no regular expression that tiktoken knows: {error}") from error
+            raise ConfigError(f"no regular expression that tiktoken knows: {error}", key="pattern") from error
         self._encode_piece: Callable[[str], Tokens] = self._by_tiktoken
         if encoder == "gigatoken":
             from nanochat_bpe.fast import make_encoder
@@ -68,8 +68,9 @@ class BPETokenizer(TableTokenizer):
             self._encode_piece = make_encoder(pattern, tokens, self._by_tiktoken)
         if not self.keeps_text():
             raise ConfigError(
-                "tokenizer.pattern: some characters match no part of it and would be lost; "
-                r"end it with alternatives such as |\s+|. that take whatever is left"
+                "some characters match no part of it and would be lost; "
+                r"end it with alternatives such as |\s+|. that take whatever is left",
+                key="pattern",
             )
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -122,8 +123,9 @@ def train(documents: Iterable[str], config: BPEConfig) -> BPETokenizer:
     tokens = [bytes(token) for token, _ in sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])]
     if len(tokens) < wanted:
         raise DataError(
-            f"tokenizer.vocab_size = {config.vocab_size}: the training documents yield only "
-            f"{len(tokens) - BYTES} merges; set it to {len(tokens) + len(SPECIAL_TOKENS)} or less, or give more data"
+            f"{config.vocab_size} are too many: the training documents yield only {len(tokens) - BYTES} merges; "
+            f"set it to {len(tokens) + len(SPECIAL_TOKENS)} or less, or give more data",
+            key="vocab_size",
         )
     return BPETokenizer(config.pattern, tokens, config.encoder)
 
@@ -133,7 +135,7 @@ def _check_pattern(pattern: str) -> None:
     try:
         rustbpe.Tokenizer().train_from_iterator(iter(()), BYTES, pattern=pattern)
     except ValueError as error:
-        raise ConfigError(f"tokenizer.pattern: no regular expression that rustbpe knows: {error}") from error
+        raise ConfigError(f"no regular expression that rustbpe knows: {error}", key="pattern") from error
 
 
 def load(directory: Path, encoder: Encoder = "tiktoken") -> BPETokenizer:
@@ -164,7 +166,8 @@ def build(config: BPEConfig, context: TokenizerContext) -> BPETokenizer:
     for name, found in (("vocab_size", tokenizer.vocab_size), ("pattern", tokenizer._pattern)):
         if found != getattr(config, name):
             raise CheckpointError(
-                f"tokenizer.{name} = {getattr(config, name)!r}, but the tokenizer in {context.saved} has {found!r}; "
-                f"set tokenizer.{name} to that, or start a new run"
+                f"it is {getattr(config, name)!r}, but the tokenizer in {context.saved} has {found!r}; "
+                f"set it to that, or start a new run",
+                key=name,
             )
     return tokenizer

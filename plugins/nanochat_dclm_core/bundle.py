@@ -101,11 +101,12 @@ class Bundle:
             try:
                 example = json.loads(line)
             except ValueError as error:
-                raise DataError(f"{where}: no JSON ({error}): get the bundle again") from error
+                raise DataError(f"{where}: no JSON ({error}): get the bundle again", key="bundle") from error
             _check_example(task, example, where)
             found.append(example)
         if len(found) <= task.shots:
-            raise DataError(f"{self.source}/{name}: {len(found)} examples are too few for {task.shots} shots")
+            message = f"{self.source}/{name}: {len(found)} examples are too few for {task.shots} shots"
+            raise DataError(message, key="bundle")
         return found, hashlib.sha256(data).hexdigest()
 
 
@@ -118,12 +119,14 @@ def _check_example(task: Task, example: Any, where: str) -> None:
     keys = KEYS[task.type]
     missing = [key for key in keys if key not in example] if isinstance(example, dict) else keys
     if missing:
-        raise DataError(f"{where}: a {task.type} example needs {', '.join(keys)}; {', '.join(missing)} is missing")
+        message = f"{where}: a {task.type} example needs {', '.join(keys)}; {', '.join(missing)} is missing"
+        raise DataError(message, key="bundle")
     options = example.get("choices" if task.type == "multiple_choice" else "context_options")
     if task.type != "language_modeling" and not (
         isinstance(options, list) and isinstance(example["gold"], int) and 0 <= example["gold"] < len(options)
     ):
-        raise DataError(f"{where}: gold must be the index of one of {options!r}, not {example['gold']!r}")
+        message = f"{where}: gold must be the index of one of {options!r}, not {example['gold']!r}"
+        raise DataError(message, key="bundle")
 
 
 def open_bundle(path: Path | None, cache: Path, url: str = URL) -> Bundle:
@@ -140,14 +143,14 @@ def _from_path(path: Path) -> Bundle:
         root = path if (path / CONFIG).is_file() else path / "eval_bundle"
         return _parse(str(root), _file_reader(root))
     if not path.is_file():
-        raise DataError(f"evaluators.core.bundle: {path} is neither a directory nor a zip file")
+        raise DataError(f"{path} is neither a directory nor a zip file", key="bundle")
     try:
         with zipfile.ZipFile(path) as archive:
             found = [name for name in archive.namelist() if name.rpartition("/")[2] == CONFIG]
     except (OSError, zipfile.BadZipFile) as error:
-        raise DataError(f"evaluators.core.bundle: {path} is no readable zip file ({error})") from error
+        raise DataError(f"{path} is no readable zip file ({error})", key="bundle") from error
     if not found:
-        raise DataError(f"evaluators.core.bundle: there is no {CONFIG} in {path}")
+        raise DataError(f"there is no {CONFIG} in {path}", key="bundle")
     return _parse(str(path), _zip_reader(path, min(found, key=len).removesuffix(CONFIG)))
 
 
@@ -157,8 +160,9 @@ def _file_reader(root: Path) -> Callable[[str], bytes]:
             return (root / name).read_bytes()
         except OSError as error:
             raise DataError(
-                f"{root / name} can't be read ({error.strerror}): give the directory that holds {CONFIG} as "
-                f"evaluators.core.bundle, or leave tasks without data out with evaluators.core.tasks"
+                f"{root / name} can't be read ({error.strerror}): give the directory that holds {CONFIG}, or leave "
+                f"tasks without data out with the option tasks",
+                key="bundle",
             ) from error
 
     return read
@@ -170,7 +174,7 @@ def _zip_reader(path: Path, prefix: str) -> Callable[[str], bytes]:
             with zipfile.ZipFile(path) as archive:
                 return archive.read(prefix + name)
         except (OSError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-            raise DataError(f"{prefix + name} in {path} can't be read ({error}): get the bundle again") from error
+            raise DataError(f"{prefix + name} in {path} can't be read ({error}): get it again", key="bundle") from error
 
     return read
 
@@ -185,7 +189,8 @@ def _parse(source: str, read: Callable[[str], bytes]) -> Bundle:
         entries = yaml.safe_load(config)["icl_tasks"]
         tasks = tuple(_task(entry, baselines) for entry in entries)
     except (yaml.YAMLError, KeyError, TypeError, ValueError, IndexError) as error:
-        raise DataError(f"{source}/{CONFIG}: {error!r}: it must list icl_tasks with label, dataset_uri, ...") from error
+        message = f"{source}/{CONFIG}: {error!r}: it must list icl_tasks with label, dataset_uri, ..."
+        raise DataError(message, key="bundle") from error
     digest = hashlib.sha256(config + b"\0" + csv_file).hexdigest()
     return Bundle(source, read, tasks, baselines_version(baselines), digest)
 
@@ -256,7 +261,8 @@ def _fetch(url: str, partial: Path) -> None:
     except OSError as error:
         raise DataError(
             f"the evaluation bundle can't be fetched from {url} ({error}): run it again, or fetch it elsewhere and set "
-            f"evaluators.core.bundle to the zip file or its directory"
+            f"this to the zip file or its directory",
+            key="bundle",
         ) from error
 
 
@@ -266,8 +272,9 @@ def _verify(path: Path, url: str) -> None:
             damaged = archive.testzip()
             names = archive.namelist()
     except (OSError, zipfile.BadZipFile, EOFError, zlib.error) as error:
-        raise DataError(f"the evaluation bundle from {url} is no sound zip file ({error}): run it again") from error
+        message = f"the evaluation bundle from {url} is no sound zip file ({error}): run it again"
+        raise DataError(message, key="bundle") from error
     if damaged is not None:
-        raise DataError(f"the evaluation bundle arrived damaged ({damaged}): run it again")
+        raise DataError(f"the evaluation bundle arrived damaged ({damaged}): run it again", key="bundle")
     if not any(name.rpartition("/")[2] == CONFIG for name in names):
-        raise DataError(f"what {url} sent has no {CONFIG}: set evaluators.core.bundle to a bundle of your own")
+        raise DataError(f"what {url} sent has no {CONFIG}: set it to a bundle of your own", key="bundle")

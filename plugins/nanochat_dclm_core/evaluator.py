@@ -105,9 +105,7 @@ class Core(Evaluator):
         known = {task.label: task for task in bundle.tasks}
         unknown = [label for label in self.config.tasks if label not in known]
         if unknown:
-            raise ConfigError(
-                f"evaluators.core.tasks: {', '.join(unknown)} not in the bundle; it has {', '.join(known)}"
-            )
+            raise ConfigError(f"{', '.join(unknown)} not in the bundle; it has {', '.join(known)}", key="tasks")
         return [task for task in bundle.tasks if not self.config.tasks or task.label in self.config.tasks]
 
     def _facts(self, model: Model, step: int) -> dict[str, Any]:
@@ -204,8 +202,9 @@ class Core(Evaluator):
         if scores:
             mean_name, mean = aggregate(scores)
             metrics[mean_name] = mean
+        assert self._bundle is not None
         facts = {
-            **self._settings(),
+            "bundle": self._bundle.source,
             "accuracy": accuracies,
             "examples": {label: len(by_task[label]) for label in scores},
             "close": dict(close),
@@ -214,13 +213,14 @@ class Core(Evaluator):
             "task_digests": dict(self._digests),
         }
         files = {"core.csv": table(accuracies, scores)} if scores else {}
-        return Evaluation(metrics=metrics, examples=rows, files=files, facts=facts, notes=self._notes(facts))
+        settings = self._settings()
+        notes = self._notes({**facts, **settings})
+        return Evaluation(metrics=metrics, examples=rows, files=files, facts=facts, settings=settings, notes=notes)
 
     def _settings(self) -> dict[str, Any]:
         assert self._bundle is not None
         return {
             "baselines": self._bundle.baselines_version,
-            "bundle": self._bundle.source,
             "bundle_digest": self._bundle.digest,
             "max_per_task": self.config.max_per_task,
             "max_len": self.max_len,
@@ -241,7 +241,7 @@ class Core(Evaluator):
             missing = facts["missing_tasks"]
             notes.append(f"{len(missing)} of CORE's 22 tasks are not in the bundle: {', '.join(missing)}")
         if facts["left_out_tasks"]:
-            notes.append(f"left out by evaluators.core.tasks: {', '.join(facts['left_out_tasks'])}")
+            notes.append(f"left out by the option tasks: {', '.join(facts['left_out_tasks'])}")
         if facts["unfinished_tasks"]:
             notes.append(f"time_budget ended before: {', '.join(facts['unfinished_tasks'])}")
         if facts["missing_tasks"] or facts["left_out_tasks"] or facts["unfinished_tasks"]:

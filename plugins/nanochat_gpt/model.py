@@ -337,7 +337,8 @@ def build(config: GPTConfig, context: ModelContext) -> GPT:
     """
     if config.vocab_size != "auto" and config.vocab_size < context.vocab_size:
         raise ConfigError(
-            f"model.vocab_size: {config.vocab_size} is smaller than the tokenizer's {context.vocab_size}: "
-            f'give at least {context.vocab_size}, or "auto"'
+            f"{config.vocab_size} is smaller than the tokenizer's {context.vocab_size}: "
+            f'give at least {context.vocab_size}, or "auto"',
+            key="vocab_size",
         )
     return GPT(config, context)

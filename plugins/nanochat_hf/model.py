@@ -85,5 +85,5 @@ def build(config: HFConfig, context: ModelContext) -> HFModel:
             config.path, dtype=torch.float32, gguf_file=config.gguf_file, revision=config.revision or "main"
         )
     except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(f"model.path: transformers can't load {config.path}: {error}") from error
+        raise ConfigError(f"transformers can't load {config.path}: {error}", key="path") from error
     return HFModel(theirs.eval())

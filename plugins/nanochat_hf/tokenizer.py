@@ -22,7 +22,7 @@ class HFTokenizer(Tokenizer):
         self._theirs = theirs
         bos = theirs.bos_token_id if theirs.bos_token_id is not None else theirs.eos_token_id
         if bos is None:
-            raise ConfigError("tokenizer.path: this tokenizer has neither bos nor eos to lead a text with")
+            raise ConfigError("this tokenizer has neither bos nor eos to lead a text with", key="path")
         self._special = {str(theirs.convert_ids_to_tokens(i)): int(i) for i in theirs.all_special_ids}
         self._special["<|bos|>"] = int(bos)
         self._byte_level = any(name.startswith("\u0120") for name in theirs.get_vocab())
@@ -83,5 +83,5 @@ def build(config: HFConfig, context: TokenizerContext) -> HFTokenizer:
             source, gguf_file=config.gguf_file, revision=config.revision or "main"
         )
     except (OSError, ValueError, ImportError, KeyError) as error:
-        raise ConfigError(f"tokenizer.path: transformers can't load {source}: {error}") from error
+        raise ConfigError(f"transformers can't load {source}: {error}", key="path") from error
     return HFTokenizer(theirs)

@@ -60,7 +60,7 @@ class HuggingFaceTokenizer(TableTokenizer):
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(content)
         except Exception as error:  # the library raises nothing more precise
-            raise ConfigError(f"tokenizer.path: no tokenizer.json that tokenizers can read: {error}") from error
+            raise ConfigError(f"no tokenizer.json that tokenizers can read: {error}", key="path") from error
         self._tokenizer.encode_special_tokens = True  # their names in a text are text
         added = {t["content"]: t for t in json.loads(content).get("added_tokens", [])}
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
@@ -71,9 +71,9 @@ class HuggingFaceTokenizer(TableTokenizer):
             tokens[i] = name.encode() if name in added else _spell(name)
         super().__init__(tokens, special_tokens_from(max(vocabulary.values()) + 1, own))
         if len({token for token in tokens if len(token) == 1}) < 256:
-            raise ConfigError("tokenizer.path: not all 256 bytes are among its tokens; is it byte-level?")
+            raise ConfigError("not all 256 bytes are among its tokens; is it byte-level?", key="path")
         if not self.keeps_text():
-            raise ConfigError("tokenizer.path: this tokenizer changes text, which can't be undone; use another")
+            raise ConfigError("this tokenizer changes text, which can't be undone; use another", key="path")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return HuggingFaceTokenizer, (self._content,)
@@ -100,8 +100,9 @@ def _spell(name: str) -> bytes:
         return bytes(ALPHABET[character] for character in name)
     except KeyError:
         raise ConfigError(
-            f"tokenizer.path: token {name!r} isn't spelt in bytes; only byte-level tokenizers are exact (GPT-2, "
-            f'Llama 3, Qwen, ...). For the .model file of a sentencepiece tokenizer use plugin = "sentencepiece"'
+            f"token {name!r} isn't spelt in bytes; only byte-level tokenizers are exact (GPT-2, "
+            f'Llama 3, Qwen, ...). For the .model file of a sentencepiece tokenizer use plugin = "sentencepiece"',
+            key="path",
         ) from None
 
 
@@ -115,7 +116,7 @@ def exact(content: str) -> str:
         parsed = json.loads(content)
         parsed["model"]["type"]
     except (ValueError, LookupError, TypeError) as error:
-        raise ConfigError(f"tokenizer.path: no tokenizer.json ({error!r})") from error
+        raise ConfigError(f"no tokenizer.json ({error!r})", key="path") from error
     parsed |= dict.fromkeys(("normalizer", "post_processor", "truncation", "padding"))
     before = parsed.get("pre_tokenizer") or {}
     for step in (before, *before.get("pretokenizers", [])):

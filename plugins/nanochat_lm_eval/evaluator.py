@@ -129,9 +129,7 @@ class LMEval(Evaluator):
         manager = TaskManager(include_path=str(config.include_path) if config.include_path is not None else None)
         unknown = [name for name in config.tasks if not manager.match_tasks([name])]
         if unknown:
-            raise ConfigError(
-                f"evaluators.lm_eval.tasks: the harness has no {', '.join(unknown)}; see lm_eval ls tasks"
-            )
+            raise ConfigError(f"the harness has no {', '.join(unknown)}; see lm_eval ls tasks", key="tasks")
         found = lm_eval.simple_evaluate(
             model=HarnessModel(model, self.context),
             tasks=list(config.tasks),

@@ -8,7 +8,7 @@ from typing import Any
 
 import attrs
 
-from nanochat_core import ConfigError, OptimizerContext, Problem, Resolved, base_role
+from nanochat_core import ConfigError, OptimizerContext, Resolved, base_role
 from nanochat_muon.config import MuonAdamWConfig
 
 REFERENCE_BATCH = 2**19  # tokens; what the learning rates and decays of depth 12 were tuned with
@@ -27,7 +27,7 @@ def resolve(config: MuonAdamWConfig, context: OptimizerContext) -> dict[str, Res
             problem = (
                 'this model names no reference for "auto": give a number (1.0 leaves matrix_weight_decay as it is)'
             )
-            raise ConfigError([Problem("optimizer.matrix_weight_decay_scale", problem)])
+            raise ConfigError(problem, key="matrix_weight_decay_scale")
         ratio = f"D / D12 = {context.relative_data:.3g}"
         formula = f"sqrt(total_batch_size / 2^19) x D12 / D, {ratio} by the data : parameter ratio"
         return Resolved(batch / context.relative_data, formula)

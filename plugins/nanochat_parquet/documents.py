@@ -103,7 +103,7 @@ class ParquetDocuments(Documents):
             with shard.file.open() as stream, pq.ParquetFile(stream, metadata=shard.footer.metadata) as file:
                 column = file.read_row_group(i, columns=[self._column], use_threads=False)[self._column]
         except FileNotFoundError as error:  # the disk is gone, not a part of the data
-            raise DataError(f"data.path: {what} ({error}); put this file back") from error
+            raise DataError(f"{what} ({error}); put this file back", key="path") from error
         except (pa.ArrowException, OSError) as error:
             self._problems.report(f"{what}: its {rows} documents ({error})", "get this file again", error)
             return pa.chunked_array([pa.nulls(rows, pa.string())])
@@ -140,10 +140,10 @@ def _column_bytes(group: Any, column: str) -> int:
 
 
 def _check_column(name: str, schema: pa.Schema, column: str) -> None:
-    remedy = f"set data.text_column to one of {', '.join(map(repr, schema.names))}"
+    remedy = f"set it to one of {', '.join(map(repr, schema.names))}"
     if column not in schema.names:
-        raise DataError(f"data.path: {name} has no column {column!r}; {remedy}")
+        raise DataError(f"{name} has no column {column!r}; {remedy}", key="text_column")
     kind = schema.field(column).type
     value = kind.value_type if pa.types.is_dictionary(kind) else kind
     if not (pa.types.is_string(value) or pa.types.is_large_string(value)):
-        raise DataError(f"data.path: column {column!r} of {name} holds {kind}, not strings; {remedy}")
+        raise DataError(f"column {column!r} of {name} holds {kind}, not strings; {remedy}", key="text_column")

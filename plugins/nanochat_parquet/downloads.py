@@ -100,7 +100,7 @@ class Downloads:
             except DataError as error:
                 outcome = error
             except Exception as error:
-                outcome = DataError(f"data: {self._files[index].name} can't be fetched: {error!r}")
+                outcome = DataError(f"{self._files[index].name} can't be fetched: {error!r}")
             with self._change:
                 del self._under_way[index]
                 if isinstance(outcome, Path):

@@ -104,13 +104,13 @@ def _with_retries(url: str, work: Callable[[], Any]) -> Any:
             return work()
         except urllib.error.HTTPError as error:
             if error.code < 500 and error.code not in (408, 429):
-                raise DataError(f"data.path: {url} answers {error.code} {error.reason}; check the URL") from error
+                raise DataError(f"{url} answers {error.code} {error.reason}; check the URL", key="path") from error
             reason: Exception = error
         except (OSError, http.client.HTTPException) as error:
             reason = error
         if attempt < ATTEMPTS - 1:
             time.sleep(0.5 * 2**attempt)
-    raise DataError(f"data.path: {url} can't be read, after {ATTEMPTS} attempts: {reason!r}") from reason
+    raise DataError(f"{url} can't be read, after {ATTEMPTS} attempts: {reason!r}", key="path") from reason
 
 
 def request(url: str, part: tuple[int, int]) -> bytes:
@@ -121,7 +121,7 @@ def request(url: str, part: tuple[int, int]) -> bytes:
         asked = urllib.request.Request(url, headers={"Range": f"bytes={start}-{end - 1}"})
         with urllib.request.urlopen(asked, timeout=TIMEOUT) as response:
             if response.status != 206:
-                raise DataError(f"data.path: the server of {url} ignores range requests; download the file instead")
+                raise DataError(f"the server of {url} ignores range requests; download the file instead", key="path")
             data: bytes = response.read()
         if len(data) != end - start:
             raise OSError(f"{len(data)} bytes instead of {end - start}")
@@ -136,7 +136,7 @@ def _http_file(url: str) -> HttpFile:
         with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=TIMEOUT) as response:
             length = response.headers.get("Content-Length")
         if length is None:
-            raise DataError(f"data.path: the server of {url} doesn't say how long it is; download the file instead")
+            raise DataError(f"the server of {url} doesn't say how long it is; download the file instead", key="path")
         return int(length)
 
     return HttpFile(url, _with_retries(url, size))
@@ -147,7 +147,7 @@ def find(places: str | Iterable[str], key: str) -> list[File]:
 
     Args:
         places: directories, files, patterns or URLs.
-        key: the option that named them, for messages.
+        key: the option that names them.
 
     Raises:
         DataError: when a place is missing or holds none.
@@ -173,10 +173,10 @@ def _find_local(place: str, key: str) -> list[File]:
     elif glob.has_magic(place):
         paths = sorted(p for p in Path(path.anchor).glob(str(path.relative_to(path.anchor))) if p.is_file())
     else:
-        raise DataError(f"{key}: {path} is no directory and no file; point {key} at your *.parquet shards")
+        raise DataError(f"{path} is no directory and no file; point it at your *.parquet shards", key=key)
     if not paths:
         what = "matches no files" if glob.has_magic(place) else "holds 0 *.parquet files"
-        raise DataError(f"{key}: {path} {what}; point {key} at your *.parquet shards")
+        raise DataError(f"{path} {what}; point it at your *.parquet shards", key=key)
     local = pafs.LocalFileSystem()
     return [StoredFile(str(p), p.stat().st_size, str(p), local) for p in paths]
 
@@ -196,13 +196,14 @@ def _find_remote(place: str, key: str) -> list[File]:
             infos = filesystem.get_file_info(pafs.FileSelector(path, recursive=magic, allow_not_found=True))
     except (pa.ArrowException, OSError, ValueError, ImportError) as error:
         raise DataError(
-            f"{key}: {place} can't be listed ({error}); check the address, your credentials, and that the library for "
-            f"{urlsplit(place).scheme}:// is installed"
+            f"{place} can't be listed ({error}); check the address, your credentials, and that the library for "
+            f"{urlsplit(place).scheme}:// is installed",
+            key=key,
         ) from error
     pattern = path + place[len(base) :] if magic else "*.parquet" if len(infos) != 1 or infos[0].path != path else "*"
     infos = [i for i in infos if i.type == pafs.FileType.File and fnmatch.fnmatchcase(i.path, pattern)]
     if not infos:
-        raise DataError(f"{key}: {place} holds no parquet files; point {key} at your *.parquet shards")
+        raise DataError(f"{place} holds no parquet files; point it at your *.parquet shards", key=key)
     prefix = place.partition("://")[0] + "://"
     return [StoredFile(prefix + i.path, i.size, i.path, filesystem) for i in sorted(infos, key=lambda i: i.path)]
 

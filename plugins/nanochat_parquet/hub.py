@@ -110,7 +110,7 @@ class Hub:
         if not found:
             if self.offline is not None:
                 raise self.offline
-            raise DataError(f"data.files: {self.repo} at {self.revision} has no files {pattern!r} on the hub")
+            raise DataError(f"{self.repo} at {self.revision} has no files {pattern!r} on the hub", key="files")
         return found
 
     def files(self, names: Sequence[str]) -> list[HubFile]:
@@ -131,8 +131,9 @@ class Hub:
         missing = [name for name in names if name not in found]
         if missing:
             raise DataError(
-                f"data: {self.repo} at {self.revision} has no {_some(missing)} on the hub; "
-                f"lower data.shards, or set data.revision"
+                f"{self.repo} at {self.revision} has no {_some(missing)} on the hub; "
+                f"lower data.shards, or set data.revision",
+                key="shards",
             )
         return [found[name] for name in names]
 
@@ -144,9 +145,10 @@ class Hub:
         missing = [name for name, path in paths.items() if path is None]
         if missing:
             raise DataError(
-                f"data: {_some(missing)} of {self.repo} ({len(missing)} of {len(names)} files) are not on this "
+                f"{_some(missing)} of {self.repo} ({len(missing)} of {len(names)} files) are not on this "
                 f"machine, and the hub can't be asked ({self.offline}); lower data.shards to what is here, or run "
-                f"`nanochat data download` with a network (and HF_HUB_OFFLINE unset)"
+                f"`nanochat data download` with a network (and HF_HUB_OFFLINE unset)",
+                key="shards",
             )
         return [HubFile(name, _etag(path), path.stat().st_size) for name, path in paths.items() if path is not None]
 
@@ -191,7 +193,7 @@ class Hub:
         try:
             footer = parse_footer(name, tail, column)
         except (OSError, pa.ArrowException) as error:
-            raise DataError(f"data: {name} is not a parquet file ({error})") from error
+            raise DataError(f"{name} of {self.repo} is not a parquet file ({error})") from error
         write_atomically(known, tail)
         return footer
 
@@ -243,8 +245,9 @@ class Hub:
         needed -= sum(part.stat().st_size for part in parts if part.exists())
         if needed > free:
             raise DataError(
-                f"data: {len(files)} files of {self.repo} need {needed / 1e9:.1f} GB, {existing} has {free / 1e9:.1f} "
-                f"GB free; lower data.shards, make room, or set HF_HOME to another disk"
+                f"{len(files)} files of {self.repo} need {needed / 1e9:.1f} GB, {existing} has {free / 1e9:.1f} "
+                f"GB free; lower data.shards, make room, or set HF_HOME to another disk",
+                key="shards",
             )
 
     def fetch(self, file: HubFile, column: str, progress: Callable[[int], None] = lambda _: None) -> Path:

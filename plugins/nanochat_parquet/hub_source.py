@@ -42,8 +42,9 @@ class HubSource(DataSource):
             names = self._hub.names(self._config.files)
         if self._config.shards >= len(names):
             raise DataError(
-                f"data.shards: {self._hub.repo} has {len(names)} shards, one of them for validation; "
-                f"set data.shards to at most {len(names) - 1}"
+                f"{self._hub.repo} has {len(names)} shards, one of them for validation; "
+                f"set data.shards to at most {len(names) - 1}",
+                key="shards",
             )
         return self._hub.files([*names[: self._config.shards], names[-1]])
 

@@ -34,4 +34,5 @@ def nanochat_register_data_sources(registry: Registrar) -> None:
             summary=summary,
             requires=("huggingface_hub", "filelock", "pyarrow"),
             install="pip install huggingface_hub",
+            limit_option="shards",
         )

@@ -27,18 +27,19 @@ class ParquetSource(DataSource):
 
     def __init__(self, config: ParquetConfig) -> None:
         self._config, self._problems = config, UnreadablePlaces(config.on_error)
-        files = find(config.path, "data.path")
+        files = find(config.path, "path")
         self._files: dict[Split, list[File]] = {"train": files, "val": files}
         if config.val_path is not None:
-            self._files["val"] = find(config.val_path, "data.val_path")
+            self._files["val"] = find(config.val_path, "val_path")
             shared = {f.name for f in files} & {f.name for f in self._files["val"]}
             if shared:
-                raise DataError(f"data.val_path: {sorted(shared)[0]} is among the training shards too; keep it apart")
+                raise DataError(f"{sorted(shared)[0]} is among the training shards too; keep it apart", key="val_path")
         elif config.val_fraction is None:
             if len(files) < 2:
                 raise DataError(
-                    f"data.path: {_join(config.path)} holds {len(files)} *.parquet files, but two or more are needed, "
-                    f"the last for validation, the others for training; or set data.val_path or data.val_fraction"
+                    f"{_join(config.path)} holds {len(files)} *.parquet files, but two or more are needed, "
+                    f"the last for validation, the others for training; or set data.val_path or data.val_fraction",
+                    key="path",
                 )
             self._files = {"train": files[:-1], "val": files[-1:]}
 
@@ -82,7 +83,9 @@ class ParquetSource(DataSource):
         found = [self._shards[file.name] for file in self._files[split]]
         shards = [shard for shard in found if shard is not None]
         if not any(sum(shard.footer.rows) for shard in shards):
-            raise DataError(f"data.path: the {split} shards in {_join(self._config.path)} hold no rows; get them again")
+            raise DataError(
+                f"the {split} shards in {_join(self._config.path)} hold no rows; get them again", key="path"
+            )
         return ParquetDocuments(shards, self._config.text_column, self._problems)
 
     def fingerprint(self, split: Split) -> str:

@@ -18,4 +18,5 @@ def nanochat_register_data_sources(registry: Registrar) -> None:
         config=PythonDocsConfig,
         factory="nanochat_python_docs.source:build",
         summary="the documentation inside Python itself; needs no download",
+        default=True,
     )

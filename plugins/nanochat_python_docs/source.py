@@ -60,7 +60,8 @@ def build(config: PythonDocsConfig, context: DataContext) -> PythonDocs:
         if len(splits["train"]) < FEWEST or not splits["val"]:
             raise DataError(
                 f"the Python library in {library} gives only {sum(map(len, splits.values()))} documents (files are "
-                f"missing, or packed into an archive); install it in full, or choose another data.plugin"
+                f"missing, or packed into an archive); install it in full, or choose another data source",
+                key="plugin",
             ) from None
         with suppress(OSError):  # a cache that can't be written costs seconds at every start, no more
             write_atomic(cached, json.dumps(splits))

@@ -51,17 +51,18 @@ class SentencePieceTokenizer(TableTokenizer):
         try:
             self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
-            raise ConfigError(f"tokenizer.model_file: no model of sentencepiece: {error}") from error
+            raise ConfigError(f"no model of sentencepiece: {error}", key="model_file") from error
         count = self._pieces.vocab_size()
         super().__init__([self._bytes_of(i) for i in range(count)], special_tokens_from(count))
         by_byte = {self._bytes[i]: i for i in range(count) if self._pieces.IsByte(i)}
         if len(by_byte) < 256:
-            raise ConfigError("tokenizer.model_file: the model has no bytes; train it with byte_fallback = true")
+            raise ConfigError("the model has no bytes; train it with byte_fallback = true", key="model_file")
         self._space_in_bytes = [by_byte[bytes([b])] for b in SPACE.encode()]
         if not self.keeps_text():
             raise ConfigError(
-                "tokenizer.model_file: the model changes text; train it with normalization_rule_name = identity, "
-                "add_dummy_prefix = false and remove_extra_whitespaces = false"
+                "the model changes text; train it with normalization_rule_name = identity, "
+                "add_dummy_prefix = false and remove_extra_whitespaces = false",
+                key="model_file",
             )
 
     def _bytes_of(self, token: int) -> bytes:
@@ -146,8 +147,9 @@ def train(documents: Iterable[str], config: SentencePieceConfig) -> SentencePiec
         if error:
             raise error[0] from None
         raise DataError(
-            f"tokenizer.vocab_size = {config.vocab_size} (at least {LEAST + 1}): sentencepiece can't learn so many "
-            f"pieces from the training documents: lower it, or give more data ({failure})"
+            f"sentencepiece can't learn {config.vocab_size} pieces from the training documents: lower it (to at least "
+            f"{LEAST + 1}), or give more data ({failure})",
+            key="vocab_size",
         ) from failure
     if error:
         raise error[0]
@@ -182,6 +184,8 @@ def build(config: SentencePieceConfig, context: TokenizerContext) -> SentencePie
         tokenizer = train(context.documents(), config)
     if config.vocab_size not in (None, tokenizer.vocab_size):
         where = context.saved or config.model_file
-        message = f"tokenizer.vocab_size = {config.vocab_size}, but {where} has {tokenizer.vocab_size}; set it to that"
-        raise CheckpointError(f"{message}, or start a new run") if context.saved else ConfigError(message)
+        message = f"it is {config.vocab_size}, but {where} has {tokenizer.vocab_size} pieces; set it to that"
+        if context.saved:
+            raise CheckpointError(f"{message}, or start a new run", key="vocab_size")
+        raise ConfigError(message, key="vocab_size")
     return tokenizer

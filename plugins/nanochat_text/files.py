@@ -44,7 +44,7 @@ def find(places: str | Iterable[str], suffixes: Sequence[str], key: str) -> list
             here = sorted(p for p in Path(path.anchor).glob(str(path.relative_to(path.anchor))) if p.is_file())
         if not here:
             what = f"holds no {', '.join('*' + s for s in suffixes)}" if path.is_dir() else "is not there"
-            raise DataError(f"{key}: {path} {what}; give a file, a directory, or a pattern that matches files")
+            raise DataError(f"{path} {what}; give a file, a directory, or a pattern that matches files", key=key)
         found += here
     return found
 
@@ -113,13 +113,13 @@ def _decompress(path: Path, done: Path, keep_damaged: bool) -> str:
                 problem = f"{path} can't be decompressed after its first {target.tell():,} bytes ({error})"
                 if not keep_damaged:
                     raise DataError(
-                        f"data.on_error: {problem}; get the file again, or set data.on_error to skip"
+                        f"{problem}; get the file again, or set data.on_error to skip", key="on_error"
                     ) from error
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise DataError(
-                f"data.path: no room in {done.parent} to decompress {path}; make room, "
-                f"or set NANOCHAT_HOME to another disk"
+                f"no room in {done.parent} to decompress {path}; make room, or set NANOCHAT_HOME to another disk",
+                key="path",
             ) from error
         raise
     return problem

@@ -54,7 +54,7 @@ class SpanDocuments(Documents):
 
     def _text(self, data: bytes, size: int, name: Path, start: int) -> str:
         if len(data) != size:
-            raise DataError(f"data.path: {name} has become shorter since the run started; leave it as it is")
+            raise DataError(f"{name} has become shorter since the run started; leave it as it is", key="path")
         try:
             return self._parse(data)
         except ValueError as error:
@@ -66,7 +66,7 @@ def _open(path: Path, name: Path) -> int:
     try:
         return os.open(path, os.O_RDONLY)
     except OSError as error:
-        raise DataError(f"data.path: {name} can't be read any more ({error}); put it back") from error
+        raise DataError(f"{name} can't be read any more ({error}); put it back", key="path") from error
 
 
 class FileDocuments(Documents):
@@ -85,7 +85,7 @@ class FileDocuments(Documents):
                 yield parse_text(self._bytes(path))
                 continue
             except OSError as error:
-                raise DataError(f"data.path: {path} can't be read ({error}); put it back") from error
+                raise DataError(f"{path} can't be read ({error}); put it back", key="path") from error
             except ValueError as error:
                 self._problems.report(f"{path} can't be read ({error})", MEND, error)
             yield ""
@@ -137,13 +137,13 @@ class FilesSource(DataSource):
         self._config, self._directory = config, cache_dir / "text"
         self._problems = UnreadablePlaces(config.on_error)
         self._suffixes = (".jsonl", ".ndjson") if isinstance(config, JsonlConfig) else (".txt",)
-        self._train_files = find(config.path, self._suffixes, "data.path")
+        self._train_files = find(config.path, self._suffixes, "path")
         self._val_files = self._train_files
         if config.val_path is not None:
-            self._val_files = find(config.val_path, self._suffixes, "data.val_path")
+            self._val_files = find(config.val_path, self._suffixes, "val_path")
             shared = {*self._train_files} & {*self._val_files}
             if shared:
-                raise DataError(f"data.val_path: {min(shared)} is among the training files too; keep it apart")
+                raise DataError(f"{min(shared)} is among the training files too; keep it apart", key="val_path")
 
     def documents(self, split: Split) -> Documents:
         """The split's documents, read when they are asked for.
@@ -165,8 +165,9 @@ class FilesSource(DataSource):
             if isinstance(self._config, TextConfig) and self._config.separator is None:
                 hint = ', or data.separator to the line between the documents of a file ("" for an empty line)'
             raise DataError(
-                f"data.path: {len(splits[0]) + len(splits[1])} documents are too few for a training and a validation "
-                f"part ({needed} or more are needed); give more, or set data.val_path or data.val_fraction{hint}"
+                f"{len(splits[0]) + len(splits[1])} documents are too few for a training and a validation "
+                f"part ({needed} or more are needed); give more, or set data.val_path or data.val_fraction{hint}",
+                key="path",
             )
         return splits
 

@@ -17,6 +17,7 @@ def nanochat_register_tokenizers(registry: Registrar) -> None:
         "tiktoken",
         config=TiktokenConfig,
         factory="nanochat_tiktoken.tokenizer:build",
+        from_name="nanochat_tiktoken.tokenizer:from_name",
         summary="a published encoding of tiktoken (gpt2, cl100k_base, ...), or a file of merges",
         requires=("tiktoken",),
         install="pip install tiktoken",

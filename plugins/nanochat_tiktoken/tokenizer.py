@@ -62,9 +62,9 @@ class TiktokenTokenizer(TableTokenizer):
         try:
             self._encodings.get()
         except ValueError as error:
-            raise ConfigError(f"tokenizer.pattern: no regular expression that tiktoken knows: {error}") from error
+            raise ConfigError(f"no regular expression that tiktoken knows: {error}", key="pattern") from error
         if not self.keeps_text():
-            raise ConfigError("tokenizer.pattern: some characters match no part of it and would be lost")
+            raise ConfigError("some characters match no part of it and would be lost", key="pattern")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return TiktokenTokenizer, (self._pattern, self._ranks, self._own_special)
@@ -95,6 +95,11 @@ class TiktokenTokenizer(TableTokenizer):
         return {"pattern": self._pattern, "merges": MERGES}
 
 
+def from_name(name: str) -> TiktokenConfig | None:
+    """The config of an encoding that tiktoken knows by name; None when it knows none of that name."""
+    return TiktokenConfig(encoding=name) if name in tiktoken.list_encoding_names() else None
+
+
 class _NotInCache(Exception):
     """tiktoken wants to download something."""
 
@@ -111,7 +116,7 @@ def named(encoding: str) -> TiktokenTokenizer:
     """
     if encoding not in tiktoken.list_encoding_names():
         raise ConfigError(
-            f"tokenizer.encoding: tiktoken knows no {encoding!r}; it has {', '.join(tiktoken.list_encoding_names())}"
+            f"tiktoken knows no {encoding!r}; it has {', '.join(tiktoken.list_encoding_names())}", key="encoding"
         )
 
     def refuse(blobpath: str) -> bytes:
@@ -124,9 +129,10 @@ def named(encoding: str) -> TiktokenTokenizer:
             found = tiktoken.get_encoding(encoding)
         except _NotInCache as missing:
             raise DataError(
-                f"tokenizer.encoding: {encoding} isn't in tiktoken's cache ({missing} is missing). With a network, "
+                f"{encoding} isn't in tiktoken's cache ({missing} is missing). With a network, "
                 f"fetch it: python -c \"import tiktoken; tiktoken.get_encoding('{encoding}')\"; "
-                f"without, copy the cache from another machine and name it in TIKTOKEN_CACHE_DIR"
+                f"without, copy the cache from another machine and name it in TIKTOKEN_CACHE_DIR",
+                key="encoding",
             ) from None
         finally:
             tiktoken.load.read_file = fetch
@@ -183,5 +189,5 @@ def build(config: TiktokenConfig, context: TokenizerContext) -> TiktokenTokenize
     try:
         ranks = read_merges(config.path)
     except ValueError as error:
-        raise ConfigError(f"tokenizer.path: {config.path} is no file of merges: {error}") from error
+        raise ConfigError(f"{config.path} is no file of merges: {error}", key="path") from error
     return TiktokenTokenizer(config.pattern, ranks, {})

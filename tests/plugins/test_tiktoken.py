@@ -68,7 +68,7 @@ def test_a_named_encoding_is_never_downloaded(offline: Path, monkeypatch: pytest
         raise AssertionError(f"downloads {blobpath}")
 
     monkeypatch.setattr(tiktoken.load, "read_file", download)
-    with pytest.raises(DataError, match=r"tokenizer\.encoding: cl100k_base isn't in tiktoken's cache .*TIKTOKEN_CACHE"):
+    with pytest.raises(DataError, match=r"^encoding: cl100k_base isn't in tiktoken's cache .*TIKTOKEN_CACHE"):
         make(TiktokenConfig("cl100k_base"))
     assert tiktoken.load.read_file is download
     with pytest.raises(ConfigError, match=r"tiktoken knows no 'cl200k'; it has .*gpt2"):
@@ -103,7 +103,7 @@ def test_a_run_needs_no_cache_once_it_is_saved(config: TiktokenConfig, merges: P
 def test_files_of_merges_that_are_none(merges: Path, damage: str | None, config: TiktokenConfig) -> None:
     lines = merges.read_text().splitlines(keepends=True)
     merges.write_text("".join(lines[1:] if damage is None else [*lines, damage]))
-    with pytest.raises(ConfigError, match=r"tokenizer\.path: .* is no file of merges"):
+    with pytest.raises(ConfigError, match=r"^path: .* is no file of merges"):
         make(config)
 
 
@@ -133,7 +133,7 @@ def test_config(wrong) -> None:  # type: ignore[no-untyped-def]
 
 
 def test_patterns_that_lose_text(merges: Path) -> None:
-    with pytest.raises(ConfigError, match=r"tokenizer\.pattern"):
+    with pytest.raises(ConfigError, match=r"^pattern: "):
         make(TiktokenConfig(path=merges, pattern=r"\p{L}+"))
-    with pytest.raises(ConfigError, match=r"tokenizer\.pattern"):
+    with pytest.raises(ConfigError, match=r"^pattern: "):
         make(TiktokenConfig(path=merges, pattern="("))

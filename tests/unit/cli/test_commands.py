@@ -328,14 +328,14 @@ def test_broken_plugins_cost_a_line_and_not_the_run(
 # --------------------------------------------------------------------------------------------------------------- runs
 
 
-def test_runs_lists_name_id_status_step_bpb_validation_data_age_size(trained: Trained) -> None:
+def test_runs_lists_name_id_status_step_best_validation_data_age_size(trained: Trained) -> None:
     result = call("runs", "--runs-dir", trained.runs)
     assert result.code == 0
     header, row = result.out.splitlines()
-    assert header.split() == ["NAME", "ID", "STATUS", "STEP", "BEST", "BPB", "VAL", "DATA", "AGE", "SIZE"]
+    assert header.split() == ["NAME", "ID", "STATUS", "STEP", "BEST", "VAL", "DATA", "AGE", "SIZE"]
     cells = re.split(r"  +", row)
     best = min(r["val/bpb"] for r in map(json.loads, (trained.path / "metrics.jsonl").open()) if "val/bpb" in r)
-    assert cells[:5] == ["tiny", trained.path.name, "finished", "12/12", f"{best:.4f}"]
+    assert cells[:5] == ["tiny", trained.path.name, "finished", "12/12", f"val/bpb {best:.4f}"]
     assert cells[5] == json.loads((trained.path / "provenance.json").read_text())["fingerprints"]["val"][:8]
     assert re.fullmatch(r"\d+ (s|min)", cells[6])
     assert re.fullmatch(r"\d+\.\d MB", cells[7])

@@ -61,9 +61,9 @@ def test_download_of_what_is_here(data: Path, capsys: pytest.CaptureFixture[str]
     ("words", "message"),
     [
         (["--source", "jsnl"], '--source jsnl: no such data source (did you mean "jsonl"?)'),
-        (["--source", "jsonl"], "--set: data.path: missing"),
+        (["--source", "jsonl"], "--source jsonl: data.path: missing"),
         (["--source", "jsonl", "--set", "path=x"], "write data.OPTION=VALUE, not 'path=x'"),
-        (["--source", "jsonl", "--set", "data.path=x", "-n", "3"], "--set: data.shards: unknown key"),
+        (["--source", "jsonl", "--set", "data.path=x", "-n", "3"], '-n: data source "jsonl" does not come in shards'),
         (["--source", "jsonl", "--set", "data.path=x", "--set", "data.on_error=no"], 'must be "fail" or "skip"'),
         (["--source", "jsonl", "--set", "data.path=nowhere"], "nowhere is not there"),
     ],
