@@ -1,6 +1,9 @@
 """The tokenizer ``tiktoken``: an encoding that somebody has published.
 
 Two lone halves of a surrogate pair can't be written in UTF-8: text is read as if they were U+FFFD.
+
+Like ``bpe`` it encodes with the library tiktoken. The few lines that call it stand in both: plugins don't import each
+other, and the core knows no tokenizer library.
 """
 
 from __future__ import annotations

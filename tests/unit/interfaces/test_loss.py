@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanochat_core import Model
+from nanochat_core import Model, loss_with_gradients, without_ignored
 from nanochat_core.interfaces.loss import cross_entropy
 
 V, D, B, T = 37, 12, 3, 11
@@ -188,3 +188,30 @@ def test_a_hidden_state_without_gradient_trains_the_head_alone() -> None:
     cross_entropy(model, model.hidden(ids).detach(), targets).backward()
     assert model.mix.weight.grad is None
     assert model.out.weight.grad.abs().sum() > 0
+
+
+def test_a_loss_with_its_own_gradients_is_scaled_by_what_follows_and_differentiated_once() -> None:
+    x = torch.tensor([1.0, 2.0], requires_grad=True)
+    y = torch.tensor([3.0, 4.0], requires_grad=True)
+
+    def compute() -> tuple[Tensor, list[Tensor | None]]:
+        assert not torch.is_grad_enabled()
+        return (x**2).sum(), [2 * x, None]
+
+    loss = loss_with_gradients(compute, [x, y])
+    assert loss.item() == 5.0
+    factor = torch.tensor(0.5, requires_grad=True)
+    (gradient,) = torch.autograd.grad(factor * loss, x, create_graph=True)
+    assert torch.equal(gradient.detach(), x.detach())
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+    loss_with_gradients(compute, [x, y]).backward()
+    assert y.grad is None
+
+
+def test_positions_without_a_target_are_left_out() -> None:
+    hidden_ND, targets_N = torch.arange(8.0).view(4, 2), torch.tensor([1, -1, 0, -1])
+    hidden, targets = without_ignored(hidden_ND, targets_N)
+    assert torch.equal(hidden, hidden_ND[[0, 2]])
+    assert targets.tolist() == [1, 0]
+    assert without_ignored(hidden, targets)[0] is hidden

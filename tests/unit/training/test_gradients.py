@@ -7,7 +7,7 @@ import torch
 from helpers.ranks import on_ranks
 from torch import Tensor, nn
 
-from nanochat_core import GradientReducer, Multipliers, TorchOptimizer, World
+from nanochat_core import GradientExchange, GradientReducer, Multipliers, PluginError, TorchOptimizer, World
 from nanochat_core.training.gradients import global_norm
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -79,6 +79,70 @@ def test_two_ranks_sum_to_what_one_rank_gets_from_all_batches() -> None:
         torch.testing.assert_close(ours[0][name], expected, **rough)
         total += ours[0][name].double().square().sum().float()
     torch.testing.assert_close(ours[0]["norm"], total.sqrt())
+
+
+class Noted:
+    """A message that notes when it is sent and waited for."""
+
+    def __init__(self, name: str, events: list[str], *parameters: nn.Parameter) -> None:
+        self.name, self.events, self.parameters = name, events, parameters
+
+    def send(self) -> None:
+        self.events.append(f"send {self.name}")
+
+    def wait(self) -> None:
+        self.events.append(f"wait {self.name}")
+
+
+def noted_exchange(learn_order: bool) -> tuple[list[nn.Parameter], list[str], GradientExchange]:
+    parameters = [nn.Parameter(torch.ones(2)) for _ in range(3)]
+    events: list[str] = []
+    messages = [Noted(name, events, parameter) for name, parameter in zip("abc", parameters, strict=True)]
+    return parameters, events, GradientExchange(messages, ALONE, learn_order)
+
+
+def chain(parameters: list[nn.Parameter]) -> Tensor:
+    """A product whose backward pass completes the last parameter first."""
+    product = torch.ones(2)
+    for parameter in parameters:
+        product = product * parameter
+    return product.sum()
+
+
+@pytest.mark.parametrize("learn_order", [False, True])
+def test_an_exchange_sends_in_one_order_which_it_may_learn(learn_order: bool) -> None:
+    parameters, events, exchange = noted_exchange(learn_order)
+    for expected in ("abc", "cba" if learn_order else "abc"):
+        exchange.begin()
+        assert exchange.started
+        chain(parameters).backward()
+        exchange.finish()
+        assert not exchange.started
+        assert events == [*(f"send {name}" for name in expected), "wait a", "wait b", "wait c"]
+        events.clear()
+
+
+def test_an_exchange_sends_what_is_complete_during_the_backward_pass() -> None:
+    parameters, events, exchange = noted_exchange(False)
+    exchange.begin()
+    chain(parameters[:1]).backward()
+    assert events == ["send a"]
+    chain(parameters[2:]).backward()
+    assert events == ["send a"]  # c waits for b, so that all ranks send alike
+    exchange.finish()
+    assert events == ["send a", "send b", "send c", "wait a", "wait b", "wait c"]
+
+
+def test_an_exchange_refuses_gradients_that_come_too_late() -> None:
+    parameters, _, exchange = noted_exchange(False)
+    exchange.begin()
+    chain(parameters).backward()
+    parameters[1].sum().backward()
+    with pytest.raises(PluginError, match="use_reentrant=False"):
+        exchange.finish()
+    exchange.begin()  # the next step is not affected
+    chain(parameters).backward()
+    exchange.finish()
 
 
 def test_alone_nothing_is_copied_and_missing_gradients_become_zeros() -> None:
