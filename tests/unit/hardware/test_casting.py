@@ -1,11 +1,14 @@
-"""Weights that don't change are cast once, and nobody sees an old cast."""
+"""Dtypes by name, autocast; weights that don't change are cast once, and nobody sees an old cast."""
 
 from __future__ import annotations
 
+import threading
+
+import pytest
 import torch
 
 from nanochat_core import cast
-from nanochat_core.hardware.casting import weights_at_rest
+from nanochat_core.hardware.casting import autocast, dtype_of, name_of, weights_at_rest
 
 BF16 = torch.bfloat16
 
@@ -44,3 +47,49 @@ def test_gradients_flow():
             cast(w, BF16)
         cast(w, BF16).sum().backward()
     assert w.grad is not None
+
+
+def test_casts_are_kept_for_the_thread_alone():
+    w, kept = weight(), list[torch.Tensor]()
+
+    def elsewhere() -> None:
+        with torch.no_grad():
+            kept.extend(cast(w, BF16) for _ in range(2))
+
+    with torch.no_grad(), weights_at_rest():
+        cast(w, BF16)
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+    assert kept[0] is not kept[1]
+
+
+def test_a_cast_can_be_compiled_as_a_part_of_one_graph():
+    w = weight()
+    compiled = torch.compile(lambda x: x.to(BF16) @ cast(w, BF16).T, fullgraph=True, backend="eager")
+    x = torch.ones(1, 2)
+    assert torch.equal(compiled(x), x.to(BF16) @ w.to(BF16).T)
+    with torch.no_grad(), weights_at_rest():
+        assert torch.equal(compiled(x), x.to(BF16) @ w.to(BF16).T)
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
+def test_a_dtype_has_a_name(name: str):
+    assert name_of(dtype_of(name)) == name
+    assert dtype_of(name).is_floating_point
+
+
+@pytest.mark.parametrize("name", ["nonsense", "auto", "nn", "tensor"])
+def test_what_is_no_dtype_is_refused(name: str):
+    with pytest.raises((AttributeError, TypeError)):
+        dtype_of(name)
+
+
+def test_autocast_is_off_for_float32():
+    x = torch.ones(2, 2)
+    with autocast(x.device, torch.float32):
+        assert (x @ x).dtype is torch.float32
+    with autocast(x.device, BF16):
+        assert (x @ x).dtype is BF16
+        with autocast(x.device, torch.float32):
+            assert (x @ x).dtype is torch.float32
