@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import importlib.metadata
-import operator as operators
 import os
-import re
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
 import attrs
 import pluggy
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.utils import canonicalize_name
 
 from nanochat_core.errors import PluginError, did_you_mean
 from nanochat_core.plugins import hookspecs
@@ -28,10 +28,6 @@ _OBSERVERS = tuple(
     f"nanochat_{event}"
     for event in ("run_started", "step_finished", "evaluation_finished", "checkpoint_saved", "run_ended")
 )
-_COMPARE: Mapping[str, Callable[[Any, Any], bool]] = {
-    "<": operators.lt, "<=": operators.le, "==": operators.eq,
-    ">": operators.gt, ">=": operators.ge, "!=": operators.ne,
-}  # fmt: skip
 
 
 @attrs.frozen
@@ -179,42 +175,22 @@ def _check_versions(distribution: importlib.metadata.Distribution | None) -> Non
     Raises:
         PluginError: saying which versions fit.
     """
-    for requirement in (distribution.requires if distribution is not None else None) or ():
-        wanted, _, marker = requirement.partition(";")
-        match = re.fullmatch(r"\s*nanochat\s*(?:\[[^]]*\])?\s*\(?([^)]*)\)?\s*", wanted, re.IGNORECASE)
-        if match is None or marker.strip() or not match[1].strip():
+    for text in (distribution.requires if distribution is not None else None) or ():
+        if not text.lower().lstrip().startswith("nanochat"):  # most are of other packages: parsing them takes time
             continue
-        if not version_fits(_own_version(), match[1]):
+        try:
+            wanted = Requirement(text)
+        except InvalidRequirement:  # pip did not mind, or it was never asked
+            continue
+        if canonicalize_name(wanted.name) != "nanochat" or wanted.marker is not None:
+            continue
+        if not wanted.specifier.contains(_own_version(), prereleases=True):
             assert distribution is not None
-            package, fits = distribution.name, match[1].strip()
+            package, fits = distribution.name, str(wanted.specifier)
             raise PluginError(
                 f"{package} {distribution.version} fits nanochat {fits}, this is {_own_version()}: "
                 f"pip install 'nanochat{fits}', or another version of {package}"
             )
-
-
-def version_fits(version: str, ranges: str) -> bool:
-    """Whether a version lies in ranges such as ``>=0.1,<1``. Only numbers count; an operator not known here fits."""
-
-    def numbers(text: str) -> tuple[int, ...]:
-        found = [int(part) for part in re.match(r"[0-9.]*", text.strip())[0].split(".") if part]  # type: ignore[index]
-        return tuple(found + [0] * (4 - len(found)))
-
-    have = numbers(version)
-    for part in ranges.split(","):
-        operator, text = re.match(r"\s*([<>=!~]*)(.*)", part).groups()  # type: ignore[union-attr]
-        want = numbers(text)
-        if operator == "~=":
-            size = len([p for p in text.strip().split(".") if p]) - 1
-            if have < want or have[:size] != want[:size]:
-                return False
-        elif operator == "==" and text.strip().endswith(".*"):
-            size = len(text.strip().split(".")) - 1
-            if have[:size] != want[:size]:
-                return False
-        elif not _COMPARE.get(operator, lambda a, b: True)(have, want):
-            return False
-    return True
 
 
 def _check_keys(entry: Entry) -> None:
