@@ -84,6 +84,7 @@ from .training.gradients import TorchOptimizer as TorchOptimizer
 
 # Machines and files.
 from .files import cache_dir as cache_dir
+from .files import lock_file as lock_file
 from .hardware.casting import cast as cast
 from .hardware.devices import cuda_capability as cuda_capability
 from .hardware.devices import device_type as device_type

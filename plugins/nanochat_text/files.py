@@ -14,9 +14,8 @@ from typing import Any
 
 import attrs
 import pyarrow as pa
-from filelock import FileLock
 
-from nanochat_core import DataError
+from nanochat_core import DataError, lock_file
 
 COMPRESSED = (".gz", ".zst")
 BLOCK = 2**22
@@ -95,7 +94,7 @@ def plain(path: Path, directory: Path, keep_damaged: bool) -> Plain:
     directory.mkdir(parents=True, exist_ok=True)
     base = directory / (identity(path) + ("-damaged" if keep_damaged else ""))
     done, report = base.with_suffix(".txt"), base.with_suffix(".json")
-    with FileLock(base.with_suffix(".lock")):
+    with lock_file(base.with_suffix(".lock")):
         if not report.exists():  # written last
             problem = _decompress(path, done, keep_damaged)
             write_atomically(report, json.dumps({"file": str(path), "problem": problem}).encode())

@@ -10,8 +10,8 @@ from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from filelock import FileLock
 
+from nanochat_core import lock_file
 from nanochat_text.files import identity
 
 Spans: TypeAlias = npt.NDArray[np.int64]  # [documents, 2]: first byte of each, and the byte after it
@@ -80,7 +80,7 @@ def load_index(path: Path, directory: Path, separator: str | None = None) -> Spa
     directory.mkdir(parents=True, exist_ok=True)
     kind = "jsonl" if separator is None else f"text-{separator.encode().hex()[:64]}"
     kept = directory / f"{identity(path)}-{kind}.spans"
-    with FileLock(kept.with_suffix(".lock")):
+    with lock_file(kept.with_suffix(".lock")):
         if not kept.exists():
             descriptor, name = tempfile.mkstemp(dir=directory, prefix=".")
             try:
