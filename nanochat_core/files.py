@@ -1,16 +1,21 @@
-"""Files: whole or not at all, on the disk, hashed; and directories outside a run."""
+"""Files: whole or not at all, on the disk, hashed, locked; and directories outside a run."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import secrets
 import shutil
+import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+if TYPE_CHECKING:
+    from filelock import AcquireReturnProxy
 
 
 def cache_dir() -> Path:
@@ -80,6 +85,44 @@ def first_few(texts: Sequence[str], most: int = 8) -> str:
     """The texts with commas between them, those beyond ``most`` only counted: ``a, b and 3 more``."""
     more = f" and {len(texts) - most} more" if len(texts) > most else ""
     return ", ".join(texts[:most]) + more
+
+
+def lock_file(path: Path, timeout: float = -1.0) -> AcquireReturnProxy:
+    """Lock ``path`` and write into it who holds it, as in ``process 123 on host``. The file stays when the lock goes.
+
+    The lock is released at the end of ``with lock_file(path):``, by ``.lock.release()`` of what is returned, or when
+    this process ends, however it ends. The directory is made if it is absent.
+
+    Args:
+        timeout: seconds to wait for another process; 0: not at all, -1: as long as it takes.
+
+    Raises:
+        TimeoutError: another process holds it.
+        OSError: the file can't be written, or its disk has no locks.
+    """
+    from filelock import FileLock  # takes some time to import, which commands that lock nothing need not spend
+
+    def sign(descriptor: int) -> None:
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+
+    # The soft locks that filelock falls back to would outlive a process that is killed.
+    return FileLock(path, fallback_to_soft=False, on_acquired=sign).acquire(timeout)
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock at ``path``; see ``lock_file``.
+
+    It asks with a shared lock, which filelock does not have: two processes that ask at the same time don't take each
+    other for the holder, and a directory that is read-only can be asked about.
+    """
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
 
 
 def remove(path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanochat_core.cli import positive
+from nanochat_core.cli.console import size
 from nanochat_core.errors import ConfigError, NanochatError, Problem
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ def _info(source: DataSource, loaded: LoadedExperiment | None) -> int:
     facts = dict(source.describe())
     text_bytes, absent = facts.pop("text_bytes", None), facts.get("missing")
     for name, value in facts.items():
-        print(f"{name.replace('_', ' ')}: {_bytes(value) if name == 'bytes' else _number(value)}")
+        print(f"{name.replace('_', ' ')}: {size(float(value)) if name == 'bytes' else _number(value)}")
     train, val = source.documents("train"), source.documents("val")
     print(f"documents: {len(train):,} for training, {len(val):,} for validation")
     print(f"fingerprints: train {source.fingerprint('train')[:16]}, val {source.fingerprint('val')[:16]}")
@@ -157,7 +158,7 @@ def _estimates(text_bytes: int, samples: Sequence[str], loaded: LoadedExperiment
         if not isinstance(getattr(choice.config, "vocab_size", None), int):  # it needs no training
             per_token, how = _measure(choice, samples), f"measured on {len(samples)} documents"
     tokens = text_bytes / per_token
-    print(f"training text: {_bytes(text_bytes)}, about {tokens:,.0f} tokens ({how})")
+    print(f"training text: {size(text_bytes)}, about {tokens:,.0f} tokens ({how})")
     if loaded is not None and not [p for p in loaded.missing if p.key.split(".")[0] != "loggers"]:
         from nanochat_core.hardware.machine import pick_device
         from nanochat_core.planning.planner import make_plan
@@ -177,14 +178,6 @@ def _measure(choice: Any, samples: Sequence[str]) -> float:
 
 def _number(value: str | int) -> str:
     return f"{value:,}" if isinstance(value, int) else value
-
-
-def _bytes(value: str | int | float) -> str:
-    number = float(value)
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if number >= size:
-            return f"{number / size:,.1f} {unit}"
-    return f"{number:,.0f} bytes"
 
 
 def _opening(text: str) -> str:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from nanochat_core.cli import above_zero, add_experiment, positive
+from nanochat_core.cli.console import size, table
 from nanochat_core.errors import ConfigError, NanochatError, Problem, did_you_mean
 
 if TYPE_CHECKING:
@@ -105,7 +107,7 @@ def _time_and_price(options: argparse.Namespace, plan: Plan, speed: float | None
     if speed is None:
         return ["time: unknown; measure it here with --probe, or give --tok-per-sec X"]
     seconds = plan.total_tokens / speed
-    lines = [f"time: {_duration(seconds)} of training at {speed:,.0f} tokens/s ({how})"]
+    lines = [f"time: {duration(seconds)} of training at {speed:,.0f} tokens/s ({how})"]
     if options.price is not None:
         dollars = seconds / 3600 * options.price
         devices = f"an hour for all {options.nproc} devices"
@@ -146,33 +148,30 @@ def _table(
             known, total = "activations" in memory, sum(memory.values())
             fits = ("yes" if total <= plan.room else "no") if known else "?"
             accumulation = f"{plan.rows_per_step // (plan.world_size * batch):,}"
-            size = f"{total / 2**30:,.2f}" if known else "?"
-            rows.append([value, f"{batch:,}", accumulation, size, fits, hours, dollars])
+            needed = f"{total / 2**30:,.2f}" if known else "?"
+            rows.append([value, f"{batch:,}", accumulation, needed, fits, hours, dollars])
     plan = next(iter(variants.values()))[0].plan
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
-    return f"  by device batch; {plan.room / 2**30:,.1f} GiB may be taken of a device:\n" + "\n".join(
-        f"  {line}".rstrip() for line in lines
-    )
+    title = f"by device batch; {plan.room / 2**30:,.1f} GiB may be taken of a device:"
+    return textwrap.indent(f"{title}\n{table(rows, 'r' * len(rows[0]))}", "  ")
 
 
 def _disk(planned: Planned) -> str:
     """What checkpoints take."""
     from nanochat_core.runs.retention import most_at_once
 
-    size, count, options = (
+    each, count, options = (
         planned.plan.checkpoint_bytes / 2**30,
         planned.plan.checkpoints,
         planned.experiment.checkpoint,
     )
     most = most_at_once(count, options)
-    text = f"{count} checkpoints of {size:,.2f} GiB"
+    text = f"{count} checkpoints of {each:,.2f} GiB"
     if most == count:
-        return f"{text}, {count * size:,.1f} GiB if all are kept"
-    text += f", at most {most} at one time: {most * size:,.1f} GiB"
+        return f"{text}, {count * each:,.1f} GiB if all are kept"
+    text += f", at most {most} at one time: {most * each:,.1f} GiB"
     if options.keep_best is None:
         return text
-    return f"{text} ({count * size:,.1f} GiB if no step that is saved has an evaluation with {options.best_metric})"
+    return f"{text} ({count * each:,.1f} GiB if no step that is saved has an evaluation with {options.best_metric})"
 
 
 def _data(experiment: Experiment) -> list[str]:
@@ -185,15 +184,9 @@ def _data(experiment: Experiment) -> list[str]:
         count = len(source.documents("val"))
         lines.append(f"validation data: {count:,} documents, fingerprint {source.fingerprint('val')[:12]}")
         facts = source.describe()
-        missing, files, size = (facts.get(name) for name in ("missing", "files", "bytes"))
-        if isinstance(missing, int) and isinstance(files, int) and isinstance(size, int):
-            lines.append(f"download: {missing} of {files} files, about {size * missing / max(files, 1) / 1e9:,.1f} GB")
+        missing, files, total = (facts.get(name) for name in ("missing", "files", "bytes"))
+        if isinstance(missing, int) and isinstance(files, int) and isinstance(total, int):
+            lines.append(f"download: {missing} of {files} files, about {size(total * missing / max(files, 1))}")
     except NanochatError as error:
         lines.append(f"{'download' if lines else 'validation data'}: unknown ({error})")
     return lines
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import attrs
 
+from nanochat_core.cli.console import table
 from nanochat_core.errors import PluginError, did_you_mean
 from nanochat_core.plugins.choice import RESERVED, EntryKeys
 from nanochat_core.plugins.discovery import Plugins, load_plugins
@@ -84,10 +85,11 @@ def _new(arguments: Sequence[str]) -> int:
 
 def _timings(plugins: Plugins) -> None:
     """Seconds that each plugin took to import, slowest first: every command pays for them."""
-    print(f"{'SECONDS':>7}  PLUGIN")
+    rows = [("SECONDS", "PLUGIN")]
     for loaded in sorted(plugins.loaded, key=lambda p: -p.seconds):
         slow = "  slow: import heavy libraries in the factory's module" if loaded.seconds > SLOW_SECONDS else ""
-        print(f"{loaded.seconds:7.3f}  {loaded.plugin} of {loaded.distribution} {loaded.version}{slow}")
+        rows.append((f"{loaded.seconds:.3f}", f"{loaded.plugin} of {loaded.distribution} {loaded.version}{slow}"))
+    print(table(rows, "rl"))
 
 
 def _list(plugins: Plugins, only: str) -> None:
@@ -96,9 +98,7 @@ def _list(plugins: Plugins, only: str) -> None:
     for entry in entries:
         note = f" [{_needs(entry)}]" if entry.missing() else ""
         rows.append((entry.kind, entry.name, entry.distribution, entry.version, entry.summary + note))
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    for row in rows:
-        print("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]).rstrip())
+    print(table(rows, "lllll"))
 
 
 def _explain(plugins: Plugins, kind: str, name: str) -> None:

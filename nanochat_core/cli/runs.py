@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat_core.cli import add_runs_dir
+from nanochat_core.cli.console import age, size, table
 from nanochat_core.runs.directory import RunDirectory, all_runs
 from nanochat_core.runs.ledger import best_value, read_ledger
 
@@ -27,9 +28,7 @@ def main(options: argparse.Namespace, _: Sequence[str]) -> int:
         print(f"no runs under {options.runs_dir}; start one with: nanochat run experiments/quickstart.toml")
         return 0
     rows = [("NAME", "ID", "STATUS", "STEP", "BEST", "VAL DATA", "AGE", "SIZE"), *(_row(run) for run in runs)]
-    widths = [max(len(row[i]) for row in rows) for i in range(8)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print(table(rows, "lllrrlrr"))
     return 0
 
 
@@ -40,7 +39,7 @@ def _row(run: RunDirectory) -> tuple[str, ...]:
     for record in read_ledger(run.ledger):
         if "train/loss" in record:
             step = max(step, record["step"] + 1)
-    age = _age(time.time() - status.get("time", run.path.stat().st_mtime))
+    seconds = time.time() - status.get("time", run.path.stat().st_mtime)
     return (
         run.name,
         run.id,
@@ -48,8 +47,8 @@ def _row(run: RunDirectory) -> tuple[str, ...]:
         f"{step}/{horizon}",
         _best(run, _comparable_from(facts)),
         str(facts.get("fingerprints", {}).get("val", "-"))[:8],  # results on different sets don't compare
-        age,
-        _size(run.path),
+        age(seconds),
+        size(_bytes(run.path)),
     )
 
 
@@ -81,17 +80,11 @@ def _comparable_from(facts: Mapping[str, Any]) -> int:
     return 0
 
 
-def _age(seconds: float) -> str:
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{max(seconds, 0):.0f} s"
-
-
-def _size(path: Path) -> str:
+def _bytes(path: Path) -> int:
+    """Of all files in a directory."""
     total = 0
     for directory, _, files in os.walk(path):
         for name in files:
             with contextlib.suppress(FileNotFoundError):  # a run in progress renames and removes files
                 total += Path(directory, name).stat().st_size
-    return f"{total / 1e9:.1f} GB" if total >= 1e9 else f"{total / 1e6:.1f} MB"
+    return total

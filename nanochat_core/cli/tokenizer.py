@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nanochat_core.cli import add_experiment, add_runs_dir, positive
+from nanochat_core.cli.console import table
 from nanochat_core.errors import ConfigError, NanochatError, Problem
 
 if TYPE_CHECKING:
@@ -197,11 +198,7 @@ def _compare(options: argparse.Namespace, plugins: Plugins) -> int:
         if size:
             rates = [f"{size / len(tokenizer.encode(text)):.2f}" for tokenizer in tokenizers.values()]
             rows.append([name, f"{size:,}", *rates])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        first, *others = (cell.rjust(width) if i else cell.ljust(width)
-                          for i, (cell, width) in enumerate(zip(row, widths, strict=True)))  # fmt: skip
-        print("  ".join([first, *others]).rstrip())
+    print(table(rows, "l" + "r" * (len(rows[0]) - 1)))
     return 0
 
 

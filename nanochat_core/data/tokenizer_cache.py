@@ -4,7 +4,6 @@ experiments with equal settings share it."""
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -18,7 +17,7 @@ from typing import Any
 import attrs
 
 from nanochat_core.errors import CheckpointError, PluginError
-from nanochat_core.files import cache_dir, file_sha256, remove, sync, write_atomic
+from nanochat_core.files import cache_dir, file_sha256, lock_file, remove, sync, write_atomic
 from nanochat_core.interfaces.data_source import DataSource
 from nanochat_core.interfaces.tokenizer import Tokenizer, TokenizerContext
 from nanochat_core.plugins.choice import Choice
@@ -137,13 +136,13 @@ def _train(choice: Choice, source: DataSource, directory: Path, parts: dict[str,
 
 @contextlib.contextmanager
 def _locked(path: Path, report: Callable[[str], None]) -> Iterator[None]:
-    """Hold the lock at ``path``; it is released when this process ends, however it ends."""
-    with path.open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            report("another process is building the same tokenizer; waiting for it")
-            fcntl.flock(handle, fcntl.LOCK_EX)
+    """Hold the lock at ``path``, and say so before waiting for it."""
+    try:
+        lock = lock_file(path, timeout=0)
+    except TimeoutError:
+        report("another process is building the same tokenizer; waiting for it")
+        lock = lock_file(path)
+    with lock:
         yield
 
 

@@ -31,6 +31,10 @@ def launch(arguments: Sequence[str], nproc: int) -> int:
     SIGTERM, SIGINT and SIGUSR1 are passed on to every worker, which may then take as long as it needs to save; a second
     one ends them. Workers notice when this process dies, and stop as if told by a signal. Only rank 0 writes to the
     terminal's stdout.
+
+    It is not torch's own agent (``torchrun``): that kills workers which take longer than 30 s to save after a signal,
+    and its exit code is 1 whatever a worker's was, which hides "stopped, resume me" (75) from job schedulers. Workers
+    started by torchrun work all the same.
     """
     from torch.distributed import TCPStore
 

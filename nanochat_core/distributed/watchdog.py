@@ -212,7 +212,12 @@ def _named(frame: FrameType | None) -> str:
 
 
 def rank_status(packages: Collection[str]) -> RankStatus:
-    """What the main thread is doing, seen from its stack and those of the threads that make data for it."""
+    """What the main thread is doing, seen from its stack and those of the threads that make data for it.
+
+    This is a heuristic: it goes by names of modules and functions, and takes a line that says ``.wait()``, ``.item()``
+    or the like for waiting. For what really happens there, threads in C included, look with ``py-spy dump --native
+    --pid PID``; a watchdog can't, as that needs rights that containers often lack.
+    """
     stack = _stack(threading.main_thread())
     if any(_module(f) == "nanochat_core.data.loader" and f.f_code.co_name == "__next__" for f in stack):
         # Lanes may have threads of their own, for which the first waits.

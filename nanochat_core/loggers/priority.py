@@ -6,8 +6,9 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
+
+import psutil
 
 
 def lower_priority(yes: bool = True) -> None:
@@ -18,30 +19,41 @@ def lower_priority(yes: bool = True) -> None:
     for the end of a slice, some milliseconds, and with it all threads that it works with. It counts within a session
     ("autogroup"), so this process stays in that of training; a child that leads a session of its own is given the
     niceness of one.
+
+    ``psutil.Process.nice`` alone would do for most of it, but sets neither a scheduling policy nor the niceness of
+    threads other than the first, and knows no sessions. With a niceness alone a busy logger costs training more than
+    it may (``benchmarks/logging_overhead.py`` measures it).
     """
     niceness = 19 if yes else 10
     session = os.getsid(0)
     with contextlib.suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, 0, niceness)
     for pid in family(os.getpid()):
-        for thread in Path(f"/proc/{pid}/task").glob("*"):
+        for thread in _threads(pid):
             with contextlib.suppress(OSError):  # it has ended, or may not go back
                 if sys.platform == "linux":
                     policy = os.SCHED_IDLE if yes else os.SCHED_OTHER
-                    os.sched_setscheduler(int(thread.name), policy, os.sched_param(0))
-                os.setpriority(os.PRIO_PROCESS, int(thread.name), niceness)
+                    os.sched_setscheduler(thread, policy, os.sched_param(0))
+                os.setpriority(os.PRIO_PROCESS, thread, niceness)
         with contextlib.suppress(OSError):  # it has ended, or there are no such groups
             if os.getsid(pid) != session:
                 _write_with_retries(Path(f"/proc/{pid}/autogroup"), "19" if yes else "0")
 
 
-def family(pid: int) -> Iterator[int]:
-    """A process and its descendants."""
-    yield pid
-    for children in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(OSError):
-            for child in children.read_text().split():
-                yield from family(int(child))
+def family(pid: int) -> list[int]:
+    """A process and its descendants; none when it has ended."""
+    try:
+        return [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _threads(pid: int) -> list[int]:
+    """Ids of a process' threads; none when it has ended."""
+    try:
+        return [thread.id for thread in psutil.Process(pid).threads()]
+    except psutil.Error:
+        return []
 
 
 def _write_with_retries(path: Path, text: str) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import fcntl
 import hashlib
 import json
 import os
@@ -26,15 +25,19 @@ import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import attrs
 
 from nanochat_core.errors import NanochatError, PluginError
+from nanochat_core.files import lock_file
 from nanochat_core.interfaces.logger import Logger
 from nanochat_core.loggers.priority import lower_priority
 from nanochat_core.loggers.progress import Job, Progress, progress_file
 from nanochat_core.runs.directory import RunDirectory
+
+if TYPE_CHECKING:
+    from filelock import AcquireReturnProxy
 
 POLL_SECONDS = 1.0  # seconds between reads of the ledger; new records are passed on together, which costs least
 LONGEST_PAUSE = 60.0  # between two tries of a record that the logger raises on
@@ -254,7 +257,7 @@ def main() -> int:
     try:
         job: Job = pickle.load(sys.stdin.buffer)  # from our own parent, through a file without a name
         print(f"-- {time.strftime('%Y-%m-%d %H:%M:%S')} logger {job.choice.name}, process {os.getpid()}", flush=True)
-        _lock(progress_file(job.context.directory, job.choice.name).with_suffix(".lock"), job.timeout)
+        lock = _lock(progress_file(job.context.directory, job.choice.name).with_suffix(".lock"), job.timeout)
         if job.context.live:
             os.nice(10)
         worker = LoggerWorker(job, say)
@@ -266,21 +269,16 @@ def main() -> int:
         return CANT_START
     if job.context.live:
         lower_priority()
-    return 0 if _follow(worker, ended) else INCOMPLETE
+    with lock:
+        return 0 if _follow(worker, ended) else INCOMPLETE
 
 
-def _lock(path: Path, timeout: float) -> None:
+def _lock(path: Path, timeout: float) -> AcquireReturnProxy:
     """Take the lock of the logger: the worker of a training process that has just died may still be sending."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)  # held as long as this process lives
-    deadline = time.monotonic() + timeout
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except OSError:
-            if time.monotonic() > deadline:
-                raise PluginError(f"another process has been sending to it for {timeout:g} s") from None
-        time.sleep(0.1)
+    try:
+        return lock_file(path, timeout)
+    except TimeoutError:
+        raise PluginError(f"another process has been sending to it for {timeout:g} s") from None
 
 
 if __name__ == "__main__":

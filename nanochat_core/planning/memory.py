@@ -17,7 +17,12 @@ from nanochat_core.interfaces.optimizer import Multipliers, Optimizer
 
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of tensors that operations make, for as long as somebody holds them. What was there before does
-    not count."""
+    not count.
+
+    ``torch.distributed._tools.MemTracker`` does the same, and attributes bytes to modules and purposes. It is private
+    to torch too, must be told of the modules and optimizers, and runs every operation of every layer; this one, which
+    a plan runs for many micro-batches, asks torch once for each shape.
+    """
 
     def __init__(self) -> None:
         super().__init__()

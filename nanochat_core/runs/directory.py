@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import fcntl
 import json
-import os
-import socket
 import time
 from pathlib import Path
-from typing import IO, Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
 from nanochat_core.errors import CheckpointError, ConfigError, Problem, did_you_mean
-from nanochat_core.files import LEDGER, rank_log_name, remove, write_atomic
+from nanochat_core.files import LEDGER, is_locked, lock_file, rank_log_name, remove, write_atomic
+
+if TYPE_CHECKING:
+    from filelock import AcquireReturnProxy
 
 ID_FORMAT = "%Y%m%d-%H%M%S-%f"
 LOCK = "lock"
@@ -111,15 +111,16 @@ class RunDirectory:
         content = {"status": status, "step": step, "num_iterations": num_iterations, "time": time.time()}
         write_atomic(self.status, json.dumps(content) + "\n")
 
-    def lock(self) -> IO[str]:
-        """Keep the returned file open as long as this process trains here.
+    def lock(self) -> AcquireReturnProxy:
+        """Keep what is returned as long as this process trains here; see ``files.lock_file``.
 
         Raises:
             CheckpointError: when another process does, or the directory can't be written.
         """
         try:
-            return self._take_lock()
-        except BlockingIOError:
+            self.path.stat()  # a lock would make a directory that has been removed meanwhile anew
+            return lock_file(self.path / LOCK, timeout=0)
+        except TimeoutError:
             who = (self.path / LOCK).read_text(encoding="utf-8").strip()
             raise CheckpointError(
                 f"{self.path}: another process is training this run{f' ({who})' if who else ''}; wait for it or stop it"
@@ -129,22 +130,6 @@ class RunDirectory:
                 f"{self.path} can't be written ({error.strerror}): make it writable, or copy it to where it is and "
                 f"name that with --runs-dir"
             ) from error
-
-    def _take_lock(self) -> IO[str]:
-        """The lock file, which says who holds it. BlockingIOError when somebody else does, FileNotFoundError when the
-        directory has been removed meanwhile."""
-        handle = (self.path / LOCK).open("a", encoding="utf-8")
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.fstat(handle.fileno()).st_nlink:
-                raise FileNotFoundError
-            handle.truncate(0)
-            handle.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            handle.flush()
-        except OSError:
-            handle.close()
-            raise
-        return handle
 
     def remove_leftovers(self) -> list[str]:
         """Delete what processes left that were killed while they wrote the run's files; see ``write_atomic``. Returns
@@ -156,14 +141,7 @@ class RunDirectory:
         return [path.name for path in found if not path.exists()]
 
     def is_locked(self) -> bool:
-        try:
-            with (self.path / LOCK).open("r") as handle:
-                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except FileNotFoundError:
-            return False
-        except OSError:
-            return True
-        return False
+        return is_locked(self.path / LOCK)
 
 
 def _stamp(id: str) -> datetime.datetime | None:
@@ -173,7 +151,7 @@ def _stamp(id: str) -> datetime.datetime | None:
         return None
 
 
-def create_run(runs_dir: Path, name: str) -> tuple[RunDirectory, IO[str]]:
+def create_run(runs_dir: Path, name: str) -> tuple[RunDirectory, AcquireReturnProxy]:
     """A new directory of its own under ``runs_dir/name``, and its lock; see ``RunDirectory.lock``. What starts left
     that were killed before they had anything to show is deleted.
 
@@ -191,8 +169,8 @@ def create_run(runs_dir: Path, name: str) -> tuple[RunDirectory, IO[str]]:
             run = RunDirectory(runs_dir / name / now.strftime(ID_FORMAT))
             try:
                 run.path.mkdir()
-                lock = run._take_lock()
-            except (FileExistsError, FileNotFoundError, BlockingIOError):  # another start makes or deletes it
+                lock = lock_file(run.path / LOCK, timeout=0)
+            except (FileExistsError, FileNotFoundError, TimeoutError):  # another start makes or deletes it
                 continue
             run.checkpoints.mkdir()
             for stamp in stamps:
@@ -211,8 +189,7 @@ def _remove_dead_start(run: RunDirectory) -> None:
         run.path.rmdir()  # killed before it had a lock
     except OSError:
         # Its lock may be missing: another start was killed while it deleted this one.
-        with contextlib.suppress(OSError), (run.path / LOCK).open("a") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with contextlib.suppress(OSError), lock_file(run.path / LOCK, timeout=0):
             if not run.ledger.exists():
                 remove(run.path)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from torch.profiler import ProfilerAction, ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, schedule
 
 from nanochat_core.distributed.world import World
 
@@ -29,14 +30,19 @@ class Profiler:
     ) -> None:
         self.directory, self.world, self.report = directory, world, report
         self.first = min(after, max(ahead - steps, 0))
-        self.last = min(self.first + steps, ahead) - 1
+        self.last = max(min(self.first + steps, ahead) - 1, self.first)
         self.done = 0
         self._torch: profile | None = None
         if steps > 0:
             activities = [ProfilerActivity.CPU]
             if world.device.type == "cuda":
                 activities.append(ProfilerActivity.CUDA)
-            self._torch = profile(activities=activities, schedule=self._action, on_trace_ready=self._write)
+            warmup = min(self.first, 1)  # the step before, in which the profiler gets ready
+            with warnings.catch_warnings(action="ignore"):  # a run that is traced from its first step on has none
+                steps_of = schedule(
+                    wait=self.first - warmup, warmup=warmup, active=self.last + 1 - self.first, repeat=1
+                )
+            self._torch = profile(activities=activities, schedule=steps_of, on_trace_ready=self._write)
 
     def __enter__(self) -> Profiler:
         if self._torch is not None:
@@ -54,11 +60,6 @@ class Profiler:
         self.done += 1
         if self._torch is not None:
             self._torch.step()
-
-    def _action(self, step: int) -> ProfilerAction:
-        if not self.first <= step <= self.last:  # in the step before the profiler gets ready
-            return ProfilerAction.WARMUP if step == self.first - 1 else ProfilerAction.NONE
-        return ProfilerAction.RECORD_AND_SAVE if step == self.last else ProfilerAction.RECORD
 
     def _write(self, found: profile) -> None:
         steps = min(self.done, self.last + 1) - self.first

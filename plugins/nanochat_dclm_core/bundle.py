@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import fcntl
 import hashlib
 import io
 import json
@@ -20,7 +19,7 @@ import attrs
 import yaml
 from tqdm import tqdm
 
-from nanochat_core import DataError
+from nanochat_core import DataError, lock_file
 
 URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 CONFIG, BASELINES = "core.yaml", "eval_meta_data.csv"
@@ -234,8 +233,7 @@ def download(cache: Path, url: str = URL) -> Path:
     if target.is_file():
         return target
     cache.mkdir(parents=True, exist_ok=True)
-    with (cache / "eval_bundle.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with lock_file(cache / "eval_bundle.lock"):
         if target.is_file():
             return target
         partial = cache / f".eval_bundle.{os.getpid()}"

@@ -5,14 +5,10 @@ from __future__ import annotations
 import fnmatch
 import glob
 import hashlib
-import http.client
 import io
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 import attrs
@@ -20,6 +16,9 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from nanochat_core import DataError
+from nanochat_parquet.retries import with_retries
+
+Result = TypeVar("Result")
 
 SAMPLE = 2**16
 ATTEMPTS = 5
@@ -62,19 +61,20 @@ class HttpFile:
     size: int
 
     def open(self) -> HttpReader:
-        return HttpReader(self.name, self.size)
+        return HttpReader(self)
 
 
 class HttpReader(io.RawIOBase):
-    """Reads parts of a URL; what fails for a while is tried again.
+    """Reads parts of a file behind a URL, each with a request of its own; what fails for a while is tried again, which
+    fsspec does not do.
 
     Raises:
         DataError: while reading, when the server doesn't deliver.
     """
 
-    def __init__(self, url: str, size: int) -> None:
+    def __init__(self, file: HttpFile) -> None:
         super().__init__()
-        self._url, self._size, self._position = url, size, 0
+        self._file, self._position = file, 0
 
     def readable(self) -> bool:
         return True
@@ -86,60 +86,59 @@ class HttpReader(io.RawIOBase):
         return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._position = offset + (0, self._position, self._size)[whence]
+        self._position = offset + (0, self._position, self._file.size)[whence]
         return self._position
 
     def read(self, size: int | None = -1) -> bytes:
-        end = self._size if size is None or size < 0 else min(self._position + size, self._size)
-        if end <= self._position:
+        start, end = self._position, self._file.size
+        if size is not None and size >= 0:
+            end = min(start + size, end)
+        if end <= start:
             return b""
-        data = request(self._url, (self._position, end))
+        data = _from_server(self._file.name, lambda: self._part(start, end))
         self._position = end
         return data
 
-
-def _with_retries(url: str, work: Callable[[], Any]) -> Any:
-    for attempt in range(ATTEMPTS):
-        try:
-            return work()
-        except urllib.error.HTTPError as error:
-            if error.code < 500 and error.code not in (408, 429):
-                raise DataError(f"{url} answers {error.code} {error.reason}; check the URL", key="path") from error
-            reason: Exception = error
-        except (OSError, http.client.HTTPException) as error:
-            reason = error
-        if attempt < ATTEMPTS - 1:
-            time.sleep(0.5 * 2**attempt)
-    raise DataError(f"{url} can't be read, after {ATTEMPTS} attempts: {reason!r}", key="path") from reason
-
-
-def request(url: str, part: tuple[int, int]) -> bytes:
-    """Bytes [start, end) of a URL."""
-    start, end = part
-
-    def get() -> bytes:
-        asked = urllib.request.Request(url, headers={"Range": f"bytes={start}-{end - 1}"})
-        with urllib.request.urlopen(asked, timeout=TIMEOUT) as response:
-            if response.status != 206:
-                raise DataError(f"the server of {url} ignores range requests; download the file instead", key="path")
-            data: bytes = response.read()
+    def _part(self, start: int, end: int) -> bytes:
+        data: bytes = _http().cat_file(self._file.name, start, end)
+        if len(data) == self._file.size > end - start:
+            raise DataError(
+                f"the server of {self._file.name} ignores range requests; download the file instead", key="path"
+            )
         if len(data) != end - start:
             raise OSError(f"{len(data)} bytes instead of {end - start}")
         return data
 
-    result: bytes = _with_retries(url, get)
-    return result
+
+def _http() -> Any:
+    """fsspec's file system of URLs, which it makes once."""
+    import aiohttp
+    import fsspec
+
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=TIMEOUT, sock_read=TIMEOUT)
+    client = {"timeout": timeout, "trust_env": True}  # proxies are named by environment variables
+    return fsspec.filesystem("https", encoded=True, client_kwargs=client, headers={"Accept-Encoding": "identity"})
+
+
+def _from_server(url: str, work: Callable[[], Result]) -> Result:
+    return with_retries(f"data.path: {url} can't be read", work, _hopeless, attempts=ATTEMPTS, pause=0.5)
+
+
+def _hopeless(error: BaseException) -> str | None:
+    """What to do about an error of fsspec that waiting won't mend; None for those that pass."""
+    status = getattr(error, "status", None) or getattr(error.__cause__, "status", None)
+    if isinstance(status, int):
+        return None if status in (408, 429) or status >= 500 else f"its server answers {status}; check the URL"
+    if isinstance(error, FileNotFoundError) and error.__cause__ is None:
+        return "its server has no such file; check the URL"
+    return None
 
 
 def _http_file(url: str) -> HttpFile:
-    def size() -> int:
-        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=TIMEOUT) as response:
-            length = response.headers.get("Content-Length")
-        if length is None:
-            raise DataError(f"the server of {url} doesn't say how long it is; download the file instead", key="path")
-        return int(length)
-
-    return HttpFile(url, _with_retries(url, size))
+    size = _from_server(url, lambda: _http().info(url)["size"])
+    if size is None:
+        raise DataError(f"the server of {url} doesn't say how long it is; download the file instead", key="path")
+    return HttpFile(url, int(size))
 
 
 def find(places: str | Iterable[str], key: str) -> list[File]:

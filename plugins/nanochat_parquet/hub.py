@@ -1,6 +1,8 @@
 """Files of a data set on the Hugging Face hub: what there is, fetching it, checking it.
 
-Everything goes through ``huggingface_hub``: its cache, credentials, mirrors (``HF_ENDPOINT``) and offline mode.
+Credentials, mirrors (``HF_ENDPOINT``) and offline mode are those of ``huggingface_hub``. What its cache holds is used,
+and nothing is written there: files that are fetched here lie under ``NANOCHAT_HOME``, named by their content. See
+``Hub.fetch`` for why it is not ``hf_hub_download`` that fetches them.
 """
 
 from __future__ import annotations
@@ -13,26 +15,29 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import attrs
 import pyarrow as pa
-from filelock import FileLock
-from huggingface_hub import HfApi, hf_hub_download, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import HfApi, hf_hub_url, try_to_load_from_cache
 from huggingface_hub import constants as hub_constants
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-from nanochat_core import DataError
+from nanochat_core import DataError, lock_file
 from nanochat_parquet.documents import Footer, parse_footer
 from nanochat_parquet.files import footer_bytes
-from nanochat_parquet.patience import with_retries
+from nanochat_parquet.hub_errors import hopeless
+from nanochat_parquet.retries import with_retries
 
 ABANDONED = 3600.0  # seconds without a byte after which a part of a file belongs to nobody
 PATHS_A_REQUEST = 500
+ATTEMPTS = 6
+
+Result = TypeVar("Result")
 
 
 @attrs.frozen
@@ -53,8 +58,8 @@ class Hub:
     """One data set at one revision.
 
     Args:
-        directory: where footers, locks and the last seen commit are kept.
-        endpoint, hub_cache: the hub's address and the cache of downloads; None is what the environment says.
+        directory: where files, footers, locks and what the hub said last are kept.
+        endpoint, hub_cache: the hub's address and the cache of other programs; None is what the environment says.
         backoff: seconds before the second attempt; doubles with every other.
     """
 
@@ -83,21 +88,43 @@ class Hub:
     def _listing(self) -> tuple[str | None, list[str], DataError | None]:
         """Commit, names of all files, and why the hub did not answer. Without the hub: what it said the last time."""
         try:
-            info = with_retries(
+            info = self._with_retries(
                 f"data set {self.repo}",
                 lambda: self._api.dataset_info(self.repo, revision=self.revision, timeout=30),
-                self._backoff,
                 attempts=3,
             )
         except DataError as error:
-            try:
-                known = json.loads(self._state.read_text())
-                return known["commit"], known["names"], error
-            except (OSError, ValueError, KeyError):
-                return None, [], error
+            known = self._known()
+            return known.get("commit"), known.get("names", []), error
         names = sorted(sibling.rfilename for sibling in info.siblings or [])
-        write_atomically(self._state, json.dumps({"commit": info.sha, "names": names}).encode())
+        self._remember(info.sha, names, {})
         return info.sha, names, None
+
+    def _with_retries(self, what: str, work: Callable[[], Result], attempts: int = ATTEMPTS) -> Result:
+        return with_retries(
+            f"data: {what} can't be had from the hub",
+            work,
+            hopeless,
+            attempts=attempts,
+            pause=self._backoff,
+            remedy="run it again when the network is back: what has arrived is kept",
+        )
+
+    def _known(self) -> dict[str, Any]:
+        """What the hub said the last time: ``commit``, ``names`` and, of some, [etag, size] in ``files``."""
+        try:
+            known: dict[str, Any] = json.loads(self._state.read_text())
+            return known
+        except (OSError, ValueError):
+            return {}
+
+    def _remember(self, commit: str | None, names: Sequence[str], files: Mapping[str, HubFile]) -> None:
+        """Keep what the hub says, for when it can't be asked."""
+        with lock_file(self._state.with_suffix(".lock")):
+            known = self._known()
+            facts = known.get("files", {}) if known.get("commit") == commit else {}
+            facts |= {file.name: [file.etag, file.size] for file in files.values()}
+            write_atomically(self._state, json.dumps({"commit": commit, "names": names, "files": facts}).encode())
 
     @property
     def offline(self) -> DataError | None:
@@ -124,7 +151,7 @@ class Hub:
         found: dict[str, HubFile] = {}
         for start in range(0, len(names), PATHS_A_REQUEST):
             part = list(names[start : start + PATHS_A_REQUEST])
-            infos = with_retries(f"data set {self.repo}", partial(self._paths_info, part), self._backoff)
+            infos = self._with_retries(f"data set {self.repo}", partial(self._paths_info, part))
             for info in infos:
                 lfs = getattr(info, "lfs", None)
                 found[info.path] = HubFile(info.path, lfs.sha256 if lfs else info.blob_id, info.size)
@@ -135,14 +162,15 @@ class Hub:
                 f"lower data.shards, or set data.revision",
                 key="shards",
             )
+        self._remember(self._listing[0], self._listing[1], found)
         return [found[name] for name in names]
 
     def _paths_info(self, names: list[str]) -> list[Any]:
         return list(self._api.get_paths_info(self.repo, names, revision=self._listing[0], repo_type="dataset"))
 
     def _local_files(self, names: Sequence[str]) -> list[HubFile]:
-        paths = {name: self._cached(name) for name in names}
-        missing = [name for name, path in paths.items() if path is None]
+        found = {name: self._local_file(name) for name in names}
+        missing = [name for name, file in found.items() if file is None]
         if missing:
             raise DataError(
                 f"{_some(missing)} of {self.repo} ({len(missing)} of {len(names)} files) are not on this "
@@ -150,9 +178,18 @@ class Hub:
                 f"`nanochat data download` with a network (and HF_HUB_OFFLINE unset)",
                 key="shards",
             )
-        return [HubFile(name, _etag(path), path.stat().st_size) for name, path in paths.items() if path is not None]
+        return [file for file in found.values() if file is not None]
+
+    def _local_file(self, name: str) -> HubFile | None:
+        """A file that is on this machine, by what the hub said the last time, or by what its cache says."""
+        facts = self._known().get("files", {}).get(name)
+        if facts is not None and self.local(HubFile(name, *facts)) is not None:
+            return HubFile(name, *facts)
+        path = self._cached(name)
+        return None if path is None else HubFile(name, _etag(path), path.stat().st_size)
 
     def _cached(self, name: str) -> Path | None:
+        """Where the hub's own cache has a file."""
         # A cache that another program filled has its own record of the commit behind a branch.
         for revision in (self._listing[0], self.revision):
             if revision is not None:
@@ -165,6 +202,9 @@ class Hub:
 
     def local(self, file: HubFile) -> Path | None:
         """Where a file is on this machine, or None when it isn't, or isn't whole."""
+        own = self._path(file)
+        if own.is_file() and own.stat().st_size == file.size:
+            return own
         path = self._cached(file.name)
         if path is None or path.stat().st_size != file.size:
             return None
@@ -197,37 +237,37 @@ class Hub:
         write_atomically(known, tail)
         return footer
 
-    def _url(self, file: HubFile) -> str:
-        return hf_hub_url(self.repo, file.name, repo_type="dataset", revision=self._listing[0], endpoint=self._endpoint)
-
     def _range(self, file: HubFile, start: int) -> bytes:
         """Bytes from ``start`` to the end, from the hub."""
 
         def get() -> bytes:
-            headers = {**build_hf_headers(), "Range": f"bytes={start}-{file.size - 1}", "Accept-Encoding": "identity"}
-            response = get_session().get(
-                self._url(file), headers=headers, timeout=hub_constants.HF_HUB_DOWNLOAD_TIMEOUT
-            )
-            hf_raise_for_status(response)
-            data: bytes = response.content
+            with self._request(file, f"bytes={start}-{file.size - 1}") as response:
+                data: bytes = response.read()
             data = data[start:] if response.status_code == 200 else data
             if len(data) != file.size - start:
                 raise OSError(f"{len(data)} bytes instead of {file.size - start}")
             return data
 
-        return with_retries(f"the footer of {file.name}", get, self._backoff)
+        return self._with_retries(f"the footer of {file.name}", get)
+
+    @contextmanager
+    def _request(self, file: HubFile, part: str) -> Iterator[Any]:
+        """The hub's answer to a request for a part of a file, before its content is read."""
+        url = hf_hub_url(self.repo, file.name, repo_type="dataset", revision=self._listing[0], endpoint=self._endpoint)
+        headers = {**build_hf_headers(), "Range": part, "Accept-Encoding": "identity"}
+        timeout = hub_constants.HF_HUB_DOWNLOAD_TIMEOUT
+        with get_session().stream("GET", url, headers=headers, timeout=timeout) as response:
+            hf_raise_for_status(response)
+            yield response
 
     # -- whole files
 
-    @cached_property
-    def _blobs(self) -> Path:
-        """Where huggingface_hub keeps the content of this data set's files, by etag."""
-        cache = Path(self._hub_cache or hub_constants.HF_HUB_CACHE)
-        return cache / f"datasets--{self.repo.replace('/', '--')}" / "blobs"
+    def _path(self, file: HubFile) -> Path:
+        return self._directory / "files" / file.etag
 
     def _partial(self, file: HubFile) -> Path:
         """What has arrived of a file. Machines that share a disk have one each: not all disks lock between machines."""
-        return self._blobs / f"{file.etag}.{platform.node()}.incomplete"
+        return self._directory / "files" / f"{file.etag}.{platform.node()}.part"
 
     def check_disk_space(self, files: Sequence[HubFile]) -> None:
         """Check that there is room for files, after removing what killed downloads of other files have left.
@@ -236,22 +276,26 @@ class Hub:
             DataError: with what is free and what is needed.
         """
         parts = {self._partial(file) for file in files}
-        for left in self._blobs.glob("*.*.incomplete"):
+        for left in (self._directory / "files").glob("*.part"):
             with suppress(OSError):
                 if left not in parts and time.time() - left.stat().st_mtime > ABANDONED:
                     left.unlink()
-        existing = next(path for path in self._blobs.absolute().parents if path.exists())
+        existing = next(path for path in (self._directory / "files").absolute().parents if path.exists())
         free, needed = shutil.disk_usage(existing).free, sum(file.size for file in files)
         needed -= sum(part.stat().st_size for part in parts if part.exists())
         if needed > free:
             raise DataError(
                 f"{len(files)} files of {self.repo} need {needed / 1e9:.1f} GB, {existing} has {free / 1e9:.1f} "
-                f"GB free; lower data.shards, make room, or set HF_HOME to another disk",
+                f"GB free; lower data.shards, make room, or set NANOCHAT_HOME to another disk",
                 key="shards",
             )
 
     def fetch(self, file: HubFile, column: str, progress: Callable[[int], None] = lambda _: None) -> Path:
         """Bring a file here and check it, unless it is here. Other processes that want it wait until it is.
+
+        A download that was killed goes on where it stopped. ``hf_hub_download`` can't do that: each call writes to a
+        file with a random name. With huggingface_hub 2.4, with and without ``HF_HUB_DISABLE_XET``, a process that was
+        killed after 10 of 45 MB left these behind for ever, and the next one asked for all 45 MB.
 
         Args:
             progress: called with numbers of bytes as they arrive; negative when some have to be fetched again.
@@ -259,8 +303,6 @@ class Hub:
         Raises:
             DataError: when it can't be had.
         """
-        lock = self._directory / "locks" / f"{file.etag}.lock"
-        lock.parent.mkdir(parents=True, exist_ok=True)
         told = 0
 
         def tell(received: int) -> None:
@@ -268,33 +310,19 @@ class Hub:
             progress(received - told)
             told = received
 
-        blob, part = self._blobs / file.etag, self._partial(file)
+        part = self._partial(file)
 
         def get() -> Path:
-            found = blob if blob.is_file() else part
-            if found is part:
-                self._receive(file, part, tell)
+            self._receive(file, part, tell)
             try:
-                self._check(found, file, column)
+                self._check(part, file, column)
             except OSError:
-                found.unlink()
+                part.unlink()
                 raise
-            if found is part:
-                part.replace(blob)
-            (self._blobs.parent / "snapshots" / str(self._listing[0]) / file.name).unlink(missing_ok=True)
-            return Path(  # the content is here: it only links the name to it
-                hf_hub_download(
-                    self.repo,
-                    file.name,
-                    repo_type="dataset",
-                    revision=self._listing[0],
-                    endpoint=self._endpoint,
-                    cache_dir=self._hub_cache,
-                )
-            )
+            return part.replace(self._path(file))
 
-        with FileLock(lock):
-            path = self.local(file) or with_retries(f"{file.name} of {self.repo}", get, self._backoff)
+        with lock_file(self._directory / "locks" / f"{file.etag}.lock"):
+            path = self.local(file) or self._with_retries(f"{file.name} of {self.repo}", get)
         tell(file.size)
         return path
 
@@ -312,10 +340,7 @@ class Hub:
 
     def _receive_some(self, file: HubFile, stream: BinaryIO, tell: Callable[[int], None]) -> None:
         """One request for all that is missing."""
-        headers = {**build_hf_headers(), "Range": f"bytes={stream.tell()}-", "Accept-Encoding": "identity"}
-        timeout = hub_constants.HF_HUB_DOWNLOAD_TIMEOUT
-        with get_session().stream("GET", self._url(file), headers=headers, timeout=timeout) as response:
-            hf_raise_for_status(response)
+        with self._request(file, f"bytes={stream.tell()}-") as response:
             if response.status_code != 206:  # a server that knows no ranges sends all of it
                 stream.seek(0)
                 stream.truncate()

@@ -18,8 +18,8 @@ def nanochat_register_data_sources(registry: Registrar) -> None:
         config=ParquetConfig,
         factory="nanochat_parquet.source:build",
         summary="parquet shards on disk, in an object store or behind URLs; the last one is for validation",
-        requires=("pyarrow",),
-        install="pip install pyarrow",
+        requires=("pyarrow", "tenacity"),
+        install="pip install pyarrow tenacity",
     )
     on_the_hub = {
         "fineweb_edu": (FinewebEduConfig, "FineWeb-Edu, 100B tokens, shuffled, from the Hugging Face hub"),
@@ -32,7 +32,7 @@ def nanochat_register_data_sources(registry: Registrar) -> None:
             config=config,
             factory=f"nanochat_parquet.hub_source:build_{name}",
             summary=summary,
-            requires=("huggingface_hub", "filelock", "pyarrow"),
-            install="pip install huggingface_hub",
+            requires=("huggingface_hub", "pyarrow", "tenacity"),
+            install="pip install huggingface_hub tenacity",
             limit_option="shards",
         )

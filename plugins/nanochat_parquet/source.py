@@ -12,7 +12,7 @@ import pyarrow as pa
 from nanochat_core import DataContext, DataError, DataSource, Documents, Split, UnreadablePlaces, hold_out
 from nanochat_parquet.config import ParquetConfig
 from nanochat_parquet.documents import ParquetDocuments, Shard, read_shard
-from nanochat_parquet.files import File, HttpFile, find, hash_file, hash_samples
+from nanochat_parquet.files import File, find, hash_file, hash_samples
 
 # Splits up to this many bytes on disk are hashed whole (a second or two), others by samples.
 HASH_WHOLE = 2**30
@@ -95,7 +95,7 @@ class ParquetSource(DataSource):
         every row group) and three samples a shard instead of all bytes: a change that keeps all of these goes unseen.
         """
         files = self._files[split]
-        remote = any(isinstance(file, HttpFile) or "://" in file.name for file in files)
+        remote = any("://" in file.name for file in files)
         whole = not remote and sum(file.size for file in files) <= HASH_WHOLE
         digest = hashlib.sha256(self._config.text_column.encode())
         if self._config.val_fraction is not None:

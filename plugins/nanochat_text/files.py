@@ -11,9 +11,8 @@ from typing import Any
 
 import attrs
 import pyarrow as pa
-from filelock import FileLock
 
-from nanochat_core import DataError, open_atomic, write_atomic
+from nanochat_core import DataError, lock_file, open_atomic, write_atomic
 
 COMPRESSED = (".gz", ".zst")
 BLOCK = 2**22
@@ -92,7 +91,7 @@ def plain(path: Path, directory: Path, keep_damaged: bool) -> Plain:
     directory.mkdir(parents=True, exist_ok=True)
     base = directory / (identity(path) + ("-damaged" if keep_damaged else ""))
     done, report = base.with_suffix(".txt"), base.with_suffix(".json")
-    with FileLock(base.with_suffix(".lock")):
+    with lock_file(base.with_suffix(".lock")):
         if not report.exists():  # written last
             problem = _decompress(path, done, keep_damaged)
             write_atomic(report, json.dumps({"file": str(path), "problem": problem}))

@@ -9,9 +9,8 @@ from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from filelock import FileLock
 
-from nanochat_core import open_atomic
+from nanochat_core import lock_file, open_atomic
 from nanochat_text.files import identity
 
 Spans: TypeAlias = npt.NDArray[np.int64]  # [documents, 2]: first byte of each, and the byte after it
@@ -80,7 +79,7 @@ def load_index(path: Path, directory: Path, separator: str | None = None) -> Spa
     directory.mkdir(parents=True, exist_ok=True)
     kind = "jsonl" if separator is None else f"text-{separator.encode().hex()[:64]}"
     kept = directory / f"{identity(path)}-{kind}.spans"
-    with FileLock(kept.with_suffix(".lock")):
+    with lock_file(kept.with_suffix(".lock")):
         if not kept.exists():
             with open_atomic(kept) as file:
                 for spans in jsonl_spans(path) if separator is None else text_spans(path, separator):

@@ -18,14 +18,14 @@ def nanochat_register_data_sources(registry: Registrar) -> None:
         config=JsonlConfig,
         factory="nanochat_text.source:build_jsonl",
         summary="JSON lines, one document a line, plain or compressed (.gz, .zst)",
-        requires=("filelock", "pyarrow"),
-        install="pip install filelock pyarrow",
+        requires=("pyarrow",),
+        install="pip install pyarrow",
     )
     registry.add(
         "text",
         config=TextConfig,
         factory="nanochat_text.source:build_text",
         summary="text files, one document a file or split at a line, plain or compressed (.gz, .zst)",
-        requires=("filelock", "pyarrow"),
-        install="pip install filelock pyarrow",
+        requires=("pyarrow",),
+        install="pip install pyarrow",
     )

@@ -23,7 +23,7 @@ from nanochat_core import DataError
 
 pytest.importorskip("huggingface_hub")
 
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_hub_download
 
 from nanochat_parquet import downloads
 from nanochat_parquet.config import FinewebEduConfig, HubParquetConfig
@@ -67,11 +67,16 @@ def gets(server: HubServer) -> list[str]:
 
 def parts(directory: Path) -> list[Path]:
     """What has arrived of shards that are under way."""
-    return [part for part in directory.glob("hub/datasets--*/blobs/*.incomplete") if part.stat().st_size]
+    return [part for part in directory.rglob("files/*.part") if part.stat().st_size]
 
 
-def fetched(directory: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted(directory.glob("hub/datasets--*/snapshots/*/*"))}
+def fetched(directory: Path) -> set[bytes]:
+    """The shards that are whole."""
+    return {path.read_bytes() for path in directory.rglob("files/*") if path.suffix != ".part"}
+
+
+def published(repo: Path, *names: str) -> set[bytes]:
+    return {(repo / name).read_bytes() for name in names}
 
 
 def test_length_and_fingerprint_before_the_data_are_here(server: HubServer, tmp_path: Path) -> None:
@@ -112,11 +117,11 @@ def test_reading_starts_while_later_shards_arrive(
     assert "shard_00003.parquet" not in gets(server)
 
 
-def test_a_preset_knows_its_names(server: HubServer, tmp_path: Path) -> None:
+def test_a_preset_knows_its_names(server: HubServer, repo: Path, tmp_path: Path) -> None:
     hub = Hub(REPO, "main", tmp_path / "state", endpoint=server.url, hub_cache=tmp_path / "hub", backoff=0.02)
     source = HubSource(hub, FinewebEduConfig(shards=1), numbered(7))
     assert source.download(2) == []
-    assert list(fetched(tmp_path)) == ["shard_00000.parquet", "shard_00006.parquet"]
+    assert fetched(tmp_path) == published(repo, "shard_00000.parquet", "shard_00006.parquet")
     with pytest.raises(DataError, match=r"^shards: .* has no shard_00007\.parquet on the hub; lower data\.shards"):
         HubSource(hub, FinewebEduConfig(shards=1), numbered(8)).documents("train")
 
@@ -130,8 +135,7 @@ def test_faults_are_mended(
     server.faults = [fault, fault] if fault != "stall" else [fault]
     assert source.download(2) == []
     assert server.faults == []
-    for name, content in fetched(tmp_path).items():
-        assert content == (repo / name).read_bytes()
+    assert fetched(tmp_path) == published(repo, "shard_00000.parquet", "shard_00006.parquet")
 
 
 def test_what_can_not_be_had(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,28 +197,43 @@ def test_without_the_hub(server: HubServer, tmp_path: Path) -> None:
 
 def test_damaged_copy_is_fetched_again(server: HubServer, repo: Path, tmp_path: Path) -> None:
     make(server, tmp_path, shards=1).download(2)
-    blob = next(tmp_path.glob("hub/datasets--*/snapshots/*/shard_00000.parquet")).resolve()
-    blob.write_bytes(blob.read_bytes()[:-10])
+    content = (repo / "shard_00000.parquet").read_bytes()
+    copy = tmp_path / "state" / "files" / hashlib.sha256(content).hexdigest()
+    copy.write_bytes(content[:-10])
     source = make(server, tmp_path, shards=1)
     assert source.describe()["missing"] == 1
     assert source.documents("train")[0] == texts_of(0)[0]
-    assert blob.read_bytes() == (repo / "shard_00000.parquet").read_bytes()
+    assert copy.read_bytes() == content
+
+
+def test_the_cache_of_the_hub_is_read_and_left_as_it_is(server: HubServer, repo: Path, tmp_path: Path) -> None:
+    cache, name = tmp_path / "hub", "shard_00000.parquet"
+    hf_hub_download(REPO, name, repo_type="dataset", endpoint=server.url, cache_dir=cache)
+    before = {path: path.lstat().st_mtime_ns for path in cache.rglob("*")}
+    server.ranges.clear()
+    source = make(server, tmp_path, shards=1)
+    assert source.describe()["missing"] == 1
+    assert source.documents("train")[0] == texts_of(0)[0]
+    assert source.documents("val")[0] == texts_of(6)[0]
+    assert gets(server) == ["shard_00006.parquet"]
+    assert fetched(tmp_path) == published(repo, "shard_00006.parquet")
+    server.down = True
+    assert make(server, tmp_path, shards=1).documents("train")[:] == texts_of(0)
+    assert {path: path.lstat().st_mtime_ns for path in cache.rglob("*")} == before
 
 
 def test_a_part_that_is_damaged_or_from_a_server_without_ranges(server: HubServer, repo: Path, tmp_path: Path) -> None:
     whole = (repo / "shard_00000.parquet").read_bytes()
-    blobs = tmp_path / "hub" / "datasets--someone--texts" / "blobs"
-    blobs.mkdir(parents=True)
-    part = blobs / f"{hashlib.sha256(whole).hexdigest()}.{platform.node()}.incomplete"
+    files = tmp_path / "state" / "files"
+    part = files / f"{hashlib.sha256(whole).hexdigest()}.{platform.node()}.part"
     for content, ranges in ((b"x" * 1000, True), (whole[:1000], False), (whole, True), (whole + b"x", True)):
+        files.mkdir(parents=True)
         part.write_bytes(content)
         server.has_ranges = ranges
         assert make(server, tmp_path, shards=1).download(1) == []
-        assert fetched(tmp_path)["shard_00000.parquet"] == whole
+        assert fetched(tmp_path) == published(repo, "shard_00000.parquet", "shard_00006.parquet")
         assert not part.exists()
-        shutil.rmtree(tmp_path / "hub" / "datasets--someone--texts" / "snapshots")
-        for blob in blobs.iterdir():
-            blob.unlink()
+        shutil.rmtree(files)
 
 
 def test_room_is_checked_first(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,13 +247,13 @@ def test_room_is_checked_first(server: HubServer, tmp_path: Path, monkeypatch: p
 
 
 def test_left_overs_of_killed_downloads_go(server: HubServer, tmp_path: Path) -> None:
-    blobs = tmp_path / "hub" / "datasets--someone--texts" / "blobs"
-    blobs.mkdir(parents=True)
-    for name, age in (("a.12345678.incomplete", 7200), ("b.12345678.incomplete", 5), ("c.incomplete", 7200)):
-        (blobs / name).write_bytes(b"half")
-        os.utime(blobs / name, (time.time() - age,) * 2)
+    files = tmp_path / "state" / "files"
+    files.mkdir(parents=True)
+    for name, age in (("a.host.part", 7200), ("b.host.part", 5)):
+        (files / name).write_bytes(b"half")
+        os.utime(files / name, (time.time() - age,) * 2)
     make(server, tmp_path, shards=1).download(2)
-    assert sorted(p.name for p in blobs.glob("*.incomplete")) == ["b.12345678.incomplete", "c.incomplete"]
+    assert [path.name for path in files.glob("*.part")] == ["b.host.part"]
 
 
 def test_threads_and_sources_share_the_downloads(server: HubServer, tmp_path: Path) -> None:
@@ -342,11 +361,8 @@ def test_killed_three_times(server: HubServer, repo: Path, tmp_path: Path, start
     resumed = [int(part[6:-1]) for _, part in server.ranges if part.endswith("-") and part != "bytes=0-"]
     assert len(resumed) == 3  # each time with what had arrived
     assert min(resumed) > 50_000
-    assert not list(tmp_path.glob("hub/datasets--*/blobs/*.incomplete"))
-    have = {name: hashlib.sha256(content).hexdigest() for name, content in fetched(tmp_path).items()}
-    assert have == {
-        name: hashlib.sha256((repo / name).read_bytes()).hexdigest() for name in [*numbered(5), "shard_00006.parquet"]
-    }
+    assert not list(tmp_path.rglob("*.part"))
+    assert fetched(tmp_path) == published(repo, *numbered(5), "shard_00006.parquet")
     assert "documents: 150 for training, 30 for validation" in said(starter.start("info", "-n", "5")[1])
 
 

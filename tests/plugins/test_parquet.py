@@ -4,6 +4,9 @@ import os
 import random
 import shutil
 import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nanochat_core import DataContext, DataError
+from nanochat_parquet import files
 from nanochat_parquet.config import ParquetConfig
 from nanochat_parquet.documents import ParquetDocuments, read_shard
 from nanochat_parquet.files import File, find, hash_samples
@@ -268,8 +272,40 @@ def test_urls(shards: Path) -> None:
         assert not server.faults
         assert all(part for _, part in server.ranges)  # never whole files
         assert remote.fingerprint("train") == source(urls).fingerprint("train")
-        with pytest.raises(DataError, match=r"nothing\.parquet answers 404"):
+        with pytest.raises(DataError, match=r"nothing\.parquet can't be read: its server answers 404; check the URL"):
             source((f"{server.url}/plain/nothing.parquet",))
+
+
+@pytest.fixture
+def plain_server(shards: Path) -> Iterator[str]:
+    """A server that knows no ranges."""
+    handler = partial(SimpleHTTPRequestHandler, directory=str(shards))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+def test_a_server_without_ranges(plain_server: str) -> None:
+    (found,) = find(f"{plain_server}/shard_00001.parquet", "data.path")
+    documents = ParquetDocuments([read_shard(found, "text")], "text")  # the footer of so small a file is all of it
+    with pytest.raises(DataError, match=r"shard_00001\.parquet ignores range requests; download the file instead"):
+        documents[0]
+
+
+def test_what_does_not_pass_is_told_after_some_attempts(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "ATTEMPTS", 2)
+    with serve(shards) as server:
+        (found,) = find(f"{server.url}/plain/shard_00001.parquet", "data.path")
+        path = shards / "shard_00001.parquet"
+        path.write_bytes(path.read_bytes()[:-10])  # it changes underneath
+        with pytest.raises(
+            DataError, match=r"shard_00001\.parquet can't be read, after 2 attempts .* bytes instead of"
+        ):
+            read_shard(found, "text")
+        server.down = True
+        with pytest.raises(DataError, match="can't be read, after 2 attempts"):
+            source((f"{server.url}/plain/shard_00001.parquet",))
 
 
 def test_file_systems_of_fsspec(shards: Path) -> None:

@@ -118,11 +118,12 @@ def test_copies_are_independent(tmp_path: Path) -> None:
 
 def test_two_processes_train_it_once(home: Path) -> None:
     code = (
-        "from tests.core.test_tokenizers import make, choice\n"
+        "from unit.data.test_tokenizer_cache import make, choice\n"
         "made = make(choice(vocab_size=3000))\nprint(made.seconds > 0, made.tokenizer.fingerprint)"
     )
     started = [
-        subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)
+        subprocess.Popen([sys.executable, "-c", code], cwd=ROOT / "tests", stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
     ]
     answers = [process.communicate(timeout=120)[0].split() for process in started]
     assert sorted(trained for trained, _ in answers) == ["False", "True"]

@@ -12,7 +12,7 @@ from nanochat_core.runs.directory import RunDirectory, all_runs, create_run, fin
 
 def make(runs: Path, name: str) -> RunDirectory:
     run, lock = create_run(runs, name)
-    lock.close()
+    lock.lock.release()
     run.experiment.write_text("")
     run.ledger.touch()
     return run
@@ -69,19 +69,19 @@ def test_what_killed_starts_left_goes_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "x" / "20200102-000000-000000" / "tokenizer").mkdir(parents=True)  # killed while it was deleted
     (tmp_path / "x" / "notes").mkdir()
     killed, lock = create_run(tmp_path, "x")
-    lock.close()
+    lock.lock.release()
     finished = make(tmp_path, "x")  # deletes it
     untrained, lock = create_run(tmp_path, "x")
     untrained.experiment.write_text("")
-    lock.close()
+    lock.lock.release()
     starting, lock = create_run(tmp_path, "x")
     new, other = create_run(tmp_path, "x")
     names = {p.name for p in (tmp_path / "x").iterdir()}
     assert not killed.path.exists()
     assert not untrained.path.exists()
     assert names == {"notes", finished.id, starting.id, new.id}
-    lock.close()
-    other.close()
+    lock.lock.release()
+    other.lock.release()
 
 
 def test_leftovers_of_writes_go(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="another process is training this run"):
             run.lock()
     assert not run.is_locked()
-    run.lock().close()
+    run.lock().lock.release()
 
 
 def test_a_run_that_is_not_running_any_more_was_killed(tmp_path: Path) -> None:
