@@ -166,10 +166,12 @@ def options_page() -> str:
 
 
 def own_entries() -> Iterator[Entry]:
-    """What this repository's plugins offer, by kind and name."""
+    """What this repository's plugins offer, by kind and name. Ends the program when one of them does not load."""
     points = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["entry-points"]["nanochat"]
     packages = {module.split(".")[0] for module in points.values()}
     plugins = load_plugins(only=",".join(points))
+    for failure in plugins.failures:
+        sys.exit(f"{failure}\n{failure.traceback}")  # its options would be missing
     for registry in plugins.registries.values():
         yield from (entry for entry in registry if entry.factory.split(".")[0] in packages)
 
