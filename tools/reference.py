@@ -23,10 +23,9 @@ from typing import Any
 import attrs
 
 from nanochat_core.cli import COMMANDS
-from nanochat_core.config.merge import PLUGIN_LISTS, PLUGIN_TABLES
 from nanochat_core.config.schema import CORE_TABLES, TABLES
 from nanochat_core.config.tables import resume_rule
-from nanochat_core.plugins.choice import RESERVED, EntryKeys
+from nanochat_core.plugins.choice import PLUGIN_LISTS, PLUGIN_TABLES, RESERVED, EntryKeys
 from nanochat_core.plugins.discovery import load_plugins
 from nanochat_core.plugins.registry import Entry
 from nanochat_core.plugins.structure import fields_of, type_name
@@ -166,10 +165,12 @@ def options_page() -> str:
 
 
 def own_entries() -> Iterator[Entry]:
-    """What this repository's plugins offer, by kind and name."""
+    """What this repository's plugins offer, by kind and name. Ends the program when one of them does not load."""
     points = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["entry-points"]["nanochat"]
     packages = {module.split(".")[0] for module in points.values()}
     plugins = load_plugins(only=",".join(points))
+    for failure in plugins.failures:
+        sys.exit(f"{failure}\n{failure.traceback}")  # its options would be missing
     for registry in plugins.registries.values():
         yield from (entry for entry in registry if entry.factory.split(".")[0] in packages)
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from nanochat_core.cli import above_zero, add_experiment, positive
-from nanochat_core.cli.console import size, table
+from nanochat_core.cli.console import duration, size, table
 from nanochat_core.errors import ConfigError, NanochatError, Problem, did_you_mean
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import attrs
 import tomli_w
 
 from nanochat_core.config.schema import TABLES, Experiment
-from nanochat_core.plugins.choice import Choice
+from nanochat_core.plugins.choice import PLUGIN_TABLES, Choice
 from nanochat_core.plugins.structure import fields_of, to_plain
 
 
@@ -38,7 +38,6 @@ def dump(experiment: Experiment) -> str:
 
 def changed_options(old: Experiment, new: Experiment) -> list[tuple[str, Any, Any, str]]:
     """Options that differ: (dotted key, old value, new value, the option's ``on_resume`` rule)."""
-    table_rules = {"tokenizer": "refuse", "data": "refuse", "model": "refuse", "optimizer": "warn"}
     changes = []
     for table in TABLES:
         a, b = getattr(old, table), getattr(new, table)
@@ -51,12 +50,22 @@ def changed_options(old: Experiment, new: Experiment) -> list[tuple[str, Any, An
             fields |= fields_of(type(a.keys))
         for key in sorted(plain_a.keys() | plain_b.keys()):
             if plain_a.get(key) != plain_b.get(key):
-                rule = fields[key].metadata.get("on_resume") if key in fields else None
-                if key == "plugin":
-                    rule = "refuse"  # a checkpoint holds one plugin's state
-                rule = rule or table_rules.get(table, "free")
+                rule = resume_rule(table, key, fields.get(key))
                 changes.append((f"{table}.{key}", plain_a.get(key), plain_b.get(key), rule))
     return changes
+
+
+def resume_rule(table: str, option: str, field: Any = None) -> str:
+    """What a resumed run does with another value of an option: "free", "warn" or "refuse".
+
+    Args:
+        field: the option's attrs field; None for an option that the installed plugin does not have.
+    """
+    if option == "plugin" and table in PLUGIN_TABLES:
+        return "refuse"  # a checkpoint holds the state of one plugin
+    by_table = {"tokenizer": "refuse", "data": "refuse", "model": "refuse", "optimizer": "warn"}
+    rule = field.metadata.get("on_resume") if field is not None else None
+    return rule or by_table.get(table, "free")
 
 
 def unverified_options(experiment: Experiment) -> dict[str, str]:
