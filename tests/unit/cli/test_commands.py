@@ -289,7 +289,7 @@ def nanochat_register_loggers(registry):
 
 
 def test_a_command_loads_the_plugins_once(
-    site: Site, tiny: Path, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    site: Site, shards: Path, tiny: Path, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site.add("counting-package", COUNTING)
     loads = tmp_path / "loads"
@@ -300,7 +300,7 @@ def test_a_command_loads_the_plugins_once(
         ("show", tiny),
         ("plan", tiny, "--vary", "model.depth=1,2,3"),
         ("data", "info", tiny),
-        ("data", "info", "--source", "python_docs"),
+        ("data", "info", "--source", "parquet", "--set", f"data.path={shards}"),
         ("tokenizer", "show", tiny, "text"),
         ("tokenizer", "compare", tiny, "tiny", "--val-bytes", "1000", *of_runs),
         ("sample", "tiny", "one, ", "--max-tokens", "1", *of_runs),
