@@ -181,17 +181,28 @@ def test_other_errors_come_through() -> None:
 # ------------------------------------------------------------------------------------------------------- several ranks
 
 
-def _halves(world: World) -> tuple[dict[str, Any], list[float]]:
-    """The two micro-batches of ``two_batches`` on a rank each; rank 1 is asked to stop, the data of rank 0 end."""
+def _on_two(world: World) -> dict[str, Any]:
+    """A step of ``two_batches`` with one micro-batch on each rank, and steps in which rank 1 is in trouble."""
     model, whole = Bigram(), two_batches(is_last=world.rank == 0)
     part = attrs.evolve(whole, batches=whole.batches[world.rank :][:1])
-    outcome = run(model, part, world, stop_requested=world.rank == 1)
-    return attrs.asdict(outcome), model.rows.flatten().tolist()
+    halves = attrs.asdict(run(model, part, world, stop_requested=world.rank == 1))
+    found: dict[str, Any] = {"halves": (halves, model.rows.flatten().tolist())}
+    for trouble in ("no memory", "no data"):
+        model = Bigram(fails_at=2 if trouble == "no memory" and world.rank == 1 else 0)
+        outcome = run(model, None if trouble == "no data" and world.rank == 1 else two_batches(), world)
+        untouched = torch.equal(model.rows, Bigram().rows) and model.rows.grad is None
+        found[trouble] = (outcome.data_missing, outcome.out_of_memory, outcome.memory_error, outcome.done, untouched)
+    return found
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> list[dict[str, Any]]:
+    return on_ranks(2, _on_two)
 
 
 @needs_gloo
-def test_ranks_do_the_step_of_one() -> None:
-    (outcome, rows), other = on_ranks(2, _halves)
+def test_ranks_do_the_step_of_one(two_ranks: list[dict[str, Any]]) -> None:
+    (outcome, rows), other = (found["halves"] for found in two_ranks)
     assert (outcome, rows) == other
     model = Bigram()
     alone = run(model, two_batches())
@@ -206,17 +217,12 @@ def test_ranks_do_the_step_of_one() -> None:
     assert rows == pytest.approx(model.rows.flatten().tolist(), rel=1e-6)
 
 
-def _troubled(world: World, trouble: str) -> tuple[bool, bool, str, bool]:
-    model = Bigram(fails_at=2 if trouble == "memory" and world.rank == 1 else 0)
-    step = None if trouble == "data" and world.rank == 1 else two_batches()
-    outcome = run(model, step, world)
-    untouched = torch.equal(model.rows, Bigram().rows) and model.rows.grad is None
-    assert not outcome.done
-    return outcome.data_missing, outcome.out_of_memory, outcome.memory_error[:18], untouched
-
-
 @needs_gloo
-def test_one_rank_in_trouble_stops_the_step_of_all() -> None:
-    no_memory = [(False, True, "", True), (False, True, "CUDA out of memory", True)]
-    assert on_ranks(2, _troubled, "memory") == no_memory
-    assert on_ranks(2, _troubled, "data") == [(True, False, "", True)] * 2
+def test_a_rank_without_memory_or_data_stops_the_step_of_all(two_ranks: list[dict[str, Any]]) -> None:
+    said = "CUDA out of memory. Tried to allocate 1 EiB"
+    done, untouched = False, True
+    assert [found["no memory"] for found in two_ranks] == [
+        (False, True, "", done, untouched),
+        (False, True, said, done, untouched),
+    ]
+    assert [found["no data"] for found in two_ranks] == [(True, False, "", done, untouched)] * 2
