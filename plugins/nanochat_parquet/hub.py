@@ -262,12 +262,16 @@ class Hub:
 
     # -- whole files
 
+    @cached_property
+    def _files(self) -> Path:
+        return self._directory / "files" / self.repo.replace("/", "--")
+
     def _path(self, file: HubFile) -> Path:
-        return self._directory / "files" / file.etag
+        return self._files / file.etag
 
     def _partial(self, file: HubFile) -> Path:
         """What has arrived of a file. Machines that share a disk have one each: not all disks lock between machines."""
-        return self._directory / "files" / f"{file.etag}.{platform.node()}.part"
+        return self._files / f"{file.etag}.{platform.node()}.part"
 
     def check_disk_space(self, files: Sequence[HubFile]) -> None:
         """Check that there is room for files, after removing what killed downloads of other files have left.
@@ -276,11 +280,11 @@ class Hub:
             DataError: with what is free and what is needed.
         """
         parts = {self._partial(file) for file in files}
-        for left in (self._directory / "files").glob("*.part"):
+        for left in self._files.glob("*.part"):
             with suppress(OSError):
                 if left not in parts and time.time() - left.stat().st_mtime > ABANDONED:
                     left.unlink()
-        existing = next(path for path in (self._directory / "files").absolute().parents if path.exists())
+        existing = next(path for path in self._files.absolute().parents if path.exists())
         free, needed = shutil.disk_usage(existing).free, sum(file.size for file in files)
         needed -= sum(part.stat().st_size for part in parts if part.exists())
         if needed > free:

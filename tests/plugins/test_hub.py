@@ -67,12 +67,12 @@ def gets(server: HubServer) -> list[str]:
 
 def parts(directory: Path) -> list[Path]:
     """What has arrived of shards that are under way."""
-    return [part for part in directory.rglob("files/*.part") if part.stat().st_size]
+    return [part for part in directory.rglob("files/*/*.part") if part.stat().st_size]
 
 
 def fetched(directory: Path) -> set[bytes]:
     """The shards that are whole."""
-    return {path.read_bytes() for path in directory.rglob("files/*") if path.suffix != ".part"}
+    return {path.read_bytes() for path in directory.rglob("files/*/*") if path.suffix != ".part"}
 
 
 def published(repo: Path, *names: str) -> set[bytes]:
@@ -198,7 +198,7 @@ def test_without_the_hub(server: HubServer, tmp_path: Path) -> None:
 def test_damaged_copy_is_fetched_again(server: HubServer, repo: Path, tmp_path: Path) -> None:
     make(server, tmp_path, shards=1).download(2)
     content = (repo / "shard_00000.parquet").read_bytes()
-    copy = tmp_path / "state" / "files" / hashlib.sha256(content).hexdigest()
+    copy = tmp_path / "state" / "files" / "someone--texts" / hashlib.sha256(content).hexdigest()
     copy.write_bytes(content[:-10])
     source = make(server, tmp_path, shards=1)
     assert source.describe()["missing"] == 1
@@ -224,7 +224,7 @@ def test_the_cache_of_the_hub_is_read_and_left_as_it_is(server: HubServer, repo:
 
 def test_a_part_that_is_damaged_or_from_a_server_without_ranges(server: HubServer, repo: Path, tmp_path: Path) -> None:
     whole = (repo / "shard_00000.parquet").read_bytes()
-    files = tmp_path / "state" / "files"
+    files = tmp_path / "state" / "files" / "someone--texts"
     part = files / f"{hashlib.sha256(whole).hexdigest()}.{platform.node()}.part"
     for content, ranges in ((b"x" * 1000, True), (whole[:1000], False), (whole, True), (whole + b"x", True)):
         files.mkdir(parents=True)
@@ -247,7 +247,7 @@ def test_room_is_checked_first(server: HubServer, tmp_path: Path, monkeypatch: p
 
 
 def test_left_overs_of_killed_downloads_go(server: HubServer, tmp_path: Path) -> None:
-    files = tmp_path / "state" / "files"
+    files = tmp_path / "state" / "files" / "someone--texts"
     files.mkdir(parents=True)
     for name, age in (("a.host.part", 7200), ("b.host.part", 5)):
         (files / name).write_bytes(b"half")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import signal
@@ -108,8 +109,6 @@ def test_asking_needs_no_right_to_write_and_hinders_nobody_who_asks(tmp_path: Pa
     tmp_path.chmod(0o555)
     try:
         with path.open() as other:
-            import fcntl
-
             fcntl.flock(other, fcntl.LOCK_SH)  # somebody else asks
             assert not is_locked(path)
     finally:
