@@ -201,7 +201,7 @@ def _lay_out(parameters: Sequence[nn.Parameter], bucket_bytes: float) -> list[_B
 
 
 def global_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """L2 norm of all tensors together: float32 ()."""
+    """L2 norm of all tensors together: float32 (). A norm that is to be squared and summed over ranks wants float64."""
     if not tensors:
         return torch.zeros(())
     norms = torch._foreach_norm(list(tensors), 2, dtype=torch.float32)
