@@ -11,24 +11,22 @@ import time
 import traceback
 from collections import deque
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.fakes import FakeTokenizer
+from helpers.support import ROOT
 
-from nanochat_bytes.config import BytesConfig
-from nanochat_bytes.tokenizer import build
-from nanochat_core import DataError, TokenizerContext
+from nanochat_core import DataError
 from nanochat_core.data.loader import Step, TrainLoader
 from nanochat_core.data.packing import Cursor, Encoder
 from nanochat_core.data.validation import ValidationRows
 from nanochat_core.interfaces.loss import IGNORED
 from nanochat_core.interfaces.types import Batch
 
-TOKENIZER = build(BytesConfig(), TokenizerContext(documents=list))
+TOKENIZER = FakeTokenizer()
 T = 16
-ROOT = Path(__file__).parents[3]
 
 
 def make_documents(count: int = 60) -> list[str]:
@@ -196,9 +194,9 @@ def test_thread_ends_with_the_loader() -> None:
 
 
 def test_interpreter_exits_while_the_thread_works() -> None:
-    code = "from tests.core.test_loader import make_loader\nloader = make_loader(threads=2)\n"
+    code = "from unit.data.test_loader import make_loader\nloader = make_loader(threads=2)\n"
     code += "next(loader)\nraise SystemExit(7)\n"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT / "tests")
     assert (done.returncode, done.stderr) == (7, "")
 
 

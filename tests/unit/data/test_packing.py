@@ -6,18 +6,17 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from helpers.fakes import FakeTokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat_bytes.config import BytesConfig
-from nanochat_bytes.tokenizer import build
-from nanochat_core import CheckpointError, DataError, TokenizerContext
+from nanochat_core import CheckpointError, DataError
 from nanochat_core.data.best_fit import BestFitLane, best_fit
 from nanochat_core.data.packing import Cursor, Encoder, StreamLane, join, lanes
 from nanochat_core.data.validation import validation_rows
 from nanochat_core.interfaces.loss import IGNORED
 
-TOKENIZER = build(BytesConfig(), TokenizerContext(documents=list))
+TOKENIZER = FakeTokenizer()
 
 
 def encoder(documents: list[str]) -> Encoder:
