@@ -33,7 +33,7 @@ from .interfaces.evaluator import Evaluation as Evaluation
 from .interfaces.logger import Logger as Logger
 from .interfaces.logger import LoggerContext as LoggerContext
 from .interfaces.logger import metrics_and_texts as metrics_and_texts
-from .interfaces.loss import IGNORED as IGNORED
+from .interfaces.types import IGNORED as IGNORED
 from .distributed.world import World as World
 
 # Options of a config class.

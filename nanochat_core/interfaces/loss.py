@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from nanochat_core.hardware.devices import device_type
+from nanochat_core.interfaces.types import IGNORED as IGNORED
 
 if TYPE_CHECKING:
     from nanochat_core.interfaces.model import Model
-
-IGNORED = -1  # the same as in interfaces, which imports this module's users
 
 # Logits in one chunk. On a CPU they should stay in the cache; a GPU wants enough of them to fill it.
 CHUNK_ELEMENTS_CPU = 2**21

@@ -190,6 +190,7 @@ def _ranks(world: World) -> list[str]:
     return [*found, str(world.sum([1.0])[0])]  # and the run goes on
 
 
+@pytest.mark.xdist_group("ranks")
 def test_a_rank_that_fails_cancels_the_evaluation_everywhere():
     assert on_ranks(2, _ranks) == [[*(outcome for _, outcome in CASES), "2.0"]] * 2
 
