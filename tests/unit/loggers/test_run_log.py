@@ -81,8 +81,8 @@ def test_a_record_that_raises_is_told_again(run: Run) -> None:
 
 def test_a_slow_logger_does_not_slow_training_and_is_ended_at_the_end(run: Run) -> None:
     run.start(timeout=1.0, when="log", how="slow").train(*range(50))
-    assert run.slowest < 0.2
-    assert run.finish() < 5
+    assert run.spent < 5  # of 50 records that the logger takes 0.3 s each for
+    assert run.finish() < 10
     assert 0 < len(run.told) < 50
     assert "took longer than 1 s to send the rest and finish" in run.said[0]
     assert f"misses {50 - len(run.told)} records" in run.said[1]
