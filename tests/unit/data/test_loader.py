@@ -7,7 +7,6 @@ import random
 import subprocess
 import sys
 import threading
-import time
 import traceback
 from collections import deque
 from itertools import islice
@@ -17,6 +16,7 @@ import pytest
 import torch
 from helpers.fakes import FakeTokenizer
 from helpers.support import ROOT
+from helpers.waiting import wait_for
 
 from nanochat_core import DataError
 from nanochat_core.data.loader import Step, TrainLoader
@@ -187,10 +187,7 @@ def test_close(threads: int) -> None:
 def test_thread_ends_with_the_loader() -> None:
     next(make_loader(threads=2))
     gc.collect()
-    deadline = time.monotonic() + 5
-    while loader_threads() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not loader_threads()
+    wait_for(lambda: not loader_threads())
 
 
 def test_interpreter_exits_while_the_thread_works() -> None:
