@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from nanochat_core import CheckpointError, ConfigError
+from nanochat_core.files import write_atomic
 from nanochat_core.runs.directory import RunDirectory, all_runs, create_run, find_run
 
 
@@ -121,3 +122,10 @@ def test_a_run_that_is_not_running_any_more_was_killed(tmp_path: Path) -> None:
     run.write_status("finished", 10, 10)
     status = run.read_status()
     assert (status["status"], status["step"], status["num_iterations"]) == ("finished", 10, 10)
+
+
+def test_atomic_writes_leave_nothing_else(tmp_path: Path) -> None:
+    write_atomic(tmp_path / "a.json", "1")
+    write_atomic(tmp_path / "a.json", "ü")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+    assert (tmp_path / "a.json").read_text(encoding="utf-8") == "ü"
