@@ -50,6 +50,8 @@ SHARED = ("logged", "on_two_ranks", "whole", "short", "two", "installed")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.timeout(3600))
         for name in SHARED:
             if name in getattr(item, "fixturenames", ()) and not item.get_closest_marker("xdist_group"):
                 session = name in ("logged", "on_two_ranks")
