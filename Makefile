@@ -2,6 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Test processes: one more than cores, since some wait for what they have started. WORKERS=0 is this process alone.
+WORKERS ?= $(shell $(PYTHON) -c 'import os; print((os.cpu_count() or 1) + 1)')
+PYTEST = OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 # Stamps: installing again costs nothing until pyproject.toml changes.
 $(VENV)/.installed: pyproject.toml
@@ -27,10 +30,10 @@ quickstart: $(VENV)/.installed
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/nanochat run experiments/quickstart.toml
 
 test: $(VENV)/.installed-dev
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-slow: $(VENV)/.installed-dev
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

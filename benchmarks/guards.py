@@ -38,7 +38,7 @@ from nanochat_core.distributed.signals import StopRequest
 from nanochat_core.distributed.store import RankStore
 from nanochat_core.distributed.watchdog import Watchdog
 from nanochat_core.distributed.world import World
-from nanochat_core.interfaces.loss import IGNORED
+from nanochat_core.interfaces.types import IGNORED
 from nanochat_core.training.metrics import StepTimer
 from nanochat_core.training.prepare import prepare
 from nanochat_core.training.session import Session

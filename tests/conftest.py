@@ -5,7 +5,11 @@ from __future__ import annotations
 import os
 
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # before torch is imported: spinning threads starve each other
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: more threads would only take turns
+    os.environ["OMP_NUM_THREADS"] = "1"
 
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,16 +17,45 @@ import pytest
 from helpers.install import install_fixture
 from helpers.support import BROKEN, THIRD_PARTY, Site, Trained, call, only_run, write_experiment, write_shards
 
+# What keeps files between processes. TorchInductor's cache is not here: it goes by content, and compiling takes long.
+CACHES = ("NANOCHAT_HOME", "HF_HOME", "TIKTOKEN_CACHE_DIR", "XDG_CACHE_HOME", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR",
+          "WANDB_DATA_DIR")  # fmt: skip
+# What a shell, a launcher or a service of another process sets.
+FOREIGN = (
+    "NANOCHAT_PLUGINS",
+    "WORLD_SIZE",
+    "RANK",
+    "LOCAL_RANK",
+    "MASTER_",
+    "SLURM_",
+    "TORCHELASTIC_",
+    "HF_",
+    "WANDB_",
+)
 
-@pytest.fixture(scope="session", autouse=True)
-def _home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Caches go to a temporary directory; what the caller's shell sets does not reach the tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NANOCHAT_HOME", str(tmp_path_factory.mktemp("home")))
-        patch.setenv("NANOCHAT_DEVICE", "cpu")
-        for name in ("NANOCHAT_PLUGINS", "WORLD_SIZE", "RANK", "LOCAL_RANK"):
-            patch.delenv(name, raising=False)
-        yield
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Each test process has a home and caches of its own; neither they nor what the caller's shell sets are shared."""
+    for name in [name for name in os.environ if name.startswith(FOREIGN)]:
+        del os.environ[name]
+    home = tempfile.mkdtemp(prefix="nanochat-tests-")
+    config.add_cleanup(lambda: shutil.rmtree(home, ignore_errors=True))
+    os.environ.update({name: f"{home}/{name.lower()}" for name in CACHES})
+    os.environ["NANOCHAT_DEVICE"] = "cpu"
+
+
+# Fixtures that start processes or install packages: the tests that share one go to one process of xdist.
+SHARED = ("logged", "on_two_ranks", "whole", "short", "two", "installed")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.timeout(3600))
+        for name in SHARED:
+            if name in getattr(item, "fixturenames", ()) and not item.get_closest_marker("xdist_group"):
+                session = name in ("logged", "on_two_ranks")
+                item.add_marker(pytest.mark.xdist_group(name if session else f"{name} of {item.path.stem}"))
 
 
 @pytest.fixture(scope="session")

@@ -10,9 +10,8 @@ import torch
 
 from nanochat_core.data.packing import CHUNK
 from nanochat_core.errors import DataError
-from nanochat_core.interfaces.loss import IGNORED
 from nanochat_core.interfaces.tokenizer import Tokenizer
-from nanochat_core.interfaces.types import Batch, Tokens
+from nanochat_core.interfaces.types import IGNORED, Batch, Tokens
 
 
 def validation_rows(

@@ -11,7 +11,6 @@ from typing import Any
 import attrs
 
 from nanochat_core.distributed.world import World
-from nanochat_core.interfaces.loss import IGNORED as IGNORED
 from nanochat_core.interfaces.model import Model
 from nanochat_core.interfaces.tokenizer import Tokenizer
 from nanochat_core.interfaces.types import Batch, Split

@@ -20,8 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from nanochat_core.hardware.casting import wide_dtype
 from nanochat_core.hardware.devices import device_type
-
-IGNORED = -1  # in place of a target where there is nothing to predict
+from nanochat_core.interfaces.types import IGNORED as IGNORED
 
 # Logits in one chunk. On a CPU they should stay in the cache; a GPU wants enough of them to fill it.
 CHUNK_ELEMENTS_CPU = 2**21

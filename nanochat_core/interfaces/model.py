@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from nanochat_core.interfaces.logger import Logger as Logger
 from nanochat_core.interfaces.logger import LoggerContext as LoggerContext
-from nanochat_core.interfaces.loss import IGNORED as IGNORED
 from nanochat_core.interfaces.loss import cross_entropy
 from nanochat_core.interfaces.types import Resolved
 

@@ -1,16 +1,18 @@
-"""Types that several interfaces share."""
+"""Types that several interfaces share; without torch, so that tokenizers and data sources start without it."""
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import attrs
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
-from nanochat_core.interfaces.loss import IGNORED as IGNORED
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+IGNORED = -1  # the target of a position where there is nothing to predict
 
 Tokens: TypeAlias = npt.NDArray[np.int32]
 

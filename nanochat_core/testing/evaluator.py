@@ -11,9 +11,8 @@ import torch
 
 from nanochat_core.evaluation.evaluate import contract_problems
 from nanochat_core.interfaces.evaluator import Evaluation, Evaluator, EvaluatorContext
-from nanochat_core.interfaces.loss import IGNORED
 from nanochat_core.interfaces.tokenizer import Tokenizer
-from nanochat_core.interfaces.types import Batch, Split, Tokens
+from nanochat_core.interfaces.types import IGNORED, Batch, Split, Tokens
 from nanochat_core.testing.checks import ALONE, Check
 from nanochat_core.testing.optimizer import TinyModel
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nanochat_core.interfaces.loss import IGNORED
 from nanochat_core.interfaces.model import Cache, Model, ModelContext, base_role
+from nanochat_core.interfaces.types import IGNORED
 from nanochat_core.testing.checks import Check
 
 ROLES = ("matrix", "embedding", "head", "scalar")

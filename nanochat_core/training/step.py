@@ -12,10 +12,9 @@ from torch import Tensor
 from nanochat_core.data.loader import Step
 from nanochat_core.distributed.world import World
 from nanochat_core.hardware.casting import autocast
-from nanochat_core.interfaces.loss import IGNORED
 from nanochat_core.interfaces.model import Model
 from nanochat_core.interfaces.optimizer import Multipliers, Optimizer
-from nanochat_core.interfaces.types import Batch
+from nanochat_core.interfaces.types import IGNORED, Batch
 from nanochat_core.planning.out_of_memory import is_out_of_memory
 from nanochat_core.runs.state import restore_rng, rng_state
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ class Run:
         self.directory = directory / "runs" / "mine" / "1"
         self.directory.mkdir(parents=True)
         self.logs = Logs(RunDirectory(self.directory))
-        self.slowest = 0.0
+        self.spent = 0.0  # seconds, on recording
 
     def start(self, plugin: str = "moody", timeout: float = 20.0, start_step: int = 0, **options: Any) -> Run:
         entry = load_plugins()["logger"].get(plugin)
@@ -45,7 +44,7 @@ class Run:
     def _timed(self, step: int, values: dict[str, Any]) -> None:
         started = time.perf_counter()
         self.logs.record(step, values)
-        self.slowest = max(self.slowest, time.perf_counter() - started)
+        self.spent += time.perf_counter() - started
 
     def finish(self, status: Any = "finished") -> float:
         started = time.monotonic()
@@ -70,10 +69,3 @@ class Run:
     @property
     def progress(self) -> Progress:
         return Progress.read(progress_file(self.directory, "moody"))
-
-
-def wait_for(holds: Callable[[], bool], seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.02)

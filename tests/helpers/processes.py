@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
+SECONDS = 300  # that a process may take; the machine may be busy with other things
+
 
 class Process:
     """A command in a session of its own. Entered, neither it nor what it started outlives the test.
@@ -44,13 +46,13 @@ class Process:
         self.process.communicate()
 
     def wait_for(self, condition: Callable[[], object]) -> None:
-        end = time.monotonic() + 120
+        end = time.monotonic() + SECONDS
         while not condition():
             assert self.process.poll() is None, self.process.communicate()
             assert time.monotonic() < end, "it did not happen in time"
             time.sleep(0.02)
 
-    def end(self, timeout: float = 120) -> tuple[int, str, str]:
+    def end(self, timeout: float = SECONDS) -> tuple[int, str, str]:
         """Exit code, stdout, stderr; once all that have them open are gone too."""
         out, err = self.process.communicate(timeout=timeout)
         return self.process.returncode, out, err

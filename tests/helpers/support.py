@@ -103,7 +103,7 @@ def call(*arguments: object) -> Result:
 
 
 def spawn(
-    *arguments: object, cwd: Path | None = None, env: Mapping[str, str] | None = None, timeout: float = 120
+    *arguments: object, cwd: Path | None = None, env: Mapping[str, str] | None = None, timeout: float = 300
 ) -> Result:
     """``nanochat ARGUMENTS`` in a process of its own."""
     done = subprocess.run(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import socket
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -14,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from helpers.ranks import on_ranks
 from torch import Tensor, nn
 
 from nanochat_core import IGNORED, Batch, Cache, DataError, EvaluatorContext, Model, Tokenizer, Tokens, World
-from nanochat_core.distributed.world import join_world, leave_world
 from nanochat_core.plugins.discovery import load_plugins
 
 BYTES = (1, 2, 3, 4, 0)  # bytes of tokens 0..4; the last is bos
@@ -147,24 +145,16 @@ def test_entry():
     assert entry.config().eval_tokens == 20 * 524288
 
 
-def _rank(rank: int, port: int) -> None:
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-        NANOCHAT_DEVICE="cpu",
-    )  # fmt: skip
-    world = join_world()
-    try:
-        mine = BATCHES if rank == 0 else []  # a rank without rows still takes part
-        assert math.isclose(evaluate(mine, world), BITS / N_BYTES, rel_tol=1e-6)
-        assert math.isclose(evaluate([BATCHES[rank]], world), BITS / N_BYTES, rel_tol=1e-6)
-        with pytest.raises(DataError):
-            evaluate([], world)
-    finally:
-        leave_world()
+def _agree(world: World) -> float:
+    mine = BATCHES if world.rank == 0 else []  # a rank without rows still takes part
+    assert math.isclose(evaluate(mine, world), BITS / N_BYTES, rel_tol=1e-6)
+    with pytest.raises(DataError):
+        evaluate([], world)
+    return evaluate([BATCHES[world.rank]], world)
 
 
+@pytest.mark.xdist_group("ranks")
 def test_two_ranks_agree():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_rank, args=(port,), nprocs=2)
+    both = on_ranks(2, _agree)
+    assert both[0] == both[1]
+    assert math.isclose(both[0], BITS / N_BYTES, rel_tol=1e-6)

@@ -11,13 +11,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from helpers.hub_server import HubServer, serve
+from helpers.waiting import wait_for
 
 from nanochat_core import DataError
 
@@ -103,10 +104,8 @@ def test_reading_starts_while_later_shards_arrive(
     train = source.documents("train")
     assert train[0] == texts_of(0)[0]
     assert len(set(gets(server))) < 5
-    deadline = time.monotonic() + 10
-    while source.describe()["missing"] != 3 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    time.sleep(0.2)
+    wait_for(lambda: source.describe()["missing"] == 3)
+    time.sleep(0.2)  # no more are asked for
     assert sorted(gets(server)) == [
         "shard_00000.parquet",
         "shard_00001.parquet",
@@ -332,15 +331,8 @@ def starter(server: HubServer, tmp_path: Path) -> Iterator[Starter]:
     starter.close()
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def said(log: Path) -> str:
-    wait_until(lambda: log.exists() and "exit code" in log.read_text())
+    wait_for(lambda: log.exists() and "exit code" in log.read_text())
     return log.read_text()
 
 
@@ -349,7 +341,7 @@ def test_killed_three_times(server: HubServer, repo: Path, tmp_path: Path, start
     for kill in range(3):
         started = len(gets(server))
         pid, log = starter.start("download", "-n", "5", "-w", "1")
-        wait_until(lambda: len(gets(server)) == started + 2 and bool(parts(tmp_path)))  # noqa: B023
+        wait_for(lambda: len(gets(server)) == started + 2 and bool(parts(tmp_path)))  # noqa: B023
         os.kill(pid, signal.SIGKILL)
         assert "exit code" not in log.read_text()
         assert len(fetched(tmp_path)) == kill + 1

@@ -64,6 +64,7 @@ def test_local_tasks(tmp_path):
     assert found["lm_eval/say/exact_match"] == 0.0
 
 
+@pytest.mark.xdist_group("ranks")
 def test_two_ranks_find_the_same(tmp_path):
     directory = str(write_task(tmp_path))
     both = on_ranks(2, run, directory)

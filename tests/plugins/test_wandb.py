@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.logging_run import Run, wait_for
+from helpers.logging_run import Run
 from helpers.support import ROOT, call, ledger, losses, metrics, only_run, write_experiment
+from helpers.waiting import wait_for
 from helpers.wandb_server import WandbServer, serve
 
 from nanochat_core.plugins.discovery import load_plugins
@@ -57,7 +58,8 @@ def test_a_resumed_run_goes_on_in_the_same_run_with_every_step_once(logged: Path
     assert [r["metric"]["step_metric"] for r in first if r["type"] == "metric"] == ["step"]
     for part in (first, second):
         assert [r["exit"]["exit_code"] for r in part if r["type"] == "exit"] == [0]
-        assert [r["summary"]["update"]["status"] for r in part if "status" in r.get("summary", {}).get("update", {})]
+        said = [r["summary"]["update"] for r in part if "update" in r.get("summary", {})]
+        assert [summary["status"] for summary in said if "status" in summary] == ["finished"]
     rows = history(logged)
     assert series(rows, "train/loss") == losses(logged)
     assert series(rows, "val/bpb") == metrics(logged, "val/bpb")
@@ -74,7 +76,7 @@ def test_samples_and_evaluations_are_tables(logged: Path) -> None:
     last = logged.joinpath("wandb").glob("offline-run-*/files/media/table/**/*.json")
     tables = [json.loads(file.read_text()) for file in sorted(last)]
     texts = [row for table in tables if table["columns"] == ["step", "name", "text"] for row in table["data"]]
-    assert [12, "samples/0"] in [row[:2] for row in texts] or any(row[0] == 12 for row in texts)
+    assert {row[0]: row[2] for row in texts if row[1] == "samples/0"} == metrics(logged, "samples/0")
     whole = max((t for t in tables if "evaluator" in t["columns"]), key=lambda t: len(t["data"]))
     assert {row[0]: row[3] for row in whole["data"] if row[2] == "val/bpb"} == metrics(logged, "val/bpb")
 
@@ -83,7 +85,8 @@ KILLED = """
 import os, signal, sys
 sys.path[:0] = {paths!r}
 from pathlib import Path
-from helpers.logging_run import Run, wait_for
+from helpers.logging_run import Run
+from helpers.waiting import wait_for
 run = Run(Path({directory!r})).start("wandb", mode="offline").train(0, 1)
 progress = run.directory / "loggers" / "wandb.json"
 wait_for(progress.exists, 60)
@@ -95,10 +98,7 @@ def test_a_killed_run_is_not_left_in_progress(tmp_path: Path) -> None:
     paths = [str(ROOT / "tests")]
     subprocess.run([sys.executable, "-c", KILLED.format(paths=paths, directory=str(tmp_path))], check=False)
     run = tmp_path / "runs" / "mine" / "1"
-    deadline = time.monotonic() + 30
-    while json.loads((run / "loggers" / "wandb.json").read_text())["status"] != "failed":
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_for(lambda: json.loads((run / "loggers" / "wandb.json").read_text())["status"] == "failed")
     (only,) = records(run)
     assert [r["exit"]["exit_code"] for r in only if r["type"] == "exit"] == [1]
 
@@ -225,7 +225,7 @@ def test_a_server_that_goes_silent_in_the_middle(server: WandbServer, tmp_path: 
     wait_for(lambda: len(server.rows("mine-1")) == 2, 60)
     server.silent.set()
     run.train(2, 3, 4)
-    assert run.slowest < 0.2
+    assert run.spent < 2
     assert run.finish() < 30
     assert len(server.rows("mine-1")) == 2
     assert "not all was uploaded in time" in run.said[-1]

@@ -97,20 +97,23 @@ def test_every_checkpoint_damaged_is_said_and_auto_starts_afresh(copy: Trained, 
 # ----------------------------------------------------------------------------------------------------------- signals
 
 WAITS = """
-import time
+import os, threading, time
 from pathlib import Path
 from nanochat_core import DataSource, Evaluation, Evaluator
 
 @attrs.frozen
 class File:
     file: str
+    signal: int = 0  # that it sends to its own process
 
 class Sleeps(Evaluator):
     '''The first time, on one rank, until it is interrupted. The other rank waits for what it has to say.'''
-    def __init__(self, config, context): self.file, self.world = Path(config.file), context.world
+    def __init__(self, config, context):
+        self.file, self.signal, self.world = Path(config.file), config.signal, context.world
     def evaluate(self, model, step):
         if self.world.rank == self.world.size - 1 and not self.file.exists():
             self.file.touch()
+            if self.signal: threading.Timer(0.1, os.kill, (os.getpid(), self.signal)).start()
             try:
                 time.sleep(600)
             except Exception: pass
@@ -143,27 +146,34 @@ def nanochat_register_data_sources(registry):
 @pytest.mark.parametrize(
     ("at", "nproc", "number"),
     [
-        (0, 1, signal.SIGUSR1),
+        (0, 0, signal.SIGUSR1),
         (4, 1, signal.SIGTERM),
-        (6, 1, signal.SIGINT),
-        (12, 1, signal.SIGTERM),
+        (6, 0, signal.SIGINT),
+        (12, 0, signal.SIGTERM),
         (4, 2, signal.SIGTERM),
     ],
 )
 def test_a_signal_cuts_an_evaluation_short(
     site: Site, tiny: Path, tmp_path: Path, trained: Trained, at: int, nproc: int, number: int
 ) -> None:
-    """At the start, at a step that is saved, at one that is not, at the end; and with another rank that waits."""
+    """At the start, at a step that is saved, at one that is not, at the end; and with another rank that waits.
+
+    ``nproc`` 0 is this process, which gets the signal from itself.
+    """
     site.add("made-up", WAITS)
     started = tmp_path / "started"
     keys = {0: "at_start=true", 12: "at_end=true"}.get(at, f"every={at}")
     settings = ("evaluators.z.plugin=sleeps", f"evaluators.z.file={started}", "evaluators.z.at_end=false")
     words = [word for s in (*settings, f"evaluators.z.{keys}") for word in ("--set", s)]
     runs = tmp_path / "runs"
-    with Process.run(tiny, "--runs-dir", runs, "--nproc", nproc, *words, site=site.directory) as process:
-        process.wait_for(started.exists)
-        process.process.send_signal(number)
-        code, out, err = process.end()
+    if nproc:
+        with Process.run(tiny, "--runs-dir", runs, "--nproc", nproc, *words, site=site.directory) as process:
+            process.wait_for(started.exists)
+            process.process.send_signal(number)
+            code, out, err = process.end()
+    else:
+        stopped = call("run", tiny, "--runs-dir", runs, *words, "--set", f"evaluators.z.signal={int(number)}")
+        code, out, err = stopped.code, stopped.out, stopped.err
     assert code == 75, err
     assert f"stopped by a signal after step {at}, saved" in out
     path = only_run(runs)
@@ -186,19 +196,11 @@ def test_a_signal_ends_the_wait_for_data(site: Site, tiny: Path, tmp_path: Path)
     text = tiny.read_text().replace("save_every = 4", "").replace("num_iterations = 12", "num_iterations = 60")
     head, _, tail = text.partition('plugin = "parquet"')
     tiny.write_text(head + data + tail[tail.index("\n\n") :])
-    with Process.run(tiny, "--runs-dir", runs, site=site.directory) as process:
+    with Process.run(tiny, "--runs-dir", runs, "--set", "train.stall_warning=0.5", site=site.directory) as process:
         process.wait_for(lambda: bool(list(runs.glob("*/*/metrics.jsonl"))) and len(ledger(only_run(runs))) > 5)
         gate.touch()
         path = only_run(runs)
-        size = -1
-
-        def stalled() -> bool:
-            nonlocal size
-            before, size = size, (path / "metrics.jsonl").stat().st_size
-            time.sleep(0.5)
-            return before == size
-
-        process.wait_for(stalled)
+        process.wait_for(lambda: "waits for training data" in (path / "log.txt").read_text())
         process.process.send_signal(signal.SIGTERM)
         code, out, err = process.end()  # although what reads can't be interrupted
     gate.unlink()

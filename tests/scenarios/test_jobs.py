@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch.distributed
 from helpers.processes import Process
-from helpers.support import ROOT, Site, assert_same_end, ledger, only_run, spawn, write_experiment
+from helpers.support import ROOT, Site, assert_same_end, ledger, only_run
 
 from nanochat_core.runs.checkpoint import verify
 
@@ -42,18 +42,6 @@ def long(tiny: Path) -> Path:
     """``tiny`` without an end."""
     tiny.write_text(tiny.read_text().replace("num_iterations = 12", "num_iterations = 100000"))
     return tiny
-
-
-@pytest.fixture(scope="module")
-def whole(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """An experiment, and its run on two ranks by our launcher, which nothing happened to."""
-    directory = tmp_path_factory.mktemp("whole")
-    file = write_experiment(directory / "tiny.toml", shards)
-    text = file.read_text().replace("num_iterations = 12", "num_iterations = 100")
-    file.write_text(text.replace("every = 4", "every = 50"))
-    done = spawn("run", file, "--runs-dir", directory / "runs", "--nproc", 2, env={"OMP_NUM_THREADS": "1"})
-    assert done.code == 0, done.err
-    return file, only_run(directory / "runs")
 
 
 def has_trained(runs: Path, steps: int = 3) -> Callable[[], bool]:
@@ -135,10 +123,10 @@ def nanochat_register_evaluators(registry):
 """
 
 
-def test_torchrun_on_two_nodes(site: Site, whole: tuple[Path, Path], tmp_path: Path) -> None:
+def test_torchrun_on_two_nodes(site: Site, on_two_ranks: tuple[Path, Path], tmp_path: Path) -> None:
     """Both on this machine. First a rank raises; then it trains, to what our launcher gives."""
     site.add("made-up", RAISES)
-    file, run = whole
+    file, run = on_two_ranks
     runs = tmp_path / "runs"
 
     def on_both(*words: object) -> list[tuple[int, str, str]]:
@@ -182,8 +170,8 @@ if [[ "$1" == show ]]; then echo 127.0.0.1; echo other; else echo "$@" >> requeu
 """
 
 
-def test_a_slurm_job_goes_back_into_the_queue_and_on(whole: tuple[Path, Path], tmp_path: Path) -> None:
-    file, run = whole
+def test_a_slurm_job_goes_back_into_the_queue_and_on(on_two_ranks: tuple[Path, Path], tmp_path: Path) -> None:
+    file, run = on_two_ranks
     (tmp_path / "bin").mkdir()
     nanochat = f'#!/bin/sh\nexec "{sys.executable}" -m nanochat_core "$@"\n'
     for name, content in (("srun", SRUN), ("scontrol", SCONTROL), ("nanochat", nanochat)):

@@ -184,7 +184,7 @@ def test_what_a_rank_raises_is_shown_once_and_ends_the_others(
 ) -> None:
     job.file.write_text(f"{rank} {where} {what}")
     with job.start() as process:
-        code, _, err = process.end(timeout=60)
+        code, _, err = process.end()
     assert code == expected, err
     assert err.startswith(first)
     assert err.count("Traceback") == (what == "raise")
@@ -200,7 +200,7 @@ def test_a_signal_before_training_stops_all_ranks(job: Job) -> None:
     with job.start() as process:
         process.wait_for(lambda: bool(list(job.runs.glob("*/*/provenance.json"))))  # rank 1 builds, rank 0 waits for it
         process.process.send_signal(signal.SIGTERM)
-        code, _, err = process.end(timeout=60)
+        code, _, err = process.end()
     assert code == 75, err
     assert "Traceback" not in err
     assert "stopped by a signal before training began" in err
@@ -213,7 +213,7 @@ def test_a_rank_that_is_killed_takes_the_others_down(job: Job) -> None:
         process.wait_for(job.has_trained())
         workers = process.workers()
         os.kill(workers[1], signal.SIGKILL)
-        code, _, err = process.end(timeout=60)
+        code, _, err = process.end()
     assert code == 137
     (line,) = err.splitlines()
     assert line.startswith("rank 1 was killed by SIGKILL, mostly because the machine was out of memory")

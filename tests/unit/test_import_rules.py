@@ -11,6 +11,7 @@ import pytest
 from helpers.support import ROOT
 
 import nanochat_core
+from nanochat_core.plugins.discovery import load_plugins
 
 PLUGIN_FILES = sorted((ROOT / "plugins").rglob("*.py")) + sorted(
     (ROOT / "tests" / "fixtures" / "thirdparty").rglob("*.py")
@@ -32,6 +33,16 @@ def test_public_names_are_there() -> None:
         assert getattr(nanochat_core, name) is not None
     with pytest.raises(AttributeError, match="nonsense"):
         _ = nanochat_core.nonsense  # type: ignore[attr-defined]
+
+
+def test_tokenizers_and_data_sources_need_no_torch() -> None:
+    plugins = load_plugins()
+    ours = [*plugins["tokenizer"], *plugins["data_source"]]
+    modules = sorted({entry.factory.partition(":")[0] for entry in ours if not entry.missing()})
+    assert len(modules) > 5
+    code = f"import sys, {', '.join(modules)}\nassert 'torch' not in sys.modules\n"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_finding_plugins_and_reading_experiments_needs_no_torch() -> None:

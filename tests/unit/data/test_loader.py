@@ -7,28 +7,25 @@ import random
 import subprocess
 import sys
 import threading
-import time
 import traceback
 from collections import deque
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.fakes import FakeTokenizer
+from helpers.support import ROOT
+from helpers.waiting import wait_for
 
-from nanochat_bytes.config import BytesConfig
-from nanochat_bytes.tokenizer import build
-from nanochat_core import DataError, TokenizerContext
+from nanochat_core import DataError
 from nanochat_core.data.loader import Step, TrainLoader
 from nanochat_core.data.packing import Cursor, Encoder
 from nanochat_core.data.validation import ValidationRows
-from nanochat_core.interfaces.loss import IGNORED
-from nanochat_core.interfaces.types import Batch
+from nanochat_core.interfaces.types import IGNORED, Batch
 
-TOKENIZER = build(BytesConfig(), TokenizerContext(documents=list))
+TOKENIZER = FakeTokenizer()
 T = 16
-ROOT = Path(__file__).parents[3]
 
 
 def make_documents(count: int = 60) -> list[str]:
@@ -189,10 +186,7 @@ def test_close(threads: int) -> None:
 def test_thread_ends_with_the_loader() -> None:
     next(make_loader(threads=2))
     gc.collect()
-    deadline = time.monotonic() + 5
-    while loader_threads() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not loader_threads()
+    wait_for(lambda: not loader_threads())
 
 
 def test_interpreter_exits_while_the_thread_works() -> None:

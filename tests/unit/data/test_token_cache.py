@@ -7,16 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.fakes import FakeTokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat_bytes.config import BytesConfig
-from nanochat_bytes.tokenizer import build
-from nanochat_core import TokenizerContext, Tokens
+from nanochat_core import Tokens
 from nanochat_core.data.loader import TrainLoader
 from nanochat_core.data.token_cache import TokenCache, open_cache
 
-TOKENIZER = build(BytesConfig(), TokenizerContext(documents=list))
+TOKENIZER = FakeTokenizer()
 
 
 class Counting:

@@ -18,10 +18,8 @@ from helpers.support import ROOT, Site, call, ledger, losses, only_run, write_ex
 
 from nanochat_core import Evaluation, Evaluator, Model, World
 from nanochat_core.distributed.guarded import EvaluationWorld
-from nanochat_core.evaluation.comparison import compare, format_comparison
 from nanochat_core.evaluation.evaluate import EvaluationFailed, evaluate, inference
-from nanochat_core.evaluation.results import Stored, markdown, read_evaluation, write_evaluation
-from nanochat_core.evaluation.statistics import bootstrap_means, sign_test  # fmt: skip
+from nanochat_core.evaluation.results import markdown, read_evaluation, write_evaluation
 from nanochat_core.plugins.choice import Choice, EvaluatorKeys
 
 CPU = torch.device("cpu")
@@ -192,6 +190,7 @@ def _ranks(world: World) -> list[str]:
     return [*found, str(world.sum([1.0])[0])]  # and the run goes on
 
 
+@pytest.mark.xdist_group("ranks")
 def test_a_rank_that_fails_cancels_the_evaluation_everywhere():
     assert on_ranks(2, _ranks) == [[*(outcome for _, outcome in CASES), "2.0"]] * 2
 
@@ -261,40 +260,6 @@ def test_table_has_scores_and_intervals():
     assert [float(x) for x in cells[6].split(" to ")] == pytest.approx([2 * low - 1, 2 * high - 1], abs=1e-3)
     assert "1.0000 to 1.0000" in b
     assert "0.7500" in mean  # of 0.5 and 1
-
-
-def test_bootstrap_of_any_values():
-    rng = np.random.default_rng(0)
-    values = rng.normal(2.0, 1.0, 400)
-    means = bootstrap_means(values, rng)
-    assert means.mean() == pytest.approx(values.mean(), abs=0.01)
-    assert means.std() == pytest.approx(values.std() / 20, rel=0.1)
-
-
-def stored(values: dict[str, dict[str, float]]) -> Stored:
-    centered = {task: {k: 2 * v - 1 for k, v in rows.items()} for task, rows in values.items()}
-    return Stored(Path(), {"name": "core", "metrics": {}}, values, centered)
-
-
-def test_comparison_is_paired():
-    n = 200
-    a = {"t": {str(i): float(i % 2) for i in range(n)}, "only a": {"0": 1.0}}
-    b = {"t": {str(i): 1.0 if i < 10 else float(i % 2) for i in range(n)} | {"new": 1.0}}
-    t, mean = compare(stored(a), stored(b))
-    assert (t.task, t.n, t.wins, t.losses) == ("t", n, 5, 0)
-    assert t.b - t.a == pytest.approx(5 / n)
-    assert t.p == pytest.approx(2 / 2**5)
-    assert 0.0 <= t.low < 0.025 < t.high < 0.06  # unpaired it would be 0.1 wide
-    assert mean.b - mean.a == pytest.approx(2 * 5 / n)  # centered
-    assert mean.high == pytest.approx(2 * t.high, rel=0.35)
-    assert format_comparison([t, mean]).splitlines()[2].startswith("| t | 200 | 0.5000 | 0.5250 | +0.0250 |")
-
-
-def test_sign_test():
-    assert sign_test(0, 0) == 1.0
-    assert sign_test(3, 3) == 1.0
-    assert sign_test(10, 0) == pytest.approx(2 / 2**10)
-    assert sign_test(8, 2) == pytest.approx(2 * (1 + 10 + 45) / 2**10)
 
 
 def test_the_evaluator_of_the_docs_works(tmp_path, trained, site: Site):

@@ -139,6 +139,7 @@ def _score(world: World) -> list[list[float]]:
     return score_choices(gpt(), questions(), context(EvaluationWorld.of(world)), batch_tokens=300)
 
 
+@pytest.mark.xdist_group("ranks")
 def test_number_of_ranks_changes_no_bit():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 from helpers.install import install_fixture
-from helpers.logging_run import Run, wait_for
+from helpers.logging_run import Run
 from helpers.support import ROOT, Site, losses, only_run
+from helpers.waiting import wait_for
 
 from nanochat_core import LoggerContext
 from nanochat_core.plugins.choice import Choice, LoggerKeys
@@ -49,8 +50,8 @@ def test_whatever_a_logger_does_training_goes_on(run: Run, when: str, how: str) 
     if how == "hang":
         wait_for(lambda: (run.directory / "misbehaved").exists() or when == "finish")
     run.train(4, 5)
-    assert run.finish() < 6
-    assert run.slowest < 0.2
+    assert run.finish() < 20
+    assert run.spent < 0.9  # less than one timeout
     assert len((run.directory / "metrics.jsonl").read_text().splitlines()) == 6
     missing = {"start": 6, "log": 4, "finish": 0}[when]
     *reasons, hint = run.said
@@ -81,8 +82,8 @@ def test_a_record_that_raises_is_told_again(run: Run) -> None:
 
 def test_a_slow_logger_does_not_slow_training_and_is_ended_at_the_end(run: Run) -> None:
     run.start(timeout=1.0, when="log", how="slow").train(*range(50))
-    assert run.slowest < 0.2
-    assert run.finish() < 5
+    assert run.spent < 5  # of 50 records that the logger takes 0.3 s each for
+    assert run.finish() < 10
     assert 0 < len(run.told) < 50
     assert "took longer than 1 s to send the rest and finish" in run.said[0]
     assert f"misses {50 - len(run.told)} records" in run.said[1]

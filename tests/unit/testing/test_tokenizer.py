@@ -8,19 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.fakes import FakeConfig, FakeTokenizer
 
-from nanochat_bytes.config import BytesConfig
-from nanochat_bytes.tokenizer import ByteTokenizer
 from nanochat_core import TokenizerContext, Tokens
 from nanochat_core.testing import check_tokenizer
 
 
-class Strips(ByteTokenizer):
+class Strips(FakeTokenizer):
     def encode(self, text: str) -> list[int]:
         return super().encode(text.strip())
 
 
-class Parses(ByteTokenizer):
+class Parses(FakeTokenizer):
     def encode(self, text: str) -> list[int]:
         parts = text.split("<|user_start|>")
         ids = super().encode(parts[0])
@@ -29,19 +28,19 @@ class Parses(ByteTokenizer):
         return ids
 
 
-class Miscounts(ByteTokenizer):
+class Miscounts(FakeTokenizer):
     def token_bytes(self) -> Tokens:
         counts = super().token_bytes()
         counts[65] = 2
         return counts
 
 
-class CountsSpecial(ByteTokenizer):
+class CountsSpecial(FakeTokenizer):
     def token_bytes(self) -> Tokens:
         return np.ones(self.vocab_size, dtype=np.int32)
 
 
-class Forgets(ByteTokenizer):
+class Forgets(FakeTokenizer):
     """Saved and loaded it is another one."""
 
     shift = 0
@@ -57,19 +56,19 @@ class Forgets(ByteTokenizer):
         return super().decode_bytes([(i - self.shift) % 256 if i < 256 else i for i in ids])
 
 
-class NewFingerprints(ByteTokenizer):
+class NewFingerprints(FakeTokenizer):
     @property
     def fingerprint(self) -> str:
         return hex(id(self))
 
 
-class HashFingerprints(ByteTokenizer):
+class HashFingerprints(FakeTokenizer):
     @property
     def fingerprint(self) -> str:
         return hex(hash("bytes"))
 
 
-class NoBos(ByteTokenizer):
+class NoBos(FakeTokenizer):
     @property
     def special_tokens(self) -> Mapping[str, int]:
         return {name: i for name, i in super().special_tokens.items() if name != "<|bos|>"}
@@ -79,35 +78,35 @@ class NoBos(ByteTokenizer):
         return 256
 
 
-class LosesBos(ByteTokenizer):
+class LosesBos(FakeTokenizer):
     def encode_documents(self, texts: Sequence[str]) -> list[Tokens]:
         return [np.array(self.encode(text), dtype=np.int32) for text in texts]
 
 
-class NotPicklable(ByteTokenizer):
+class NotPicklable(FakeTokenizer):
     def __init__(self) -> None:
         super().__init__()
         self.function = lambda: None
 
 
-class LeadsEmptyText(ByteTokenizer):
+class LeadsEmptyText(FakeTokenizer):
     def encode(self, text: str) -> list[int]:
         return super().encode(text) or [32]
 
 
-class TextsOnly(ByteTokenizer):
+class TextsOnly(FakeTokenizer):
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         return super().decode_bytes(ids).decode(errors="replace").encode()
 
 
-class DiesOfSurrogates(ByteTokenizer):
+class DiesOfSurrogates(FakeTokenizer):
     def encode(self, text: str) -> list[int]:
         text.encode()
         return super().encode(text)
 
 
-def factory(kind: type[ByteTokenizer]) -> Callable[[BytesConfig, TokenizerContext], ByteTokenizer]:
-    def build(config: BytesConfig, context: TokenizerContext) -> ByteTokenizer:
+def factory(kind: type[FakeTokenizer]) -> Callable[[FakeConfig, TokenizerContext], FakeTokenizer]:
+    def build(config: FakeConfig, context: TokenizerContext) -> FakeTokenizer:
         if kind is Forgets:
             return Forgets(0 if context.saved else 3)
         return kind()
@@ -132,18 +131,18 @@ def factory(kind: type[ByteTokenizer]) -> Callable[[BytesConfig, TokenizerContex
         (DiesOfSurrogates, "UnicodeEncodeError"),
     ],
 )
-def test_broken_tokenizers_fail(kind: type[ByteTokenizer], message: str) -> None:
+def test_broken_tokenizers_fail(kind: type[FakeTokenizer], message: str) -> None:
     with pytest.raises(AssertionError) as caught:
-        check_tokenizer(factory(kind), BytesConfig(), list, other_process=False)
+        check_tokenizer(factory(kind), FakeConfig(), list, other_process=False)
     assert message in str(caught.value)
 
 
 def test_a_fingerprint_that_another_process_does_not_share() -> None:
     with pytest.raises(AssertionError, match="in another process it has another fingerprint"):
-        check_tokenizer(factory(HashFingerprints), BytesConfig(), list)
+        check_tokenizer(factory(HashFingerprints), FakeConfig(), list)
 
 
 def test_a_sound_one_passes(tmp_path: Path) -> None:
-    tokenizer = check_tokenizer(factory(ByteTokenizer), BytesConfig(), list, other_process=False)
+    tokenizer = check_tokenizer(factory(FakeTokenizer), FakeConfig(), list, other_process=False)
     tokenizer.save(tmp_path)
     assert json.loads((tmp_path / "tokenizer.json").read_text())["vocab_size"] == 265

@@ -61,6 +61,7 @@ def reduce_twice(world: World, bucket_bytes: float) -> dict[str, Tensor]:
     return {"norm": norm, "of_one_rank": of_one_rank, **{name: p.grad for name, p in model.named_parameters()}}
 
 
+@pytest.mark.xdist_group("ranks")
 def test_two_ranks_sum_to_what_one_rank_gets_from_all_batches() -> None:
     ours = on_ranks(2, reduce_twice, 100.0)  # small enough for several buckets
     alone = Net()
