@@ -11,7 +11,7 @@ import pytest
 from helpers.support import ROOT
 
 from nanochat_core.plugins.discovery import load_plugins
-from nanochat_core.plugins.distribution import DISTRIBUTION
+from nanochat_core.plugins.distribution import NAME
 
 CORE = ROOT / "nanochat_core"
 # These names are words or endings of files besides; they count only where they can't be meant otherwise.
@@ -23,7 +23,7 @@ EXEMPT = {CORE / "plugins" / "scaffold" / "common" / "experiment.toml.txt"}
 def plugin_names() -> tuple[set[str], set[str]]:
     """Names of registered entries of this distribution, and of its plugin packages."""
     registries = load_plugins("").registries.values()
-    entries = [e for registry in registries for e in registry if e.distribution == DISTRIBUTION]
+    entries = [e for registry in registries for e in registry if e.distribution == NAME]
     return {e.name for e in entries}, {e.factory.partition(".")[0].partition(":")[0] for e in entries}
 
 
