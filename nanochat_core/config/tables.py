@@ -9,6 +9,7 @@ import tomli_w
 
 from nanochat_core.config.schema import TABLES, Experiment
 from nanochat_core.plugins.choice import Choice
+from nanochat_core.plugins.options import OnResume
 from nanochat_core.plugins.structure import fields_of, to_plain
 
 
@@ -36,10 +37,17 @@ def dump(experiment: Experiment) -> str:
     return tomli_w.dumps(to_tables(experiment))
 
 
+def resume_rule(table: str, key: str, field: attrs.Attribute[Any] | None) -> OnResume:
+    """What happens when a run is resumed with another value of an option: that of its field, else of its table."""
+    rules: dict[str, OnResume] = {"tokenizer": "refuse", "data": "refuse", "model": "refuse", "optimizer": "warn"}
+    if key == "plugin" and table in rules:
+        return "refuse"  # a checkpoint holds one plugin's state
+    return (field.metadata.get("on_resume") if field is not None else None) or rules.get(table, "free")
+
+
 def changed_options(old: Experiment, new: Experiment) -> list[tuple[str, Any, Any, str]]:
     """Options that differ: (dotted key, old value, new value, the option's ``on_resume`` rule)."""
-    table_rules = {"tokenizer": "refuse", "data": "refuse", "model": "refuse", "optimizer": "warn"}
-    changes = []
+    changes: list[tuple[str, Any, Any, str]] = []
     for table in TABLES:
         a, b = getattr(old, table), getattr(new, table)
         if isinstance(a, tuple):
@@ -51,10 +59,7 @@ def changed_options(old: Experiment, new: Experiment) -> list[tuple[str, Any, An
             fields |= fields_of(type(a.keys))
         for key in sorted(plain_a.keys() | plain_b.keys()):
             if plain_a.get(key) != plain_b.get(key):
-                rule = fields[key].metadata.get("on_resume") if key in fields else None
-                if key == "plugin":
-                    rule = "refuse"  # a checkpoint holds one plugin's state
-                rule = rule or table_rules.get(table, "free")
+                rule = resume_rule(table, key, fields.get(key))
                 changes.append((f"{table}.{key}", plain_a.get(key), plain_b.get(key), rule))
     return changes
 
