@@ -8,7 +8,8 @@ import attrs
 import tomli_w
 
 from nanochat_core.config.schema import TABLES, Experiment
-from nanochat_core.plugins.choice import PLUGIN_TABLES, Choice
+from nanochat_core.plugins.choice import Choice
+from nanochat_core.plugins.options import OnResume
 from nanochat_core.plugins.structure import fields_of, to_plain
 
 
@@ -36,9 +37,17 @@ def dump(experiment: Experiment) -> str:
     return tomli_w.dumps(to_tables(experiment))
 
 
+def resume_rule(table: str, key: str, field: attrs.Attribute[Any] | None) -> OnResume:
+    """What happens when a run is resumed with another value of an option: that of its field, else of its table."""
+    rules: dict[str, OnResume] = {"tokenizer": "refuse", "data": "refuse", "model": "refuse", "optimizer": "warn"}
+    if key == "plugin" and table in rules:
+        return "refuse"  # a checkpoint holds one plugin's state
+    return (field.metadata.get("on_resume") if field is not None else None) or rules.get(table, "free")
+
+
 def changed_options(old: Experiment, new: Experiment) -> list[tuple[str, Any, Any, str]]:
     """Options that differ: (dotted key, old value, new value, the option's ``on_resume`` rule)."""
-    changes = []
+    changes: list[tuple[str, Any, Any, str]] = []
     for table in TABLES:
         a, b = getattr(old, table), getattr(new, table)
         if isinstance(a, tuple):
@@ -53,19 +62,6 @@ def changed_options(old: Experiment, new: Experiment) -> list[tuple[str, Any, An
                 rule = resume_rule(table, key, fields.get(key))
                 changes.append((f"{table}.{key}", plain_a.get(key), plain_b.get(key), rule))
     return changes
-
-
-def resume_rule(table: str, option: str, field: Any = None) -> str:
-    """What a resumed run does with another value of an option: "free", "warn" or "refuse".
-
-    Args:
-        field: the option's attrs field; None for an option that the installed plugin does not have.
-    """
-    if option == "plugin" and table in PLUGIN_TABLES:
-        return "refuse"  # a checkpoint holds the state of one plugin
-    by_table = {"tokenizer": "refuse", "data": "refuse", "model": "refuse", "optimizer": "warn"}
-    rule = field.metadata.get("on_resume") if field is not None else None
-    return rule or by_table.get(table, "free")
 
 
 def unverified_options(experiment: Experiment) -> dict[str, str]:
