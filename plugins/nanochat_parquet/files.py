@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from nanochat_core import DataError
-from nanochat_parquet.retries import with_retries
+from nanochat_parquet.retries import Remedy, with_retries
 
 Result = TypeVar("Result")
 
@@ -121,16 +121,17 @@ def _http() -> Any:
 
 
 def _from_server(url: str, work: Callable[[], Result]) -> Result:
-    return with_retries(f"data.path: {url} can't be read", work, _hopeless, attempts=ATTEMPTS, pause=0.5)
+    return with_retries(f"{url} can't be read", work, _remedy_for, attempts=ATTEMPTS, pause=0.5, key="path")
 
 
-def _hopeless(error: BaseException) -> str | None:
-    """What to do about an error of fsspec that waiting won't mend; None for those that pass."""
+def _remedy_for(error: BaseException) -> Remedy | None:
+    """The remedy for an error of fsspec that waiting does not mend; None for errors that pass."""
     status = getattr(error, "status", None) or getattr(error.__cause__, "status", None)
     if isinstance(status, int):
-        return None if status in (408, 429) or status >= 500 else f"its server answers {status}; check the URL"
+        passes = status in (408, 429) or status >= 500
+        return None if passes else Remedy(f"its server answers {status}; check the URL")
     if isinstance(error, FileNotFoundError) and error.__cause__ is None:
-        return "its server has no such file; check the URL"
+        return Remedy("its server has no such file; check the URL")
     return None
 
 

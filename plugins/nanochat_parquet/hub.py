@@ -30,7 +30,7 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 from nanochat_core import DataError, lock_file
 from nanochat_parquet.documents import Footer, parse_footer
 from nanochat_parquet.files import footer_bytes
-from nanochat_parquet.hub_errors import hopeless
+from nanochat_parquet.hub_errors import remedy_for
 from nanochat_parquet.retries import with_retries
 
 ABANDONED = 3600.0  # seconds without a byte after which a part of a file belongs to nobody
@@ -102,12 +102,12 @@ class Hub:
 
     def _with_retries(self, what: str, work: Callable[[], Result], attempts: int = ATTEMPTS) -> Result:
         return with_retries(
-            f"data: {what} can't be had from the hub",
+            f"{what} can't be had from the hub",
             work,
-            hopeless,
+            remedy_for,
             attempts=attempts,
             pause=self._backoff,
-            remedy="run it again when the network is back: what has arrived is kept",
+            later="run it again when the network is back: what has arrived is kept",
         )
 
     def _known(self) -> dict[str, Any]:

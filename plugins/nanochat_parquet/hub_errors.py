@@ -14,26 +14,29 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from nanochat_parquet.retries import Remedy
+
 EDQUOT = getattr(errno, "EDQUOT", errno.ENOSPC)  # not every system has it
 
 
-def hopeless(error: BaseException) -> str | None:
-    """What to do about an error that waiting won't mend; None for those that pass."""
+def remedy_for(error: BaseException) -> Remedy | None:
+    """The remedy for an error that waiting does not mend; None for errors that pass."""
     if isinstance(error, OfflineModeIsEnabled) or isinstance(error.__cause__, OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set; unset it"
+        return Remedy("HF_HUB_OFFLINE is set; unset it")
     if isinstance(error, GatedRepoError):
-        return "its owner grants access one by one: ask for it on the hub's page, then set HF_TOKEN"
+        return Remedy("its owner grants access one by one: ask for it on the hub's page, then set HF_TOKEN")
     if isinstance(error, RepositoryNotFoundError):
-        return "there is no such data set, or it is private: check data.repo, or set HF_TOKEN"
+        return Remedy("there is no such data set, or it is private: check data.repo, or set HF_TOKEN", "repo")
     if isinstance(error, RevisionNotFoundError):
-        return "there is no such revision: check data.revision"
+        return Remedy("there is no such revision", "revision")
     if isinstance(error, EntryNotFoundError):
-        return "there is no such file in the data set: lower data.shards"
+        return Remedy("there is no such file in the data set: lower data.shards", "shards")
     if isinstance(error, HFValidationError):
-        return f"{error}; write data.repo as owner/name"
+        return Remedy(f"{error}; write it as owner/name", "repo")
     if isinstance(error, HfHubHTTPError) and error.response is not None:
         code = error.response.status_code
-        return None if code in (408, 429) or code >= 500 else f"the hub answers {code}; check data.repo and HF_TOKEN"
+        passes = code in (408, 429) or code >= 500
+        return None if passes else Remedy(f"the hub answers {code}; check data.repo and HF_TOKEN")
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, EDQUOT):
-        return f"{error}; make room, or set NANOCHAT_HOME to another directory"
+        return Remedy(f"{error}; make room, or set NANOCHAT_HOME to another directory")
     return None

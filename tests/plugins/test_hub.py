@@ -382,7 +382,7 @@ def test_offline_mode(server: HubServer, tmp_path: Path) -> None:
     before = server.requests.total()
     done = subprocess.run(words, env=env, capture_output=True, text=True, check=True)
     assert done.stdout.startswith(
-        "3\ndata: shard_00001.parquet of someone/texts (1 of 3 files) are not on this machine"
+        "3\nshards: shard_00001.parquet of someone/texts (1 of 3 files) are not on this machine"
     )
     assert "HF_HUB_OFFLINE unset" in done.stdout
     assert server.requests.total() == before
