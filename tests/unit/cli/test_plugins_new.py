@@ -216,7 +216,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (("modl", "x"), "no kind 'modl' (did you mean \"model\"?)"),
         (("model", "My Model"), "small letters"),
-        (("model",), "write: nanochat plugins new KIND NAME [DIR]"),
+        (("model",), "usage: nanochat plugins new KIND NAME [DIR]"),
         (("model", "x", "."), "exists and is not empty"),
         (("model", "core"), "nanochat-core is nanochat's own distribution"),
     ],
