@@ -241,7 +241,7 @@ def test_every_option_of_every_plugin_has_a_text() -> None:
 @pytest.mark.parametrize(
     ("what", "words"),
     [
-        ("modle", "no kind 'modle' (did you mean \"model\"?)"),
+        ("modle", "there is no kind of plugin 'modle' (did you mean \"model\"?)"),
         ("model/gtp", "no model 'gtp' is installed (did you mean \"gpt\"?)"),
         ("logger/zzz", "(installed: "),
     ],

@@ -148,4 +148,4 @@ def test_a_damaged_checkpoint_is_refused(runs):
 def test_help_mentions_every_kind(capsys):
     with pytest.raises(SystemExit):
         main(["eval", "--help"])
-    assert "hf:PATH" in capsys.readouterr().out
+    assert "PLUGIN:PATH" in capsys.readouterr().out

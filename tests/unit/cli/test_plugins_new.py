@@ -214,7 +214,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (("modl", "x"), "no kind 'modl' (did you mean \"model\"?)"),
+        (("modl", "x"), "there is no kind of plugin 'modl' (did you mean \"model\"?)"),
         (("model", "My Model"), "small letters"),
         (("model",), "usage: nanochat plugins new KIND NAME [DIR]"),
         (("model", "x", "."), "exists and is not empty"),

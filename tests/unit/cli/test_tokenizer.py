@@ -82,7 +82,7 @@ def test_compare(trained, bpe: Path, tmp_path: Path) -> None:  # type: ignore[no
     result = call("tokenizer", "compare", bpe, name, "--text", tmp_path / "own.txt", "--runs-dir", trained.runs)
     assert result.code == 0, result.err
     header, vocabulary, *rows = (line.split() for line in result.out.splitlines())
-    assert header == ["BYTES", "A", "TOKEN", "BYTES", "tiny", name]
+    assert header == ["BYTES", "PER", "TOKEN", "BYTES", "tiny", name]
     assert vocabulary[-2:] == ["280", "265"]
     by_name = {row[0]: row for row in rows}
     assert set(by_name) == {*TEXTS, "own.txt", "validation"}

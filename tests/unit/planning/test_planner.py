@@ -148,7 +148,7 @@ def test_a_ratio_is_floored(tiny: Path) -> None:
 
 @pytest.mark.parametrize("horizon", ["target_flops=1.0", "target_param_data_ratio=0.001"])
 def test_less_than_a_step_is_refused(tiny: Path, horizon: str) -> None:
-    with pytest.raises(ConfigError, match=rf"--set train\.{horizon}: train\..*less than one step.*raise it"):
+    with pytest.raises(ConfigError, match=rf"--set train\.{horizon}: train\..*less than one step.*increase it"):
         plan(tiny, f"train.{horizon}")
 
 
