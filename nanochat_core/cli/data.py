@@ -153,6 +153,8 @@ def _info(source: DataSource, loaded: LoadedExperiment | None) -> int:
         text_bytes = round(sum(len(text.encode(errors="replace")) for text in samples) / len(samples) * len(train))
     if isinstance(text_bytes, int):
         _estimates(text_bytes, samples, loaded)
+    if samples:
+        print("\nfirst lines of some training documents:")
     for text in samples[:: max(1, len(samples) // 3)][:3]:
         print(f"\n{_opening(text)}")
     if absent:

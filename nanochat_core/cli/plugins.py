@@ -122,7 +122,7 @@ def _explain(plugins: Plugins, kind: str, name: str) -> None:
         _print_option(field, field.default)
     reserved = {n: f for n, f in fields_of(RESERVED.get(kind, EntryKeys)).items() if n not in ("plugin", "name")}
     if reserved:
-        print("\noptions that every {kind.replace('_', ' ')} has:")
+        print(f"\noptions that every {kind.replace('_', ' ')} has:")
     for option_name, field in reserved.items():
         _print_option(field, entry.defaults.get(option_name, field.default))
     for old, new in entry.aliases.items():

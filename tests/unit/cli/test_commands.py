@@ -182,7 +182,10 @@ def test_plan_for_gpus_that_are_not_here(tiny: Path) -> None:
 def test_plan_names_the_validation_set(tiny: Path, trained: Trained) -> None:
     fingerprint = json.loads((trained.path / "provenance.json").read_text())["fingerprints"]["val"]
     assert f"  validation data: 8 documents, fingerprint {fingerprint[:12]}" in call("plan", tiny).out
-    assert "  validation data: unknown (data.path: " in call("plan", tiny, "--set", "data.path=nowhere").out
+    assert (
+        "  validation data: unknown (--set data.path=nowhere: data.path: "
+        in call("plan", tiny, "--set", "data.path=nowhere").out
+    )
 
 
 def test_plan_measures_on_request(tiny: Path) -> None:
@@ -226,6 +229,7 @@ def test_plugins_explains_each_option() -> None:
     assert "sample_every: another name of every" in out
     out = call("plugins", "data_source/parquet").out
     assert re.search(r"path \(.*, required\)\n +\w", out)
+    assert "\noptions that every data source has:\n" in out
     assert call("plugins", "data-sources/parquet").out == out
 
 
