@@ -1,4 +1,4 @@
-"""The exceptions users meet. Each is printed as a message without a traceback; the command ends with exit code 2."""
+"""Exceptions for errors that a user can fix, printed as a message without a traceback. The exit code is usually 2."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import attrs
 
 @attrs.frozen
 class Problem:
-    """One thing wrong in a config.
+    """An error in an experiment.
 
     Args:
-        key: dotted key path, such as ``model.depth``; empty when the file as a whole is meant.
-        message: what is wrong and what would be right.
-        where: ``file:line``, a file name, or ``--set``; empty when unknown.
+        key: dotted key, such as ``model.depth``; empty for an error of the file as a whole.
+        message: what is wrong, and what to do about it.
+        where: ``file:line``, the name of a file, or ``--set``; empty if unknown.
     """
 
     key: str
@@ -27,12 +27,12 @@ class Problem:
 
 
 class NanochatError(Exception):
-    """Something a user can mend. The message says what is wrong and what to do next.
+    """An error that a user can fix.
 
     Args:
-        message: without file and key, which are printed in front of it.
-        key: the option it is about, if any. A plugin gives the option's own name, such as ``path``; the core completes
-            it to ``data.path``, and adds file and line. The core gives whole keys.
+        message: what is wrong and what to do next, without file and key, which are printed in front of it.
+        key: the option that is wrong, if any. A plugin gives the option's own name, such as ``path``; the core
+            completes it to ``data.path`` and adds file and line. The core itself gives complete keys.
     """
 
     exit_code = 2
@@ -47,8 +47,9 @@ class NanochatError(Exception):
         self.args = ("\n".join(map(str, self.problems)),)
 
     def in_table(self, table: str) -> None:
-        """Complete the keys: they are names of options in ``table``, such as ``data`` or ``evaluators.mine``. Only the
-        first call counts, for an error may pass through several plugins. A key that is whole already stays.
+        """Complete keys that are names of options in ``table``, such as ``data`` or ``evaluators.mine``.
+
+        Only the first call has an effect, since an error may pass through several plugins. Complete keys are kept.
         """
         if self._table or not table or not self.problems:
             return
@@ -59,35 +60,35 @@ class NanochatError(Exception):
         )
 
     def add_places(self, places: Mapping[str, str]) -> None:
-        """Say where the keys stand, unless that is said already.
+        """Add the places of the keys to problems that have none.
 
         Args:
-            places: ``file:line`` or the like, by whole key.
+            places: where each value was given, such as ``file:line``, by complete key.
         """
         if self.problems:
             self._set(attrs.evolve(p, where=p.where or (places.get(p.key, "") if p.key else "")) for p in self.problems)
 
 
 class ConfigError(NanochatError):
-    """Everything that is wrong with an experiment, all at once: one message, or several problems."""
+    """An invalid experiment, with all of its problems: a single message, or several ``Problem`` objects."""
 
     def __init__(self, problems: Sequence[Problem] | str, *, key: str = "") -> None:
         self._set((Problem(key, problems),) if isinstance(problems, str) else problems)
 
 
 class PluginError(NanochatError):
-    """A plugin is missing, broken, or breaks the contract of its kind."""
+    """A plugin that is missing, fails, or breaks the contract of its kind."""
 
 
 class DataError(NanochatError):
-    """Data are missing, unreadable, or too few."""
+    """Data that are missing, unreadable, or too few."""
 
 
 class CheckpointError(NanochatError):
-    """A run or checkpoint is missing, damaged, or does not fit."""
+    """A run or checkpoint that is missing, damaged, or does not fit the experiment."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`` (did you mean "x"?)``, or nothing."""
+    """Return `` (did you mean "x"?)`` with the word of ``known`` that is most similar; empty if none is similar."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f' (did you mean "{close[0]}"?)' if close else ""

@@ -1,4 +1,4 @@
-"""Files: whole or not at all, on the disk, hashed, locked; and directories outside a run."""
+"""Files: atomic writes, hashes, locks, the ledger; and the cache directory."""
 
 from __future__ import annotations
 
@@ -19,36 +19,37 @@ if TYPE_CHECKING:
 
 
 def cache_dir() -> Path:
-    """Where downloads and derived data are kept: ``NANOCHAT_HOME``, else ``~/.cache/nanochat``; created if absent."""
+    """Return the directory of downloads and derived data: ``NANOCHAT_HOME`` or ``~/.cache/nanochat``; create it."""
     path = Path(os.environ.get("NANOCHAT_HOME") or Path.home() / ".cache" / "nanochat").expanduser()
     path.mkdir(parents=True, exist_ok=True)
     return path
 
 
-# Names in a run directory that rooms below ``runs`` need; ``runs/directory.py`` has the others.
+# Names in a run directory that packages below ``runs`` use; ``runs/directory.py`` has the others.
 LEDGER = "metrics.jsonl"
 
 
 def rank_log_name(rank: int) -> str:
-    """Where in a run directory a rank's log is."""
+    """Return the path of a rank's log, relative to the run directory."""
     return f"logs/rank_{rank:03d}.txt" if rank else "log.txt"
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a small file with ``open_atomic``; a text as UTF-8."""
+    """Write a small file atomically with ``open_atomic``. Text is encoded as UTF-8."""
     with open_atomic(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 @contextlib.contextmanager
 def open_atomic(path: Path) -> Iterator[BinaryIO]:
-    """A binary file to write that replaces ``path`` when the block ends: a reader sees the old content or the new,
-    never half of it, after a power cut too. When the block raises, ``path`` stays as it is.
+    """Open a binary file for writing that replaces ``path`` when the ``with`` block ends.
 
-    Several processes and threads may write the same path at once. A killed one leaves ``.<name>.<something>`` behind.
+    A reader sees the old or the new content, never a part of it, even after a power failure. When the block raises,
+    ``path`` is unchanged. Several processes and threads may write the same path at the same time. A process that is
+    killed leaves a file ``.<name>.<pid>.<random>`` behind.
 
     Raises:
-        OSError: when it can't be written.
+        OSError: when the file can't be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
@@ -64,8 +65,8 @@ def open_atomic(path: Path) -> Iterator[BinaryIO]:
 
 
 def read_ledger(path: Path) -> Iterator[dict[str, Any]]:
-    """Records of a ledger, a flat JSON object per line; a last line that a crash cut short is left out, and a file that
-    does not exist has none."""
+    """Yield the records of a ledger, a flat JSON object per line. A last line that a crash cut short is skipped; a file
+    that does not exist has no records."""
     try:
         with path.open("rb") as file:
             for line in file:
@@ -76,44 +77,44 @@ def read_ledger(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's content, as 64 hexadecimal digits."""
+    """Return the SHA-256 of a file's content, as 64 hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def first_few(texts: Sequence[str], most: int = 8) -> str:
-    """The texts with commas between them, those beyond ``most`` only counted: ``a, b and 3 more``."""
+    """Join texts with commas. Those beyond the first ``most`` are only counted, as in ``a, b and 3 more``."""
     more = f" and {len(texts) - most} more" if len(texts) > most else ""
     return ", ".join(texts[:most]) + more
 
 
 def lock_file(path: Path, timeout: float = -1.0) -> AcquireReturnProxy:
-    """Lock ``path`` and write into it who holds it, as in ``process 123 on host``. The file stays when the lock goes.
+    """Lock ``path`` and write its holder into it, as in ``process 123 on host``. The file stays after the release.
 
-    The lock is released at the end of ``with lock_file(path):``, by ``.lock.release()`` of what is returned, or when
-    this process ends, however it ends. The directory is made if it is absent.
+    The lock is released at the end of ``with lock_file(path):``, by ``.lock.release()`` of the returned object, or when
+    this process ends in any way. The directory is created if it does not exist.
 
     Args:
-        timeout: seconds to wait for another process; 0: not at all, -1: as long as it takes.
+        timeout: seconds to wait for another process that holds the lock; 0: do not wait, -1: wait without limit.
 
     Raises:
-        TimeoutError: another process holds it.
-        OSError: the file can't be written, or its disk has no locks.
+        TimeoutError: when another process holds the lock.
+        OSError: when the file can't be written, or its file system does not support locks.
     """
-    from filelock import FileLock  # takes some time to import, which commands that lock nothing need not spend
+    from filelock import FileLock  # imported here, since the import is slow and most commands lock nothing
 
     def sign(descriptor: int) -> None:
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
 
-    # The soft locks that filelock falls back to would outlive a process that is killed.
+    # The soft locks to which filelock falls back would outlive a process that is killed.
     return FileLock(path, fallback_to_soft=False, on_acquired=sign).acquire(timeout)
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process holds the lock at ``path``; see ``lock_file``.
+    """Whether a process holds the lock that ``lock_file`` sets at ``path``.
 
-    It asks with a shared lock, which filelock does not have: two processes that ask at the same time don't take each
-    other for the holder, and a directory that is read-only can be asked about.
+    The test is an attempt at a shared lock, which filelock does not have: two processes that test at the same time
+    don't take each other for the holder, and the directory may be read-only.
     """
     try:
         with path.open("rb") as file:
@@ -126,7 +127,7 @@ def is_locked(path: Path) -> bool:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or a directory, as far as that is possible."""
+    """Delete a file, or as much of a directory as possible. A path that does not exist is no error."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -134,7 +135,7 @@ def remove(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Until a file's content, or a directory's list of names, is on the disk."""
+    """Wait until a file's content, or a directory's list of names, is on the disk (fsync)."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""The ``nanochat`` command: one module a command. Nothing here imports torch; a command does when it needs it."""
+"""The ``nanochat`` command line: one module per command. This module imports no torch; a command that needs it does."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pathlib import Path
 from nanochat_core import __version__
 from nanochat_core.errors import NanochatError
 
-# Read when torch is imported. Threads that wait sleep after a short spin (ones that spin for long starve the data
-# thread and other runs), and large tensors get huge pages: see benchmarks/train_speed.py. cuBLAS repeats bit for bit
-# only with a workspace of its own, which Hopper has anyway.
+# Environment variables that are read when torch is imported. Waiting threads sleep after a short spin (a long spin
+# starves the data thread and other runs), and large tensors get huge pages: see benchmarks/train_speed.py. cuBLAS is
+# deterministic bit for bit only with a workspace of fixed size, which is the default on Hopper.
 ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",
     "GOMP_SPINCOUNT": "10000",
@@ -25,22 +25,27 @@ ENVIRONMENT = {
 COMMANDS = {
     "run": "train an experiment",
     "show": "print every resolved value and where it came from",
-    "plan": "say what a run will cost, without running it",
-    "data": "bring data here (data download), or say what they hold (data info)",
-    "plugins": "list what is installed, or explain one plugin's options",
-    "runs": "list runs",
-    "log-sync": "send a logger what it missed of a run, or a whole run it never had",
-    "tokenizer": "make a tokenizer, show the tokens of a text, compare tokenizers",
+    "plan": "estimate what a run will cost, without training",
+    "data": "download the data of a source (data download), or describe them (data info)",
+    "plugins": "list installed plugins, describe the options of one, or create a plugin package",
+    "runs": "list runs with their status and best result",
+    "log-sync": "send the records of a run to a logger that has not received all of them",
+    "tokenizer": "train a tokenizer, show the tokens of a text, or compare tokenizers",
     "sample": "continue a text with a trained model",
     "eval": "evaluate a trained model, or compare two evaluations",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. Returns the exit code: 0, 2 for what a user has to mend, 3 diverged, 75 stopped by a signal."""
+    """Run a command and return its exit code.
+
+    The codes: 0 for success, 1 when an evaluator or a check of plugins failed, 2 for an error that the user can fix
+    (argparse exits with it too), 3 when training diverged, 4 when memory ran out, 75 when a signal stopped the run,
+    130 after Ctrl-C. ``run`` with several processes returns the code of the process that failed first.
+    """
     parser = argparse.ArgumentParser(
         prog="nanochat",
-        description="Train small GPT-style language models end to end from one TOML file; every part a plugin.",
+        description="Train small GPT-style language models end to end from one TOML file. Every part is a plugin.",
         epilog="Start with: nanochat run experiments/quickstart.toml",
     )
     parser.add_argument("--version", action="version", version=f"nanochat {__version__}")
@@ -50,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     known = {**COMMANDS, **_plugin_commands(arguments, modules)}
     for name, summary in known.items():
         command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
-        if name in arguments[:1]:  # only the command that is asked for is imported
+        if name in arguments[:1]:  # only the module of the requested command is imported
             importlib.import_module(modules[name]).add_arguments(command)
     options = parser.parse_args(arguments)
     for name, value in ENVIRONMENT.items():
@@ -65,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except NanochatError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    except BrokenPipeError:  # the reader of a pipe, such as head, has gone
+    except BrokenPipeError:  # the reader of the pipe, such as head, has ended
         _drop_stdout()
         return 0
     except KeyboardInterrupt:
@@ -73,12 +78,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _drop_stdout() -> None:
-    """What is left to print goes nowhere, so that Python does not fail over it at exit."""
+    """Discard what is still buffered, so that Python does not fail when it flushes stdout at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _plugin_commands(arguments: Sequence[str], modules: dict[str, str]) -> dict[str, str]:
-    """Summaries of commands that plugins add; their modules are put in. Plugins are loaded only when it matters."""
+    """Return the summaries, by name, of commands that plugins add, and put their modules into ``modules``.
+
+    Plugins are loaded only if the command line does not begin with one of nanochat's own commands.
+    """
     if not arguments or arguments[0] in modules or arguments[0] == "--version":
         return {}
     from nanochat_core.plugins.discovery import load_plugins
@@ -86,19 +94,21 @@ def _plugin_commands(arguments: Sequence[str], modules: dict[str, str]) -> dict[
     plugins = load_plugins()
     for failure in plugins.failures:
         print(failure, file=sys.stderr)
-    found = {}
+    summaries = {}
     for command in plugins.commands:
         if command.name in modules:
             owner = f"{command.distribution} (plugin {command.plugin!r})"
-            print(f"command {command.name!r} of {owner} is left out: nanochat has one of that name", file=sys.stderr)
+            print(
+                f"command {command.name!r} of {owner} is left out: nanochat has a command of that name", file=sys.stderr
+            )
         else:
-            modules[command.name], found[command.name] = command.module, command.summary
-    return found
+            modules[command.name], summaries[command.name] = command.module, command.summary
+    return summaries
 
 
 def add_experiment(parser: argparse.ArgumentParser) -> None:
-    """Arguments of every command that reads an experiment."""
-    parser.add_argument("file", type=Path, metavar="FILE", help="the experiment, a TOML file")
+    """Add the arguments of every command that reads an experiment: FILE and ``--set``."""
+    parser.add_argument("file", type=Path, metavar="FILE", help="the experiment file (TOML)")
     parser.add_argument(
         "--set",
         action="append",
@@ -110,13 +120,14 @@ def add_experiment(parser: argparse.ArgumentParser) -> None:
 
 
 def add_runs_dir(parser: argparse.ArgumentParser) -> None:
+    """Add ``--runs-dir``."""
     parser.add_argument(
-        "--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="where run directories are (default: runs)"
+        "--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="directory of all runs (default: runs)"
     )
 
 
 def positive(text: str) -> int:
-    """argparse type: a whole number of at least 1."""
+    """Convert an argument to a whole number of at least 1; a type for argparse."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
@@ -124,7 +135,7 @@ def positive(text: str) -> int:
 
 
 def above_zero(text: str) -> float:
-    """argparse type: a finite number greater than 0."""
+    """Convert an argument to a finite number greater than 0; a type for argparse."""
     number = float(text)
     if not 0 < number < float("inf"):
         raise argparse.ArgumentTypeError(f"must be greater than 0, not {text}")

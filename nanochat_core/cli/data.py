@@ -1,4 +1,4 @@
-"""``nanochat data``: bring data here, and say what they hold."""
+"""``nanochat data download|info``: download the data of a source, or describe them."""
 
 from __future__ import annotations
 
@@ -17,18 +17,20 @@ if TYPE_CHECKING:
     from nanochat_core.interfaces.data_source import DataSource
     from nanochat_core.plugins.registry import Entry
 
-BYTES_A_TOKEN = 4.2  # of English text and a vocabulary of some ten thousand tokens
-SAMPLES = 200  # documents read to estimate the length of all
+BYTES_PER_TOKEN = 4.2  # typical of English text and a vocabulary of several ten thousand tokens
+SAMPLES = 200  # documents read to estimate the size of all documents
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    download = actions.add_parser("download", help="bring everything here that a data source needs, and check it")
-    info = actions.add_parser("info", help="say what a data source holds")
+    download = actions.add_parser("download", help="download every file that a data source needs, and check it")
+    info = actions.add_parser("info", help="describe the documents of a data source")
     for action in (download, info):
         what = action.add_mutually_exclusive_group(required=True)
-        what.add_argument("file", nargs="?", type=Path, metavar="FILE", help="an experiment: its [data]")
-        what.add_argument("--source", metavar="NAME", help="a data source, with the defaults of its options")
+        what.add_argument(
+            "file", nargs="?", type=Path, metavar="FILE", help="an experiment file, whose table [data] is used"
+        )
+        what.add_argument("--source", metavar="NAME", help="a data source plugin, with default options")
         action.add_argument(
             "--set",
             action="append",
@@ -38,10 +40,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help="override a value, as in --set data.cache=true; may be repeated",
         )
         action.add_argument(
-            "-n", "--shards", type=positive, metavar="N", help="how many training shards, if the source comes in shards"
+            "-n",
+            "--shards",
+            type=positive,
+            metavar="N",
+            help="number of training shards, for a source that consists of shards",
         )
     download.add_argument(
-        "-w", "--workers", type=positive, default=4, metavar="N", help="files at the same time (default: 4)"
+        "-w",
+        "--workers",
+        type=positive,
+        default=4,
+        metavar="N",
+        help="number of files that are downloaded at the same time (default: 4)",
     )
 
 
@@ -80,7 +91,7 @@ def _load(file: Path, overrides: Sequence[str], shards: int | None) -> LoadedExp
 
 def _limit_option(entry: Entry) -> str:
     if not entry.limit_option:
-        raise ConfigError([Problem("", f'data source "{entry.name}" does not come in shards; leave it out', "-n")])
+        raise ConfigError([Problem("", f'data source "{entry.name}" does not consist of shards: leave -n out', "-n")])
     return entry.limit_option
 
 
@@ -115,12 +126,12 @@ def _named_source(name: str, overrides: Sequence[str], shards: int | None) -> Da
 def _download(source: DataSource, workers: int) -> int:
     missing = source.download(workers)
     if missing:
-        print(f"{len(missing)} files are still missing:", file=sys.stderr)
+        print(f"{len(missing)} {'file is' if len(missing) == 1 else 'files are'} still missing:", file=sys.stderr)
         for line in missing:
             print(f"  {line}", file=sys.stderr)
-        print("run the same command again: what has arrived is kept", file=sys.stderr)
+        print("run the same command again; files that have arrived are kept", file=sys.stderr)
         return 2
-    print("everything is here")
+    print("all files are present")
     return 0
 
 
@@ -142,20 +153,22 @@ def _info(source: DataSource, loaded: LoadedExperiment | None) -> int:
         text_bytes = round(sum(len(text.encode(errors="replace")) for text in samples) / len(samples) * len(train))
     if isinstance(text_bytes, int):
         _estimates(text_bytes, samples, loaded)
+    if samples:
+        print("\nfirst lines of some training documents:")
     for text in samples[:: max(1, len(samples) // 3)][:3]:
         print(f"\n{_opening(text)}")
     if absent:
-        print(f"\n{absent} files are not here yet; nanochat data download brings them")
+        print(f"\n{absent} files are not downloaded yet; run nanochat data download")
     for line in source.problems():
         print(line, file=sys.stderr)
     return 0
 
 
 def _estimates(text_bytes: int, samples: Sequence[str], loaded: LoadedExperiment | None) -> None:
-    per_token, how = BYTES_A_TOKEN, f"at {BYTES_A_TOKEN} bytes a token, as is usual"
+    per_token, how = BYTES_PER_TOKEN, f"assuming {BYTES_PER_TOKEN} bytes per token"
     if loaded is not None and not loaded.missing and samples:
         choice = loaded.experiment.tokenizer
-        if not isinstance(getattr(choice.config, "vocab_size", None), int):  # it needs no training
+        if not isinstance(getattr(choice.config, "vocab_size", None), int):  # such a tokenizer needs no training
             per_token, how = _measure(choice, samples), f"measured on {len(samples)} documents"
     tokens = text_bytes / per_token
     print(f"training text: {size(text_bytes)}, about {tokens:,.0f} tokens ({how})")
@@ -168,7 +181,7 @@ def _estimates(text_bytes: int, samples: Sequence[str], loaded: LoadedExperiment
 
 
 def _measure(choice: Any, samples: Sequence[str]) -> float:
-    """Bytes a token."""
+    """Return the mean number of bytes per token over ``samples``."""
     from nanochat_core.interfaces.tokenizer import Tokenizer, TokenizerContext
 
     tokenizer: Tokenizer = choice.build(TokenizerContext(documents=lambda: iter(samples)))
@@ -181,6 +194,6 @@ def _number(value: str | int) -> str:
 
 
 def _opening(text: str) -> str:
-    """The first three lines, shortened."""
+    """Return the first three lines of a document, each shortened to 110 characters."""
     lines = [line if len(line) <= 110 else line[:107] + "..." for line in text.strip().splitlines()[:3]]
     return "\n".join(f"  | {line}" for line in lines) or "  | (empty)"

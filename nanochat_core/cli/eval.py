@@ -1,4 +1,4 @@
-"""``nanochat eval RUN|CHECKPOINT|PLUGIN:PATH``: any evaluator on any model; ``--compare`` two evaluations."""
+"""``nanochat eval RUN|CHECKPOINT|PLUGIN:PATH``: evaluate any model with any evaluator, or ``--compare`` two results."""
 
 from __future__ import annotations
 
@@ -17,27 +17,42 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "target", nargs="?", metavar="RUN|CHECKPOINT|PLUGIN:PATH",
-        help="a run (its newest checkpoint), a checkpoint's directory, or a model from elsewhere: the plugin that "
-        "loads it, a colon, and the model's directory or name",
-    )  # fmt: skip
+        "target",
+        nargs="?",
+        metavar="RUN|CHECKPOINT|PLUGIN:PATH",
+        help="a run (its newest checkpoint), the directory of a checkpoint, or a model from elsewhere: the plugin that "
+        "loads it, a colon, and the directory or name of the model",
+    )
     parser.add_argument(
-        "--evaluator", action="append", default=[], metavar="NAME", dest="evaluators",
+        "--evaluator",
+        action="append",
+        default=[],
+        metavar="NAME",
+        dest="evaluators",
         help="an entry of the experiment or an evaluator plugin; may be repeated (default: all of the experiment)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
         help="override a value, as in --set train.device_batch_size=8; may be repeated",
-    )  # fmt: skip
-    parser.add_argument("--nproc", type=positive, default=1, metavar="N", help="worker processes, one a device")
+    )
     parser.add_argument(
-        "--compare", nargs=2, metavar=("A", "B"),
-        help="show the difference of two evaluations with paired statistics: runs, or directories under evaluations/",
-    )  # fmt: skip
+        "--nproc", type=positive, default=1, metavar="N", help="number of worker processes, one per device (default: 1)"
+    )
     parser.add_argument(
-        "--allow-other-data", action="store_true",
-        help="with --compare: show the difference although the two were measured on other data",
-    )  # fmt: skip
+        "--compare",
+        nargs=2,
+        metavar=("A", "B"),
+        help="compare two evaluations with paired statistics; A and B are runs or directories under evaluations/",
+    )
+    parser.add_argument(
+        "--allow-other-data",
+        action="store_true",
+        help="with --compare: compare the two although they were measured on different data",
+    )
     add_runs_dir(parser)
 
 
@@ -64,7 +79,7 @@ def _compare(a: str, b: str, names: Sequence[str], runs_dir: Path, allow_other_d
     common = [name for name in before if name in after and (not names or name in names)]
     if not common:
         raise ConfigError(
-            f"there is nothing to compare: {a} has {', '.join(before) or 'nothing'}, {b} has "
+            f"{a} and {b} have no evaluator in common: {a} has {', '.join(before) or 'nothing'}, {b} has "
             f"{', '.join(after) or 'nothing'}; evaluate both with the same evaluator"
         )
     for name in common:
@@ -73,9 +88,9 @@ def _compare(a: str, b: str, names: Sequence[str], runs_dir: Path, allow_other_d
         if others and not allow_other_data:
             x, y = (stored.facts["data"][others[0]][:12] for stored in (ours, theirs))
             raise DataError(
-                f"{name}: A and B were measured on other {others[0]} data (fingerprint {x} and {y}), so that their "
-                f"difference says nothing of the models: evaluate both on the same (--set data.path=...), leave {name} "
-                f"out with --evaluator, or compare all the same: --allow-other-data"
+                f"{name}: A and B were measured on different {others[0]} data (fingerprints {x} and {y}), so their "
+                f"difference does not compare the models: evaluate both on the same data (--set data.path=...), leave "
+                f"{name} out with --evaluator, or compare them nevertheless with --allow-other-data"
             )
         print(f"{name}\nA: {ours.path}\nB: {theirs.path}\n")
         differences = compare(ours, theirs)
@@ -84,33 +99,33 @@ def _compare(a: str, b: str, names: Sequence[str], runs_dir: Path, allow_other_d
             seen = {task: len(set(ours.values[task]) ^ set(theirs.values.get(task, {}))) for task in ours.values}
             for task, count in seen.items():
                 if count:
-                    print(f"{task}: {count} examples are in one of them only, and are left out")
+                    print(f"{task}: {count} examples are in only one of the two and are left out")
             only = sorted(set(ours.values) ^ set(theirs.values))
             if only:
-                print(f"in one of them only: {', '.join(only)}")
+                print(f"tasks in only one of the two: {', '.join(only)}")
         for metric in ours.metrics:
             if metric in theirs.metrics and not differences:
                 x, y = ours.metrics[metric], theirs.metrics[metric]
                 print(f"{metric}: {x:.6g} to {y:.6g} ({y - x:+.6g})")
         for split in others:
-            print(f"careful: they were measured on other {split} data")
+            print(f"warning: the two were measured on different {split} data")
         for setting in sorted({*ours.settings, *theirs.settings}):
             x, y = ours.own_facts.get(setting), theirs.own_facts.get(setting)
             if x != y:
-                print(f"careful: {setting} is {x} in A and {y} in B")
+                print(f"warning: {setting} is {x} in A and {y} in B")
         print()
     return 0
 
 
 def _stored(reference: str, runs_dir: Path) -> dict[str, Stored]:
-    """Evaluations by entry: of a run or of a checkpoint's run the newest, or one directory."""
+    """Return evaluations by entry: the newest of a run (or of the run of a checkpoint), or the one in a directory."""
     from nanochat_core.evaluation.results import FACTS, find_evaluations, read_evaluation
     from nanochat_core.runs.directory import EVALUATIONS, find_run
 
     path = Path(reference)
     if (path / FACTS).is_file():
-        found = read_evaluation(path)
-        return {found.name: found}
+        stored = read_evaluation(path)
+        return {stored.name: stored}
     plugin, colon, rest = reference.partition(":")
     for directory in (path, path / EVALUATIONS, *([runs_dir / plugin / rest / EVALUATIONS] if colon else [])):
         evaluations = find_evaluations(directory) if directory.is_dir() else {}
@@ -118,5 +133,7 @@ def _stored(reference: str, runs_dir: Path) -> dict[str, Stored]:
             return evaluations
     evaluations = find_evaluations(find_run(reference, runs_dir).evaluations)
     if not evaluations:
-        raise CheckpointError(f"{reference} has not been evaluated yet: nanochat eval {reference} --evaluator NAME")
+        raise CheckpointError(
+            f"{reference} has not been evaluated yet; run: nanochat eval {reference} --evaluator NAME"
+        )
     return evaluations

@@ -1,4 +1,4 @@
-"""``nanochat plan FILE``: what a run will cost."""
+"""``nanochat plan FILE``: estimate the memory, time, price and disk space of a run."""
 
 from __future__ import annotations
 
@@ -22,25 +22,39 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_experiment(parser)
-    parser.add_argument("--nproc", type=positive, default=1, metavar="N", help="plan for N devices")
     parser.add_argument(
-        "--tok-per-sec", type=above_zero, metavar="X", help="tokens a second of all devices, to tell the time"
+        "--nproc", type=positive, default=1, metavar="N", help="number of devices to plan for (default: 1)"
     )
     parser.add_argument(
-        "--device", metavar="NAME", help="plan for GPUs that need not be here, such as h100; default: this machine"
+        "--tok-per-sec",
+        type=above_zero,
+        metavar="X",
+        help="training speed of all devices together in tokens per second, to estimate the time",
+    )
+    parser.add_argument(
+        "--device",
+        metavar="NAME",
+        help="kind of GPU to plan for, such as h100, which this machine need not have (default: this machine)",
     )
     parser.add_argument(
         "--mfu",
         type=above_zero,
         default=40.0,
         metavar="P",
-        help="with --device: percent of the peak FLOPs that training reaches (default: 40, an assumption)",
+        help="with --device: assumed model FLOPs utilization (MFU), in percent of the peak (default: 40)",
     )
-    parser.add_argument("--price", type=above_zero, metavar="X", help="dollars an hour of all N devices together")
     parser.add_argument(
-        "--vary", type=_variation, metavar="KEY=A,B", help="a part of the table for each value, as in model.depth=12,20"
+        "--price", type=above_zero, metavar="X", help="price of all N devices together, in dollars per hour"
     )
-    parser.add_argument("--probe", action="store_true", help="measure tokens a second on this device for some seconds")
+    parser.add_argument(
+        "--vary",
+        type=_variation,
+        metavar="KEY=A,B",
+        help="compare several values of an option, as in model.depth=12,20",
+    )
+    parser.add_argument(
+        "--probe", action="store_true", help="measure the training speed on this machine for a few seconds"
+    )
 
 
 def main(options: argparse.Namespace, _: Sequence[str]) -> int:
@@ -87,31 +101,31 @@ def main(options: argparse.Namespace, _: Sequence[str]) -> int:
 def _speed(
     options: argparse.Namespace, planned: Planned, device: torch.device | DeviceSpec, here: torch.device
 ) -> tuple[float | None, str]:
-    """(tokens per second of all devices, where the number is from); None when it is unknown."""
+    """Return the training speed in tokens per second over all devices, and its source; (None, "") if it is unknown."""
     from nanochat_core.hardware.devices import DeviceSpec
     from nanochat_core.planning.probe import time_training
 
     plan, nproc = planned.plan, options.nproc
     if options.tok_per_sec is not None:
-        return options.tok_per_sec, "as given"
+        return options.tok_per_sec, "given by --tok-per-sec"
     if options.probe:
-        measured = "measured, forward and backward of one micro-batch" + (f", times {nproc}" * (nproc > 1))
+        measured = "measured: forward and backward pass of one micro-batch" + (f", times {nproc}" * (nproc > 1))
         return nproc * time_training(planned, here), measured
     if isinstance(device, DeviceSpec) and device.peak is not None and plan.dtype == "bfloat16":
-        assumed = f"{options.mfu:g}% of {nproc} x {device.peak / 1e12:,.0f} TFLOP/s, an assumption: see --mfu"
+        assumed = f"{options.mfu:g}% of {nproc} x {device.peak / 1e12:,.0f} TFLOP/s, assumed; see --mfu"
         return nproc * device.peak * options.mfu / 100 / plan.flops_per_token, assumed
     return None, ""
 
 
 def _time_and_price(options: argparse.Namespace, plan: Plan, speed: float | None, how: str) -> list[str]:
     if speed is None:
-        return ["time: unknown; measure it here with --probe, or give --tok-per-sec X"]
+        return ["time: unknown; measure it on this machine with --probe, or give it with --tok-per-sec X"]
     seconds = plan.total_tokens / speed
     lines = [f"time: {duration(seconds)} of training at {speed:,.0f} tokens/s ({how})"]
     if options.price is not None:
         dollars = seconds / 3600 * options.price
-        devices = f"an hour for all {options.nproc} devices"
-        lines.append(f"price: {dollars:,.2f} dollars, at {options.price:g} dollars {devices}")
+        devices = "for one device" if options.nproc == 1 else f"for all {options.nproc} devices"
+        lines.append(f"price: {dollars:,.2f} dollars, at {options.price:g} dollars per hour {devices}")
     return lines
 
 
@@ -126,8 +140,8 @@ def _known(name: str) -> DeviceSpec:
     from nanochat_core.hardware.devices import KNOWN_DEVICES
 
     if name.lower() not in KNOWN_DEVICES:
-        known = f"{', '.join(KNOWN_DEVICES)} are known{did_you_mean(name.lower(), KNOWN_DEVICES)}"
-        raise ConfigError([Problem("", known, f"--device {name}")])
+        message = f"unknown device{did_you_mean(name.lower(), KNOWN_DEVICES)}; known are {', '.join(KNOWN_DEVICES)}"
+        raise ConfigError([Problem("", message, f"--device {name}")])
     return KNOWN_DEVICES[name.lower()]
 
 
@@ -137,8 +151,8 @@ def _table(
     flops_per_second: float | None,
     price: float | None,
 ) -> str:
-    """Memory by micro-batch, and time and price, of each variant."""
-    rows = [[key or "", "device batch", "accumulation", "GiB a device", "fits", "hours", "dollars"]]
+    """Return a table with a row for each variant and device batch size: memory, time and price."""
+    rows = [[key, "device batch size", "accumulation steps", "GiB per device", "fits", "hours", "dollars"]]
     for value, (planned, batches) in variants.items():
         plan = planned.plan
         seconds = None if flops_per_second is None else plan.total_flops / flops_per_second
@@ -151,31 +165,30 @@ def _table(
             needed = f"{total / 2**30:,.2f}" if known else "?"
             rows.append([value, f"{batch:,}", accumulation, needed, fits, hours, dollars])
     plan = next(iter(variants.values()))[0].plan
-    title = f"by device batch; {plan.room / 2**30:,.1f} GiB may be taken of a device:"
+    title = f"by device batch size; {plan.room / 2**30:,.1f} GiB per device are available for training:"
     return textwrap.indent(f"{title}\n{table(rows, 'r' * len(rows[0]))}", "  ")
 
 
 def _disk(planned: Planned) -> str:
-    """What checkpoints take."""
+    """Return a description of the disk space that the checkpoints of a run take."""
     from nanochat_core.runs.retention import most_at_once
 
-    each, count, options = (
-        planned.plan.checkpoint_bytes / 2**30,
-        planned.plan.checkpoints,
-        planned.experiment.checkpoint,
-    )
+    options, count = planned.experiment.checkpoint, planned.plan.checkpoints
+    each = planned.plan.checkpoint_bytes / 2**30
     most = most_at_once(count, options)
+    if count == 1:
+        return f"1 checkpoint of {each:,.2f} GiB"
     text = f"{count} checkpoints of {each:,.2f} GiB"
     if most == count:
-        return f"{text}, {count * each:,.1f} GiB if all are kept"
-    text += f", at most {most} at one time: {most * each:,.1f} GiB"
+        return f"{text}, all kept: {count * each:,.2f} GiB"
+    text += f", at most {most} at a time: {most * each:,.2f} GiB"
     if options.keep_best is None:
         return text
-    return f"{text} ({count * each:,.1f} GiB if no step that is saved has an evaluation with {options.best_metric})"
+    return f"{text} ({count * each:,.2f} GiB if no saved step has an evaluation with {options.best_metric})"
 
 
 def _data(experiment: Experiment) -> list[str]:
-    """The set that results will be measured on, and what is not here yet, as far as the source can say."""
+    """Return lines about the validation data, and about files to download as far as the source knows them."""
     from nanochat_core.data.sources import build_source
 
     lines = []
@@ -186,7 +199,7 @@ def _data(experiment: Experiment) -> list[str]:
         facts = source.describe()
         missing, files, total = (facts.get(name) for name in ("missing", "files", "bytes"))
         if isinstance(missing, int) and isinstance(files, int) and isinstance(total, int):
-            lines.append(f"download: {missing} of {files} files, about {size(total * missing / max(files, 1))}")
+            lines.append(f"to download: {missing} of {files} files, about {size(total * missing / max(files, 1))}")
     except NanochatError as error:
-        lines.append(f"{'download' if lines else 'validation data'}: unknown ({error})")
+        lines.append(f"{'to download' if lines else 'validation data'}: unknown ({error})")
     return lines

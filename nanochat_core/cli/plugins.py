@@ -1,4 +1,4 @@
-"""``nanochat plugins``: what is installed."""
+"""``nanochat plugins``: list and describe installed plugins, or create a plugin package."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nanochat_core.plugins.distribution import installed_by_first_name, outdated
 from nanochat_core.plugins.registry import KINDS, Entry
 from nanochat_core.plugins.structure import fields_of, type_name
 
-SLOW_SECONDS = 0.2  # of one plugin's import
+SLOW_SECONDS = 0.2  # an import of a plugin that takes longer is reported as slow
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,13 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "what",
         nargs="*",
         metavar="KIND[/NAME] | new KIND NAME [DIR]",
-        help=f"one kind ({', '.join(KINDS)}) or one entry of it; or write a new plugin package",
+        help=f"list one kind ({', '.join(KINDS)}), describe one entry of it, or create a new plugin package",
     )
-    parser.add_argument("--timings", action="store_true", help="say how long each plugin takes to import")
+    parser.add_argument("--timings", action="store_true", help="show how long each plugin takes to import")
     parser.add_argument(
         "--check",
         action="store_true",
-        help="exit 1 if a plugin failed to load or its package has to be mended, and say why",
+        help="show why plugins failed to load or need an update; exit code 1 if any did",
     )
 
 
@@ -40,7 +40,7 @@ def main(options: argparse.Namespace, _: Sequence[str]) -> int:
     if options.what[:1] == ["new"]:
         return _new(options.what[1:])
     if len(options.what) > 1:
-        raise PluginError(f"one kind or entry at a time, not {' '.join(options.what)}")
+        raise PluginError(f"give one kind or entry at a time, not {' '.join(options.what)}")
     plugins = load_plugins()
     kind, _slash, name = "".join(options.what).partition("/")
     kind = _kind(kind) if kind else ""
@@ -68,26 +68,32 @@ def _kind(text: str) -> str:
     kind = text.replace("-", "_").removesuffix("s")
     if kind not in KINDS:
         hint = did_you_mean(kind, KINDS) or f" (kinds: {', '.join(KINDS)})"
-        raise PluginError(f"no kind {text!r}{hint}")
+        raise PluginError(f"there is no kind of plugin {text!r}{hint}")
     return kind
 
 
 def _new(arguments: Sequence[str]) -> int:
-    """``nanochat plugins new KIND NAME [DIR]``."""
+    """Run ``nanochat plugins new KIND NAME [DIR]``: create the package of a new plugin."""
     from nanochat_core.plugins.scaffold import write_package
 
     if len(arguments) not in (2, 3):
-        raise PluginError("write: nanochat plugins new KIND NAME [DIR], as in: nanochat plugins new evaluator top-k")
+        raise PluginError("usage: nanochat plugins new KIND NAME [DIR], as in: nanochat plugins new evaluator top-k")
     directory = write_package(_kind(arguments[0]), arguments[1], Path(arguments[2]) if arguments[2:] else None)
-    print(f"wrote {directory}. Next:\n  pip install -e {directory}\n  pytest {directory}\n  less {directory}/README.md")
+    print(
+        f"created {directory}. Next:\n  pip install -e {directory}\n  pytest {directory}\n  less {directory}/README.md"
+    )
     return 0
 
 
 def _timings(plugins: Plugins) -> None:
-    """Seconds that each plugin took to import, slowest first: every command pays for them."""
+    """Print the seconds that each plugin took to import, slowest first. Every command spends this time."""
     rows = [("SECONDS", "PLUGIN")]
     for loaded in sorted(plugins.loaded, key=lambda p: -p.seconds):
-        slow = "  slow: import heavy libraries in the factory's module" if loaded.seconds > SLOW_SECONDS else ""
+        slow = (
+            "  slow: move imports of large libraries to the module of the factory"
+            if loaded.seconds > SLOW_SECONDS
+            else ""
+        )
         rows.append((f"{loaded.seconds:.3f}", f"{loaded.plugin} of {loaded.distribution} {loaded.version}{slow}"))
     print(table(rows, "rl"))
 
@@ -108,7 +114,7 @@ def _explain(plugins: Plugins, kind: str, name: str) -> None:
         if registry.claims(name):
             raise PluginError(registry.explain_clash(name))
         raise PluginError(f"no {kind} {name!r} is installed{registry.suggest(name)}{plugins.explain_failure(name)}")
-    print(f"{kind} {name}: {entry.summary}\nof {entry.distribution} {entry.version}, made by {entry.factory}")
+    print(f"{kind} {name}: {entry.summary}\nof {entry.distribution} {entry.version}, factory {entry.factory}")
     if entry.missing():
         print(_needs(entry))
     print("\noptions:")
@@ -116,7 +122,7 @@ def _explain(plugins: Plugins, kind: str, name: str) -> None:
         _print_option(field, field.default)
     reserved = {n: f for n, f in fields_of(RESERVED.get(kind, EntryKeys)).items() if n not in ("plugin", "name")}
     if reserved:
-        print("\noptions the core adds:")
+        print(f"\noptions that every {kind.replace('_', ' ')} has:")
     for option_name, field in reserved.items():
         _print_option(field, entry.defaults.get(option_name, field.default))
     for old, new in entry.aliases.items():
@@ -131,7 +137,7 @@ def _print_option(field: attrs.Attribute[object], default: object) -> None:
     if default is attrs.NOTHING:
         shown = "required"
     elif default is None:
-        shown = "default unset"
+        shown = "unset by default"
     else:
         shown = f"default {json.dumps(default, default=str, ensure_ascii=False)}"
     print(f"  {field.name} ({type_name(field.type)}, {shown})")

@@ -1,4 +1,4 @@
-"""``nanochat run FILE``."""
+"""``nanochat run FILE``: train an experiment."""
 
 from __future__ import annotations
 
@@ -16,20 +16,22 @@ from nanochat_core.training.request import RunRequest
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_experiment(parser)
     add_runs_dir(parser)
-    parser.add_argument("--nproc", type=positive, default=1, metavar="N", help="worker processes, one a device")
+    parser.add_argument(
+        "--nproc", type=positive, default=1, metavar="N", help="number of worker processes, one per device (default: 1)"
+    )
     parser.add_argument(
         "--resume",
         nargs="?",
         const="newest",
         type=_reference,
         metavar="auto|RUN",
-        help="continue the newest run of this experiment, or RUN; auto starts fresh when there is none",
+        help="continue RUN or, without RUN, the newest run of this experiment; auto starts a new run if there is none",
     )
     parser.add_argument(
         "--allow-other-data",
         action="store_true",
-        help="with --resume: go on although [data] gives other documents than before; those for training are read from "
-        "their start",
+        help="with --resume: continue although the documents of [data] have changed; changed training documents are "
+        "read from their start",
     )
 
 
@@ -41,10 +43,12 @@ def _reference(text: str) -> str:
 
 def main(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     if options.allow_other_data and options.resume is None:
-        raise ConfigError([Problem("", "goes with --resume: a fresh run has no data yet", "--allow-other-data")])
+        raise ConfigError(
+            [Problem("", "is only allowed with --resume: a new run has no earlier data", "--allow-other-data")]
+        )
     is_worker = "WORLD_SIZE" in os.environ
     request = RunRequest(options.file, options.overrides, options.runs_dir, options.resume, options.allow_other_data)
-    loaded = None if is_worker else request.load()  # before torch is imported: a mistake is reported at once
+    loaded = None if is_worker else request.load()  # before torch is imported, so that mistakes are reported at once
     if options.nproc > 1 and not is_worker:
         from nanochat_core.distributed.launcher import launch
 
@@ -56,5 +60,5 @@ def main(options: argparse.Namespace, arguments: Sequence[str]) -> int:
             return run_experiment(request, stop, loaded)
         except Stopped:
             if os.environ.get("RANK", "0") == "0":
-                print("stopped by a signal before training began; run it again with --resume auto", file=sys.stderr)
+                print("stopped by a signal before training began; run it again with: --resume auto", file=sys.stderr)
             return PREEMPTED_EXIT_CODE

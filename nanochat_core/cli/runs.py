@@ -1,4 +1,4 @@
-"""``nanochat runs``: what has been trained."""
+"""``nanochat runs``: list runs with their status and best result."""
 
 from __future__ import annotations
 
@@ -46,14 +46,16 @@ def _row(run: RunDirectory) -> tuple[str, ...]:
         status.get("status", "unknown"),
         f"{step}/{horizon}",
         _best(run, _comparable_from(facts)),
-        str(facts.get("fingerprints", {}).get("val", "-"))[:8],  # results on different sets don't compare
+        str(facts.get("fingerprints", {}).get("val", "-"))[
+            :8
+        ],  # results on different validation sets are not comparable
         age(seconds),
         size(_bytes(run.path)),
     )
 
 
 def _best(run: RunDirectory, comparable_from: int) -> str:
-    """The run's ``best_metric`` and its best value."""
+    """Return the run's ``best_metric`` with its best value; "-" if there is none."""
     try:
         options = tomllib.loads(run.experiment.read_text(encoding="utf-8")).get("checkpoint", {})
     except (OSError, ValueError):
@@ -72,7 +74,7 @@ def _provenance(run: RunDirectory) -> dict[str, Any]:
 
 
 def _comparable_from(facts: Mapping[str, Any]) -> int:
-    """The step from which on a run's evaluations read the validation set of today."""
+    """Return the first step at which the run was evaluated on its current validation data."""
     for attempt in (facts, *reversed(facts.get("earlier", []))):
         change = attempt.get("other_data", {})
         if "val" in change.get("before", {}):
@@ -81,7 +83,7 @@ def _comparable_from(facts: Mapping[str, Any]) -> int:
 
 
 def _bytes(path: Path) -> int:
-    """Of all files in a directory."""
+    """Return the total size of all files under a directory, in bytes."""
     total = 0
     for directory, _, files in os.walk(path):
         for name in files:

@@ -12,11 +12,17 @@ from nanochat_core.cli import add_runs_dir, positive
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="a run: its name (the newest), name/id, id, or directory")
-    parser.add_argument("text", metavar="TEXT", help="what to continue")
-    parser.add_argument("--max-tokens", type=positive, default=64, metavar="N", help="tokens to add (default: 64)")
-    parser.add_argument("--temperature", type=float, default=0.8, metavar="X", help="0 is greedy (default: 0.8)")
-    parser.add_argument("--top-k", type=positive, metavar="K", help="sample among the K likeliest tokens")
-    parser.add_argument("--seed", type=int, default=42, help="of the sampling (default: 42)")
+    parser.add_argument("text", metavar="TEXT", help="the text to continue")
+    parser.add_argument(
+        "--max-tokens", type=positive, default=64, metavar="N", help="maximum number of tokens to add (default: 64)"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, metavar="X", help="sampling temperature; 0 is greedy (default: 0.8)"
+    )
+    parser.add_argument(
+        "--top-k", type=positive, metavar="K", help="sample among the K most likely tokens (default: all)"
+    )
+    parser.add_argument("--seed", type=int, default=42, metavar="N", help="random seed (default: 42)")
     add_runs_dir(parser)
 
 
@@ -30,7 +36,7 @@ def main(options: argparse.Namespace, _: Sequence[str]) -> int:
     trained = load_trained(options.run, options.runs_dir, pick_device(0), load_plugins())
     tokenizer = trained.tokenizer
     ids = [tokenizer.bos_id, *tokenizer.encode(options.text)]
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a token may end inside a character
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a token may end within a character
     with inference(trained.model, trained.dtype):
         tokens = generate(
             trained.model,

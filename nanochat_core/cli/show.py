@@ -1,4 +1,4 @@
-"""``nanochat show FILE``: every resolved value with where it came from."""
+"""``nanochat show FILE``: print every resolved value and its origin."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def main(options: argparse.Namespace, _: Sequence[str]) -> int:
     loaded = load(options.file, options.overrides, load_plugins())
     experiment, origins, problems = loaded.experiment, loaded.origins, loaded.missing[:0]
     blocking = [p for p in loaded.missing if not p.key.startswith(("data", "loggers", "evaluators"))]
-    if not blocking:  # formulas need the model, the optimizer and the tokenizer, nothing else
+    if not blocking:  # formulas need only the model, the optimizer and the tokenizer
         from nanochat_core.hardware.machine import pick_device
         from nanochat_core.planning.planner import make_plan
 
@@ -35,7 +35,7 @@ def main(options: argparse.Namespace, _: Sequence[str]) -> int:
     rows += [(key, f"{key} (unset)", origins[key].text) for key in origins if key not in values]
     order = {table: index for index, table in enumerate(TABLES)}
     notes = {key: f" (unverified: {note})" for key, note in unverified_options(loaded.experiment).items()}
-    rows.sort(key=lambda row: order[row[0].split(".")[0]])  # stable: unset options follow the others of their table
+    rows.sort(key=lambda row: order[row[0].split(".")[0]])  # stable sort: unset options come last in their table
     width = max(len(text) for _, text, _ in rows if len(text) < 80)
     table = ""
     for key, text, origin in rows:

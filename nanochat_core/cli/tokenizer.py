@@ -1,4 +1,4 @@
-"""``nanochat tokenizer train|show|compare``: make a tokenizer, look at it, and measure it."""
+"""``nanochat tokenizer train|show|compare``: train a tokenizer, show its tokens, and compare tokenizers."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from nanochat_core.interfaces.tokenizer import Tokenizer
     from nanochat_core.plugins.discovery import Plugins
 
-COLOURS = (194, 223, 189, 217, 153)  # backgrounds of the 256-colour palette, light, one token after the other
-WELL_KNOWN = ("gpt2", "cl100k_base")  # compared with when they are there
+COLOURS = (194, 223, 189, 217, 153)  # light backgrounds of the 256-colour palette, used in turn
+WELL_KNOWN = ("gpt2", "cl100k_base")  # added to every comparison if they are available
 REFERENCE = "an experiment (a TOML file) or a run (its name, name/id, id, or directory)"
 
 TEXTS = {
@@ -41,26 +41,36 @@ TEXTS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="action", metavar="train|show|compare", required=True)
-    train = commands.add_parser("train", help="make an experiment's tokenizer and keep it in the cache")
+    train = commands.add_parser("train", help="train the tokenizer of an experiment and keep it in the cache")
     add_experiment(train)
     show = commands.add_parser("show", help="show the tokens of a text")
     show.add_argument("reference", metavar="FILE|RUN", help=REFERENCE)
-    show.add_argument("text", nargs="?", metavar="TEXT", help="the text; default: what comes through the pipe")
-    show.add_argument("--ids", action="store_true", help="print the tokens' numbers too")
+    show.add_argument("text", nargs="?", metavar="TEXT", help="the text (default: standard input)")
+    show.add_argument("--ids", action="store_true", help="also print the token ids")
     add_runs_dir(show)
-    compare = commands.add_parser("compare", help="bytes a token on several texts")
+    compare = commands.add_parser("compare", help="compare bytes per token on several texts")
     compare.add_argument(
-        "references", nargs="+", metavar="FILE|RUN|NAME",
+        "references",
+        nargs="+",
+        metavar="FILE|RUN|NAME",
         help=f"{REFERENCE}, or a name that a tokenizer plugin knows, such as o200k_base; {' and '.join(WELL_KNOWN)} "
-        f"are added when they are on this machine",
-    )  # fmt: skip
-    compare.add_argument(
-        "--text", action="append", type=Path, default=[], metavar="PATH", help="a text file to measure"
+        f"are added if they are on this machine",
     )
     compare.add_argument(
-        "--val-bytes", type=positive, default=1_000_000, metavar="N",
-        help="bytes of the first one's validation documents to measure (default: 1000000)",
-    )  # fmt: skip
+        "--text",
+        action="append",
+        type=Path,
+        default=[],
+        metavar="PATH",
+        help="another text file to measure; may be repeated",
+    )
+    compare.add_argument(
+        "--val-bytes",
+        type=positive,
+        default=1_000_000,
+        metavar="N",
+        help="bytes of validation documents of the first FILE or RUN argument to measure (default: 1000000)",
+    )
     add_runs_dir(compare)
 
 
@@ -92,14 +102,14 @@ def _train(options: argparse.Namespace, plugins: Plugins) -> int:
     except NanochatError as error:
         add_places(error, loaded.origins)
         raise
-    how = f"made in {made.seconds:.1f} s" if made.seconds else "already in the cache"
+    how = f"created in {made.seconds:.1f} s" if made.seconds else "already in the cache"
     print(f"tokenizer {experiment.tokenizer.plugin}: {made.tokenizer.vocab_size:,} tokens, {how}")
     print(f"fingerprint {made.tokenizer.fingerprint}\n{made.directory}")
     return 0
 
 
 def _require(missing: Sequence[Problem]) -> None:
-    """Only the tokenizer and the data are needed here."""
+    """Raise ConfigError for missing plugins or libraries of the tokenizer or the data; others are not needed here."""
     needed = [p for p in missing if p.key.split(".")[0] in ("tokenizer", "data")]
     if needed:
         raise ConfigError(needed)
@@ -109,7 +119,7 @@ def _require(missing: Sequence[Problem]) -> None:
 
 
 def _open(reference: str, runs_dir: Path, plugins: Plugins) -> tuple[Tokenizer, Experiment]:
-    """The tokenizer of an experiment file (made now if it isn't in the cache) or of a run."""
+    """Return the tokenizer and experiment of an experiment file (trained now unless it is cached) or of a run."""
     from nanochat_core.config.load import load
     from nanochat_core.data.sources import build_source
     from nanochat_core.data.tokenizer_cache import load_tokenizer, make_tokenizer
@@ -139,12 +149,12 @@ def _show(options: argparse.Namespace, plugins: Plugins) -> int:
     if options.ids:
         print(" ".join(map(str, ids)))
     size = len(text.encode(errors="replace"))
-    print(f"{len(ids)} tokens, {size} bytes" + (f", {size / len(ids):.2f} bytes a token" if ids else ""))
+    print(f"{len(ids)} tokens, {size} bytes" + (f", {size / len(ids):.2f} bytes per token" if ids else ""))
     return 0
 
 
 def _readable(token: bytes) -> str:
-    """A token on one line: line ends and other control characters as escapes, parts of characters as their bytes."""
+    """Format a token on one line: control characters as escapes, incomplete UTF-8 characters as their bytes."""
     text = token.decode("utf-8", errors="backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
@@ -172,12 +182,12 @@ def _compare(options: argparse.Namespace, plugins: Plugins) -> int:
             try:
                 source = build_source(experiment.data)
             except NanochatError as error:
-                _say(f"without validation documents: {error}")
+                _say(f"validation documents are not measured: {error}")
     for name in WELL_KNOWN:
         try:
             other = _from_name(name, plugins)
         except NanochatError:
-            _say(f"without {name}: it is not on this machine")
+            _say(f"{name} is not compared: it is not on this machine")
             continue
         if other is not None:
             tokenizers.setdefault(name, other)
@@ -190,7 +200,7 @@ def _compare(options: argparse.Namespace, plugins: Plugins) -> int:
     if source is not None:
         texts["validation"] = "\n".join(_first(source.documents("val"), options.val_bytes))
     rows = [
-        ["BYTES A TOKEN", "BYTES", *tokenizers],
+        ["BYTES PER TOKEN", "BYTES", *tokenizers],
         ["(vocabulary)", "", *(f"{t.vocab_size:,}" for t in tokenizers.values())],
     ]
     for name, text in texts.items():
@@ -203,7 +213,7 @@ def _compare(options: argparse.Namespace, plugins: Plugins) -> int:
 
 
 def _first(documents: Sequence[str], size: int) -> Iterator[str]:
-    """Documents until they hold ``size`` bytes; the last one is cut."""
+    """Yield documents up to ``size`` bytes in total; the last one is cut."""
     for document in documents:
         data = document.encode(errors="replace")
         yield data[:size].decode(errors="ignore")
@@ -213,7 +223,7 @@ def _first(documents: Sequence[str], size: int) -> Iterator[str]:
 
 
 def _from_name(name: str, plugins: Plugins) -> Tokenizer | None:
-    """A well-known tokenizer by its name; None when no plugin knows the name."""
+    """Return a published tokenizer by its name, such as ``gpt2``; None if no plugin knows the name."""
     from nanochat_core.data.tokenizer_cache import build_tokenizer
     from nanochat_core.plugins.choice import Choice, EntryKeys
 

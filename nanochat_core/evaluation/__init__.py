@@ -1,1 +1,1 @@
-"""Evaluating models: what is due, scoring, sampling, results and their statistics."""
+"""Evaluation of models: when evaluators run, scoring, sampling, results and their statistics."""

@@ -1,4 +1,4 @@
-"""Building the evaluators of an experiment."""
+"""Construction of the evaluators of an experiment."""
 
 from __future__ import annotations
 
@@ -21,14 +21,16 @@ from nanochat_core.plugins.choice import Choice
 def rows_of(
     source: Callable[[], DataSource], tokenizer: Tokenizer, max_seq_len: int, device_batch_size: int, world: World
 ) -> Callable[[Split, int], Iterator[Batch]]:
-    """``EvaluatorContext.rows``: tokenized on first use, then kept. Only then the source is asked for."""
+    """Return the function ``EvaluatorContext.rows``. It tokenizes rows on first use and keeps them; ``source`` is
+    called only then.
+    """
     known: dict[tuple[Split, int], ValidationRows] = {}
 
     def rows(split: Split, tokens: int) -> Iterator[Batch]:
         if (split, tokens) not in known:
             documents: Sequence[str] = source().documents(split)
             if not len(documents):
-                raise DataError(f"the data source has no {split} documents; see the options of [data]")
+                raise DataError(f"the data source has no {split} documents: change the options of [data]")
             known[split, tokens] = ValidationRows(
                 documents,
                 tokenizer,
@@ -53,15 +55,18 @@ def build_evaluators(
     world: EvaluationWorld,
     directory: Path,
 ) -> tuple[BuiltEvaluator, ...]:
-    """The evaluators.
+    """Build an evaluator for each of ``choices``.
 
     Args:
-        source: gives the data source; asked only when an evaluator reads rows.
-        fingerprint: of a split of it.
-        directory: where evaluations are kept.
+        source: returns the data source; called only when an evaluator reads rows.
+        fingerprint: returns the fingerprint of a split of the data source.
+        directory: directory in which evaluations are kept.
+
+    Raises:
+        PluginError: when a factory does not return an Evaluator.
     """
     T, B = experiment.train.max_seq_len, experiment.train.device_batch_size
-    assert B != "auto", "the plan has resolved it"
+    assert B != "auto", "the plan has resolved the option"
     rows = rows_of(source, tokenizer, T, B, world)
 
     def build(choice: Choice) -> BuiltEvaluator:

@@ -1,4 +1,4 @@
-"""Comparing two evaluations example by example."""
+"""Comparison of two evaluations, example by example."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from nanochat_core.evaluation.statistics import DRAWS, SEED, Values, interval, s
 
 @attrs.frozen
 class Difference:
-    """How B differs from A on the examples that both have seen.
+    """The difference of evaluation B from evaluation A on the examples of a task that both have.
 
     Args:
-        n: how many those are.
-        low, high: 95% confidence interval of the difference, from a paired bootstrap.
-        wins, losses: examples with a higher and a lower value in B.
-        p: of a sign test; NaN for the mean over tasks.
+        n: number of those examples.
+        a, b: scores of the two evaluations.
+        low, high: 95% confidence interval of ``b - a``, from a paired bootstrap.
+        wins, losses: numbers of examples with a higher and with a lower value in B.
+        p: p-value of a sign test; NaN for the mean over tasks.
     """
 
     task: str
@@ -35,15 +36,15 @@ class Difference:
 
 
 def other_data(a: Stored, b: Stored) -> list[str]:
-    """Splits whose rows both evaluations read, but of other data: their scores don't compare."""
+    """Return the splits that both evaluations read from different data, so that their scores are not comparable."""
     ours, theirs = (stored.facts.get("data", {}) for stored in (a, b))
     return sorted(split for split in ours.keys() & theirs.keys() if ours[split] != theirs[split])
 
 
 def compare(a: Stored, b: Stored) -> list[Difference]:
-    """Differences in each task, and in the mean of the centered ones, for two evaluations of one kind."""
+    """Return the difference in each task that both evaluations have, and last that of the mean of centered scores."""
     rng = np.random.default_rng(SEED)
-    found = []
+    differences = []
     total: Values = np.zeros(DRAWS)
     means = []
     for task in a.values:
@@ -53,7 +54,7 @@ def compare(a: Stored, b: Stored) -> list[Difference]:
         ours, theirs = (np.array([side.values[task][key] for key in keys]) for side in (a, b))
         centers = [np.array([side.centered[task][key] for key in keys]) for side in (a, b)]
         change = theirs - ours
-        # Samples of examples, each with its pair of values.
+        # A bootstrap sample draws examples, each with its pair of values.
         kinds, counts = np.unique(change, return_counts=True)
         if len(kinds) <= 64:
             draws = rng.multinomial(len(keys), counts / len(keys), DRAWS) @ kinds / len(keys)
@@ -65,18 +66,19 @@ def compare(a: Stored, b: Stored) -> list[Difference]:
         wins, losses = int((change > 0).sum()), int((change < 0).sum())
         p = sign_test(wins, losses)
         low, high = interval(draws)
-        found.append(Difference(task, len(keys), float(ours.mean()), float(theirs.mean()), low, high, wins, losses, p))
-    if found:
+        a_mean, b_mean = float(ours.mean()), float(theirs.mean())
+        differences.append(Difference(task, len(keys), a_mean, b_mean, low, high, wins, losses, p))
+    if differences:
         low, high = interval(total / len(means))
         before, after = (sum(side) / len(means) for side in zip(*means, strict=True))
-        wins, losses = sum(d.wins for d in found), sum(d.losses for d in found)
-        n = sum(d.n for d in found)
-        found.append(Difference("mean, centered", n, before, after, low, high, wins, losses, math.nan))
-    return found
+        wins, losses = sum(d.wins for d in differences), sum(d.losses for d in differences)
+        n = sum(d.n for d in differences)
+        differences.append(Difference("mean, centered", n, before, after, low, high, wins, losses, math.nan))
+    return differences
 
 
 def format_comparison(differences: Sequence[Difference]) -> str:
-    """A Markdown table."""
+    """Format differences as a Markdown table."""
     lines = [
         "| task | examples | A | B | B - A | 95% | better | worse | p |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|",

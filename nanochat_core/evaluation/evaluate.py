@@ -1,4 +1,4 @@
-"""Evaluations in a run: what is due at a step, and calling evaluators so that training does not notice."""
+"""Evaluations in a run: which evaluators are due at a step, and calls of them that leave training undisturbed."""
 
 from __future__ import annotations
 
@@ -27,9 +27,11 @@ from nanochat_core.runs.state import restore_rng, rng_state
 
 @contextlib.contextmanager
 def inference(model: Model, dtype: torch.dtype) -> Iterator[None]:
-    """The model in eval mode, without gradients, computing in ``dtype``. Afterwards everything is as it was: the mode
-    of each module, the random generators of torch, numpy and Python, and memory of the device that nobody uses is
-    given back."""
+    """Put a model into eval mode, without gradients, computing in ``dtype``, for the length of a ``with`` block.
+
+    Afterwards the mode of each module and the random generators of torch, numpy and Python are restored, and unused
+    memory of a CUDA device is freed.
+    """
     device = next(model.parameters()).device
     modes = {module: module.training for module in model.modules()}
     rng, numpy_rng, python_rng = rng_state(device), np.random.get_state(), random.getstate()
@@ -44,7 +46,7 @@ def inference(model: Model, dtype: torch.dtype) -> Iterator[None]:
         np.random.set_state(numpy_rng)
         random.setstate(python_rng)
         if device.type == "cuda":
-            torch.cuda.empty_cache()  # blocks cut for other shapes would stand in training's way
+            torch.cuda.empty_cache()  # cached blocks of other shapes would fragment the memory of training
 
 
 def evaluate(
@@ -53,8 +55,8 @@ def evaluate(
     """Call an evaluator on every rank.
 
     Raises:
-        EvaluationFailed: on every rank, when it raised on any.
-        EvaluationStopped: on every rank, when any was asked to stop.
+        EvaluationFailed: on every rank, when the evaluator raised on any.
+        EvaluationStopped: on every rank, when a signal asked any of them to stop.
     """
     keys = choice.keys
     assert isinstance(keys, EvaluatorKeys)
@@ -90,11 +92,11 @@ def evaluate(
 
 
 class EvaluationStopped(Exception):
-    """A signal asked for a stop; what was found until then is dropped, so that a resumed run evaluates anew."""
+    """Error: a signal asked for a stop. Partial results are dropped, so that a resumed run repeats the evaluation."""
 
 
 class EvaluationFailed(Exception):
-    """An evaluator raised; the message says on which rank, unless there is only one."""
+    """Error: an evaluator raised. With several ranks the message names the rank."""
 
     def __init__(self, problems: dict[int, str], size: int) -> None:
         rank, text = next(iter(problems.items()))
@@ -106,7 +108,7 @@ class BuiltEvaluator:
     """An entry of the experiment and the evaluator built from it.
 
     Args:
-        data: fingerprints of the splits whose rows it has asked for so far, on the main rank.
+        data: fingerprints of the splits from which it has read rows so far; filled in on the main rank only.
     """
 
     choice: Choice
@@ -123,14 +125,14 @@ def evaluate_each(
     failed: Callable[[str, EvaluationFailed], None],
     heartbeat: Callable[[str], None] = lambda doing: None,
 ) -> Iterator[tuple[BuiltEvaluator, Evaluation]]:
-    """Call evaluators one by one on every rank, and yield each with what it found. One that raises is left out.
+    """Call evaluators one by one on every rank, and yield each with its results. An evaluator that raises is skipped.
 
     Args:
-        failed: called, on every rank, with the entry's name and the error of one that raised.
-        heartbeat: called with what begins, before each evaluation.
+        failed: called on every rank with the entry's name and the error of an evaluator that raised.
+        heartbeat: called before each evaluation with the activity that begins.
 
     Raises:
-        EvaluationStopped: on every rank, when any was asked to stop before or during an evaluation.
+        EvaluationStopped: on every rank, when a signal asked any of them to stop before or during an evaluation.
     """
     for built in evaluators:
         heartbeat(f"in evaluation {built.choice.name}")
@@ -148,10 +150,11 @@ class Evaluations:
 
     Args:
         num_iterations: optimizer steps of the run.
-        world: the one that the evaluators' contexts have.
-        directory: of the run: texts go to ``samples``, tables and examples to ``evaluations``.
-        report: called with a line for people.
-        heartbeat: called with what begins, before each evaluation.
+        dtype: dtype of matrix products.
+        world: the world of the evaluators' contexts.
+        directory: the run's directory. Texts are written to ``samples``, tables and examples to ``evaluations``.
+        report: called with a line for the log.
+        heartbeat: called before each evaluation with the activity that begins.
     """
 
     evaluators: tuple[BuiltEvaluator, ...]
@@ -161,10 +164,10 @@ class Evaluations:
     directory: Path
     report: Callable[[str], None]
     heartbeat: Callable[[str], None] = lambda doing: None
-    _told: set[str] = attrs.field(factory=set, init=False, eq=False)
+    _reported: set[str] = attrs.field(factory=set, init=False, eq=False)
 
     def due(self, step: int) -> list[BuiltEvaluator]:
-        """Evaluators to call after ``step`` optimizer steps."""
+        """Return the evaluators to call after ``step`` optimizer steps."""
         return [built for built in self.evaluators if self._is_due(built.choice, step)]
 
     def _is_due(self, choice: Choice, step: int) -> bool:
@@ -177,19 +180,19 @@ class Evaluations:
         return keys.every > 0 and step % keys.every == 0
 
     def run(self, model: Model, step: int, done: Collection[str] = ()) -> Iterator[tuple[str, Evaluation]]:
-        """Call what is due, one by one, and yield the entries' names with what they found.
+        """Call the evaluators that are due one by one, and yield the names of their entries with their results.
 
-        An evaluator that raises is reported, and the run goes on.
+        An evaluator that raises is reported, and the run continues.
 
         Args:
-            done: names of entries to leave out.
+            done: names of entries to skip.
 
         Raises:
-            EvaluationStopped: on every rank, when any was asked to stop before or during an evaluation.
+            EvaluationStopped: on every rank, when a signal asked any of them to stop before or during an evaluation.
         """
 
         def failed(name: str, error: EvaluationFailed) -> None:
-            self.report(f"evaluator {name} failed at step {step}, the run goes on: {error}")
+            self.report(f"evaluator {name} failed at step {step}, the run continues: {error}")
 
         due = [built for built in self.due(step) if built.choice.name not in done]
         for built, evaluation in evaluate_each(due, model, self.dtype, step, self.world, failed, self.heartbeat):
@@ -203,8 +206,8 @@ class Evaluations:
 
     def _keep(self, name: str, step: int, evaluation: Evaluation, data: Mapping[str, str]) -> None:
         for note in evaluation.notes:
-            if f"{name}: {note}" not in self._told:  # once a run
-                self._told.add(f"{name}: {note}")
+            if f"{name}: {note}" not in self._reported:  # once per run
+                self._reported.add(f"{name}: {note}")
                 self.report(f"{name}: {note}")
         if evaluation.texts:
             samples = RunDirectory(self.directory).samples
@@ -216,7 +219,7 @@ class Evaluations:
 
 
 def contract_problems(evaluation: object) -> Iterator[str]:
-    """What is wrong with what an evaluator returned: what the ledger, or the files of evaluations, could not hold."""
+    """Yield what is wrong with the result of an evaluator: what the ledger or the files of evaluations can't hold."""
     if not isinstance(evaluation, Evaluation):
         yield f"evaluate() must return a nanochat_core.Evaluation, not {type(evaluation).__name__}"
         return
@@ -228,7 +231,7 @@ def contract_problems(evaluation: object) -> Iterator[str]:
             yield f"text {name!r} must be a str, not {type(text).__name__}"
     taken = {"step", "time", "evaluator"} & {*evaluation.metrics, *evaluation.texts}
     if taken:
-        yield f"{', '.join(sorted(taken))} are names of the ledger: give the metric another name"
+        yield f"{', '.join(sorted(taken))} are reserved in the ledger: rename the metric or text"
     for row in evaluation.examples:
         if not {"task", "example", "value"} <= row.keys():
-            yield f"an example needs task, example and value; this one has {', '.join(row)}"
+            yield f"an example needs task, example and value, but one has only {', '.join(row)}"

@@ -1,7 +1,7 @@
-"""What evaluations leave on disk: ``<run>/evaluations/<entry>_<step>/``. No torch.
+"""Evaluations on disk, in ``<run>/evaluations/<entry>_<step>/``. This module imports no torch.
 
-``evaluation.json`` has metrics and facts, ``examples.parquet`` a row an example, ``table.md`` scores with 95%
-confidence intervals; an evaluator's own files lie beside them.
+``evaluation.json`` has metrics and facts, ``examples.parquet`` a row per example, ``table.md`` scores with 95%
+confidence intervals. The evaluator's own files are in the same directory.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ class Stored:
     """An evaluation on disk.
 
     Args:
-        values: of each task by example; ``centered`` the same, centered.
+        path: its directory.
+        facts: the content of ``evaluation.json``.
+        values: values by task and example; ``centered``: centered values by task and example.
     """
 
     path: Path
@@ -45,13 +47,13 @@ class Stored:
 
     @property
     def own_facts(self) -> Mapping[str, Any]:
-        """Facts of the evaluator, settings among them."""
+        """The evaluator's own facts, including its settings."""
         facts: Mapping[str, Any] = self.facts.get("facts", {})
         return facts
 
     @property
     def settings(self) -> Sequence[str]:
-        """Which of its facts results depend on. Version 0.1.0 did not record that: all that are single values."""
+        """Names of the facts that results depend on; for version 0.1.0, which did not record any, all single values."""
         names: Sequence[str] | None = self.facts.get("settings")
         return names if names is not None else [k for k, v in self.own_facts.items() if not isinstance(v, dict | list)]
 
@@ -68,10 +70,10 @@ def evaluation_dir(directory: Path, name: str, step: int) -> Path:
 def write_evaluation(
     directory: Path, name: str, step: int, evaluation: Evaluation, more: Mapping[str, Any] | None = None
 ) -> Path:
-    """Write an evaluation under ``directory``; one that stands there already is replaced. Returns its directory.
+    """Write an evaluation under ``directory``, replacing an earlier one of the same step. Returns its directory.
 
     Args:
-        more: facts besides the evaluator's own.
+        more: further entries of ``evaluation.json``.
     """
     path = evaluation_dir(directory, name, step)
     path.mkdir(parents=True, exist_ok=True)
@@ -87,19 +89,25 @@ def write_evaluation(
     for file, text in evaluation.files.items():
         write_atomic(path / file, text)
     facts = {
-        "name": name, "step": step, "time": time.time(), "metrics": dict(evaluation.metrics),
-        "notes": list(evaluation.notes), "texts": dict(evaluation.texts), **(more or {}),
-        "facts": {**evaluation.settings, **evaluation.facts}, "settings": list(evaluation.settings),
-    }  # fmt: skip
+        "name": name,
+        "step": step,
+        "time": time.time(),
+        "metrics": dict(evaluation.metrics),
+        "notes": list(evaluation.notes),
+        "texts": dict(evaluation.texts),
+        **(more or {}),
+        "facts": {**evaluation.settings, **evaluation.facts},
+        "settings": list(evaluation.settings),
+    }
     write_atomic(path / FACTS, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
     return path
 
 
 def read_evaluation(path: Path) -> Stored:
-    """What ``write_evaluation`` wrote.
+    """Read an evaluation that ``write_evaluation`` wrote.
 
     Raises:
-        DataError: when it can't be read.
+        DataError: when a file of it can't be read.
     """
     values: dict[str, dict[str, float]] = {}
     centered: dict[str, dict[str, float]] = {}
@@ -114,31 +122,35 @@ def read_evaluation(path: Path) -> Stored:
             for row in table.select(names).to_pylist():
                 task, example = row["task"], row["example"]
                 seen[task, example] = seen.get((task, example), 0) + 1
-                key = f"{example}/{seen[task, example]}"  # the same example may stand in a task several times
+                key = f"{example}/{seen[task, example]}"  # a task may contain the same example several times
                 values.setdefault(task, {})[key] = row["value"]
                 centered.setdefault(task, {})[key] = row.get("centered", row["value"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} can't be read as an evaluation ({error}): evaluate again") from error
+        raise DataError(f"{path} can't be read as an evaluation ({error}): repeat the evaluation") from error
     return Stored(path, facts, values, centered)
 
 
 def find_evaluations(directory: Path) -> dict[str, Stored]:
-    """The newest evaluation of each entry under ``directory``."""
+    """Return the newest evaluation of each entry under ``directory``, by name of the entry; skip unreadable ones."""
     newest: dict[str, Stored] = {}
     for file in directory.glob(f"*/{FACTS}"):
         with contextlib.suppress(DataError):
-            found = read_evaluation(file.parent)
-            known = newest.get(found.name)
-            if known is None or (found.facts["step"], found.facts["time"]) > (known.facts["step"], known.facts["time"]):
-                newest[found.name] = found
+            stored = read_evaluation(file.parent)
+            known = newest.get(stored.name)
+            if known is None or _age_key(stored) > _age_key(known):
+                newest[stored.name] = stored
     return dict(sorted(newest.items()))
+
+
+def _age_key(stored: Stored) -> tuple[int, float]:
+    return stored.facts["step"], stored.facts["time"]
 
 
 # ------------------------------------------------------------------------------------------------------ statistics
 
 
 def markdown(evaluation: Evaluation) -> str:
-    """Score of each task with its confidence interval, their mean last."""
+    """Format a Markdown table: the score of each task with its confidence interval, and their mean."""
     tasks: dict[str, list[Mapping[str, Any]]] = {}
     for row in evaluation.examples:
         tasks.setdefault(row["task"], []).append(row)

@@ -1,4 +1,4 @@
-"""Sampling: continue a sequence of tokens, one token at a time, with a KV cache where the model has one."""
+"""Sampling: continuation of a sequence, one token at a time, with a KV cache if the model has one."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ def generate(
     stop: Collection[int] = (),
     vocab_size: int | None = None,
 ) -> Iterator[int]:
-    """Yield the tokens that follow ``ids``, each as soon as it is known.
+    """Sample the tokens that follow ``ids``, and yield each as soon as it is known.
 
-    The model should be in eval mode. Gradients are off inside, and torch's global generators are left alone.
+    The model should be in eval mode. No gradients are recorded, and torch's global generators are not used.
 
     Args:
-        model: is asked for the logits of the last position only.
-        ids: the prompt, at least one token; bos leads a new document.
-        max_new_tokens: at most so many tokens come.
-        temperature: divides the logits before the softmax; 0 takes the likeliest token every time.
-        top_k: sample among the ``top_k`` likeliest tokens only; None among all. Nothing to choose at temperature 0.
-        seed: of a generator of its own, on the CPU: the same draws on every kind of device.
+        model: the model; only the logits of the last position are computed.
+        ids: the prompt, at least one token; a new document begins with bos.
+        max_new_tokens: maximum number of tokens to yield.
+        temperature: divisor of the logits before the softmax; 0 takes the most likely token every time.
+        top_k: sample among the ``top_k`` most likely tokens; None: among all. Without effect at temperature 0.
+        seed: seed of a generator on the CPU, so that the draws are the same on every kind of device.
         stop: tokens that end the text; they are not yielded.
-        vocab_size: number of tokens of the tokenizer, where the model's vocabulary is larger: others never come.
+        vocab_size: number of tokens of the tokenizer; larger ids of the model's vocabulary are never sampled.
 
     Raises:
-        NanochatError: for an empty prompt or an option out of range, at once, before the first token.
+        NanochatError: for an empty prompt or an option out of range; raised by the call, not by the iteration.
     """
     if not ids:
         raise NanochatError("there is nothing to continue: give at least one token, such as the tokenizer's bos_id")
@@ -63,8 +63,8 @@ def _tokens(
     cache = model.new_cache(1, len(ids) + max_new_tokens) if max_new_tokens > 0 else None
     unread = ids
     for _ in range(max_new_tokens):
-        # Gradients go off around the computation, not around the yield: the caller's mode is none of our business.
-        # Not inference_mode: a table that the model makes lazily in here must still serve training later.
+        # Gradients are disabled around the computation only: around the yield they would be disabled for the caller.
+        # inference_mode is not used, since a table that the model creates lazily in here may later serve training.
         with torch.no_grad():
             ids_BT = torch.tensor([unread], device=device)
             logits_V = model.logits(model.hidden(ids_BT, cache)[:, -1])[0, :vocab_size]
@@ -79,6 +79,6 @@ def _pick(logits_V: Tensor, temperature: float, top_k: int | None, generator: to
     if temperature == 0:
         return int(logits_V.argmax())
     best_K, ids_K = logits_V.topk(min(top_k or len(logits_V), len(logits_V)))
-    # The largest logit is taken off first, so that a tiny temperature can't overflow.
+    # The largest logit is subtracted first, so that a tiny temperature can't overflow.
     chosen = torch.multinomial(((best_K - best_K[0]) / temperature).softmax(-1), 1, generator=generator)
     return int(ids_K[chosen])

@@ -1,7 +1,7 @@
-"""Which spans are scored together: unique spans, sorted by length, packed into batches, dealt to ranks.
+"""Batches of spans to score: unique spans, sorted by length, packed into batches, distributed over ranks.
 
-All of it depends on what the spans are, never on where they stand or how many ranks there are, so that scores are the
-same to the last bit for any order of the questions and any number of ranks. ``scoring.py`` computes the batches.
+The batches depend only on the content of the spans, not on their order or the number of ranks. So scores are the same
+to the last bit for any order of the questions and any number of ranks. ``scoring.py`` computes the batches.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ def _key(span: Span) -> tuple[int, bytes]:
 
 
 def unique_questions(questions: Sequence[Sequence[Span]]) -> tuple[list[list[Span]], list[tuple[int, list[int]]]]:
-    """Questions and spans without repetitions.
+    """Remove repeated questions and repeated spans of a question.
 
     Returns:
-        The different questions, each with its different spans, sorted; and for each question as it was asked the index
-        of the one that it equals, and of each of its choices the index among that question's spans.
+        The distinct questions, each with its distinct spans, sorted; and for each given question the index of its
+        distinct question, with the index of each of its choices among the spans of that question.
     """
     unique: list[list[Span]] = []
     index: dict[tuple[tuple[int, bytes], ...], int] = {}
@@ -41,11 +41,12 @@ def unique_questions(questions: Sequence[Sequence[Span]]) -> tuple[list[list[Spa
 
 @attrs.frozen(eq=False)
 class SpanGroup:
-    """Spans that are computed together.
+    """Spans of one question that are computed together.
 
     Args:
-        names: (question, choice) of each span; the shortest span comes first.
-        shared: tokens that all of them read first.
+        spans: the spans, the shortest first.
+        names: (question, choice) of each span.
+        shared: number of tokens at the beginning that all spans have in common.
     """
 
     spans: tuple[Span, ...]
@@ -54,16 +55,16 @@ class SpanGroup:
 
     @property
     def reads(self) -> list[int]:
-        """Positions each span reads: its last token is only predicted."""
+        """Number of positions that each span reads: all but its last token, which is only predicted."""
         return [len(span.ids) - 1 for span in self.spans]
 
 
 def group_spans(questions: list[list[Span]], share: int | None) -> list[SpanGroup]:
-    """Groups of each question's spans, ordered by nothing but what they are: few spans first, long ones first.
+    """Group the spans of each question, and sort the groups by their content: few spans first, long ones first.
 
     Args:
-        share: a question's spans make one group where computing what they begin with once saves at least so many
-            positions, else each has a group of its own; None: each has.
+        share: the spans of a question form one group if computing their common beginning once saves at least this
+            many positions, otherwise a group each; None: always a group each.
     """
     groups = []
     for question, spans in enumerate(questions):
@@ -83,11 +84,12 @@ def group_spans(questions: list[list[Span]], share: int | None) -> list[SpanGrou
 
 @attrs.frozen(eq=False)
 class SpanBatch:
-    """Groups with equally many spans, computed by passes over [groups, positions].
+    """Groups with the same number of spans, computed by forward passes over [groups, positions].
 
     Args:
-        prefix: positions that are read in the first pass; all of a group's spans share them.
-        rests: positions of the passes that follow, one for each span of a group.
+        groups: the groups.
+        prefix: number of positions of the first pass, which all spans of a group share.
+        rests: number of positions of each of the following passes, one per span of a group; empty for single spans.
     """
 
     groups: tuple[SpanGroup, ...]
@@ -96,7 +98,7 @@ class SpanBatch:
 
     @property
     def tokens(self) -> int:
-        """Positions that are computed, with padding."""
+        """Number of positions that are computed, including padding."""
         return len(self.groups) * (self.prefix + sum(self.rests))
 
 
@@ -109,10 +111,14 @@ def _batch(groups: Sequence[SpanGroup]) -> SpanBatch:
 
 
 def plan_batches(groups: list[SpanGroup], batch_tokens: int) -> list[SpanBatch]:
-    """Neighbours go together until the budget is full, or a quarter of the work would be padding (a batch of its own
-    costs something too: a little padding is always cheaper).
+    """Combine neighbouring groups into batches until the budget is full or a quarter of the work would be padding.
 
-    Small sets of questions are cut finer, so that there is something to deal to every rank.
+    A little padding is always accepted, since another batch costs time too. Small sets of questions are divided into
+    smaller batches, so that every rank gets some.
+
+    Args:
+        groups: groups in the order of ``group_spans``.
+        batch_tokens: maximum number of positions of a batch; a larger single group is a batch of its own.
     """
     batches: list[SpanBatch] = []
     useful = [g.shared + sum(n - g.shared for n in g.reads) for g in groups]
@@ -120,7 +126,7 @@ def plan_batches(groups: list[SpanGroup], batch_tokens: int) -> list[SpanBatch]:
     first = 0
     needed = prefix = longest = 0
     for index, group in enumerate(groups):
-        # Of the open batch, which begins at ``first``; kept up to date, not computed anew for each group.
+        # These are of the open batch, which begins at ``first``, and are updated with each group instead of recomputed.
         if index == first:
             prefix, longest, reads, needed = group.shared, group.shared, list(group.reads), useful[index]
             continue
@@ -144,7 +150,7 @@ def plan_batches(groups: list[SpanGroup], batch_tokens: int) -> list[SpanBatch]:
 
 
 def deal_batches(batches: list[SpanBatch], size: int) -> list[list[SpanBatch]]:
-    """Each rank's batches: the largest batch first, each to the rank that has the fewest positions to compute."""
+    """Distribute batches over ``size`` ranks: largest first, each to the rank with the fewest positions to compute."""
     by_rank: list[list[SpanBatch]] = [[] for _ in range(size)]
     loads = [0] * size
     for batch in sorted(batches, key=lambda b: -b.tokens):

@@ -1,10 +1,11 @@
-"""Scoring: how likely a model finds given continuations, for many questions at once.
+"""Scoring: log-probabilities that a model assigns to given continuations, for many questions at once.
 
-``score_batches.py`` plans which spans are computed together; here they are computed. What all choices of a question
-begin with is computed once, where the model's cache can be set back. Logits exist only for positions that are scored.
+``score_batches.py`` plans which spans are computed together; this module computes them. The common beginning of the
+choices of a question is computed once, if the model's cache can be truncated. Logits are computed only for positions
+that are scored.
 
-E groups of a batch, T positions, D hidden size, V vocabulary, N scored positions, M scored tokens (several of them may
-be predicted at one position, by choices that begin alike).
+Dimensions in names: E groups of a batch, T positions, D hidden size, V vocabulary, N scored positions, M scored tokens
+(choices with a common beginning may have several scored tokens at one position).
 """
 
 from __future__ import annotations
@@ -35,31 +36,32 @@ from nanochat_core.interfaces.evaluator import EvaluatorContext
 from nanochat_core.interfaces.model import Model
 from nanochat_core.interfaces.types import Tokens
 
-CLOSE = 1e-4  # scores of other batch sizes agree within this; what it decides is called close
+CLOSE = 1e-4  # nats per token; scores at different batch sizes agree within it, and smaller differences are close calls
 BATCH_TOKENS_CPU = 4096
 BATCH_TOKENS = 32768
-LOGITS_CPU = 2**23 - 2**16  # logits made at once: below 32 MiB, where malloc uses memory again
+LOGITS_CPU = 2**23 - 2**16  # logits computed at once: less than 32 MiB, below which malloc reuses memory
 LOGITS = 2**27
-WORTH_SHARING = 256  # positions; on a CPU with depth 4 the passes that sharing adds cost more than fewer save
-CACHED_CPU = 2**17  # logits that a core's cache holds
+WORTH_SHARING = 256  # positions; saving fewer does not repay the added passes (on a CPU at depth 4)
+CACHED_CPU = 2**17  # logits that fit into the cache of a core
 
 Counts = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 
 class OutOfTime(NanochatError):
-    """An evaluation's ``time_budget`` ended before everything was scored."""
+    """Error: the ``time_budget`` of an evaluation ended before everything was scored."""
 
 
 @attrs.frozen
 class SpanScore:
-    """What a model thinks of a span.
+    """The score that a model gives to the scored tokens of a span.
 
     Args:
-        nats: sum of the negative log-probabilities of its tokens; NaN when time ran out before.
-        tokens: how many there are.
-        greedy: each of them is the likeliest one after those before it (of equally likely ones the lowest).
-        margin: how much the logit of the least convincing token lies above all others (below, if negative).
+        nats: sum of their negative log-probabilities; NaN if the time ran out before they were scored.
+        tokens: number of scored tokens.
+        greedy: whether each of them is the most likely token after those before it (the lowest id among equals).
+        margin: the smallest difference between the logit of a scored token and the largest other logit at its
+            position; negative if another token is more likely there.
     """
 
     nats: float
@@ -69,16 +71,17 @@ class SpanScore:
 
     @property
     def mean(self) -> float:
-        """Nats a token."""
+        """Nats per scored token."""
         return self.nats / self.tokens
 
 
 def score_choices(
     model: Model, questions: Sequence[Sequence[Span]], context: EvaluatorContext | None = None, **options: Any
 ) -> list[list[float]]:
-    """Mean nats a token of each choice of each question: the lowest is what the model prefers (see ``pick_choice``).
+    """Return the nats per token of each choice of each question. The model prefers the lowest, see ``pick_choice``.
 
-    See ``score_spans`` for the arguments.
+    Args:
+        model, questions, context, options: the arguments of ``score_spans``.
     """
     return [[score.mean for score in scores] for scores in score_spans(model, questions, context, **options)]
 
@@ -86,19 +89,23 @@ def score_choices(
 def greedy_match(
     model: Model, spans: Sequence[Span], context: EvaluatorContext | None = None, **options: Any
 ) -> list[bool]:
-    """Whether greedy sampling would continue each span's context with exactly its scored tokens."""
+    """Return for each span whether greedy sampling would continue its context with exactly its scored tokens.
+
+    Args:
+        model, context, options: the arguments of ``score_spans``.
+    """
     scores = score_spans(model, [[span] for span in spans], context, greedy=True, **options)
     return [score.greedy for (score,) in scores]
 
 
 def pick_choice(scores: Sequence[float]) -> int:
-    """Index of the lowest score; of equal ones the first."""
+    """Return the index of the lowest score, the first among equals."""
     return min(range(len(scores)), key=scores.__getitem__)
 
 
 def is_close_call(scores: Sequence[float]) -> bool:
-    """Whether the lowest two different scores differ by less than ``CLOSE``: another batch size might decide
-    otherwise. Exact ties are none: they come from identical choices, and always go to the first."""
+    """Whether the two lowest distinct scores differ by less than ``CLOSE``, so that another batch size might change
+    the choice. Exact ties do not count: they come from identical choices, of which the first is always chosen."""
     different = sorted(set(scores))
     return len(different) > 1 and different[1] - different[0] < CLOSE
 
@@ -115,22 +122,28 @@ def score_spans(
     title: str = "",
     work: dict[str, int] | None = None,
 ) -> list[list[SpanScore]]:
-    """Score every span of every question. Collective: each rank asks the same, does its share, and gets everything.
+    """Score every span of every question. Collective: every rank passes the same arguments, computes its share of the
+    batches, and gets all scores.
 
     Args:
-        model: in eval mode.
-        questions: spans that belong together, such as the choices of one question: what they begin with is shared.
-        context: the evaluator's, which knows ranks and time budget; without it this process works alone.
-        greedy: also find out ``greedy`` and ``margin``, which takes a little longer (else False and NaN).
-        batch_tokens: positions a forward pass reads at most (more only for a single question that is larger).
-        share: what a question's spans begin with is computed once where that saves at least so many positions; None:
-            never.
-        partial: when time runs out, give what there is, the rest with NaN nats, instead of raising.
-        title: of the progress bar.
-        work: gets ``tokens``, positions that were computed, and ``head``, positions that got logits, added.
+        model: the model, in eval mode.
+        questions: spans that belong together, such as the choices of one question; their common beginning is computed
+            once.
+        context: the context of the evaluator, with the ranks and the time budget; None: this process works alone.
+        greedy: also compute ``greedy`` and ``margin``, which takes a little longer; otherwise they are False and NaN.
+        batch_tokens: maximum number of positions of a forward pass (a single larger question exceeds it); None: a
+            default for the device.
+        share: number of positions that computing the common beginning of a question once must save; None: never.
+        partial: return NaN nats for spans that were not scored in time, instead of raising.
+        title: title of the progress bar; empty for none.
+        work: a dict to which the numbers of computed positions (``tokens``) and of positions with logits (``head``)
+            are added.
+
+    Returns:
+        The scores, in the order of ``questions`` and their spans.
 
     Raises:
-        OutOfTime: when the time budget ended first (on all ranks).
+        OutOfTime: on all ranks, when the time budget ended before everything was scored.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     world = context.world if context is not None else None
@@ -159,7 +172,7 @@ def score_spans(
         results = np.array(world.sum(results.ravel().tolist())).reshape(results.shape)
     if not partial and not results[:, 3].all():
         done, everything = int(results[:, 3].sum()), len(results)
-        raise OutOfTime(f"time_budget: {done} of {everything} texts were scored in time: give more seconds")
+        raise OutOfTime(f"time_budget: {done} of {everything} texts were scored in time: increase it")
     return [
         [_score(span, results[offsets[question] + choice]) for span, choice in zip(spans, choices, strict=True)]
         for spans, (question, choices) in zip(questions, members, strict=True)
@@ -172,8 +185,8 @@ def _score(span: Span, row: Floats) -> SpanScore:
 
 
 def _cache_goes_back(model: Model, device: torch.device) -> bool:
-    """Whether positions of the model's cache can be forgotten by setting ``length``. Tried, not believed: a model with
-    a recurrent state could let itself be set without forgetting."""
+    """Whether setting ``length`` truncates the model's cache. It is tested, since a model with a recurrent state might
+    accept a new length without forgetting the positions after it."""
     cache, fresh = model.new_cache(1, 4), model.new_cache(1, 4)
     if cache is None or fresh is None:
         return False
@@ -191,11 +204,11 @@ def _cache_goes_back(model: Model, device: torch.device) -> bool:
 def _score_batch(
     model: Model, batch: SpanBatch, device: torch.device, greedy: bool, work: dict[str, int] | None
 ) -> list[tuple[tuple[int, int], tuple[float, float, float, float]]]:
-    """(nats, greedy, margin, done) of each span of the batch, with its name: (question, choice)."""
+    """Return for each span of a batch its name, (question, choice), and its (nats, greedy, margin, done)."""
     E, P = len(batch.groups), batch.prefix
     widths = [P, *batch.rests]  # positions per group of each pass
     pass_starts = np.cumsum([0, *(E * width for width in widths)])  # positions are numbered through all passes
-    # Of each scored token: the position that predicts it, the token itself, the index of its span.
+    # For each scored token: the position that predicts it, the token itself, and the index of its span.
     positions, targets, owners = [], [], []
     names: list[tuple[int, int]] = []
     for e, group in enumerate(batch.groups):
@@ -231,7 +244,7 @@ def _hidden_states(
     widths: list[int],
     device: torch.device,
 ) -> Tensor:
-    """[N, D]: of the positions that predict scored tokens."""
+    """Return the hidden states [N, D] of the positions that predict scored tokens."""
     cache: Any = None
     if batch.rests:
         cache = model.new_cache(len(batch.groups), batch.prefix + max(batch.rests))
@@ -257,10 +270,13 @@ def _hidden_states(
 def _score_tokens(
     model: Model, states_ND: Tensor, rows_M: Counts, targets_M: Tokens, greedy: bool
 ) -> tuple[Floats, Floats, Floats]:
-    """For each target and the state that predicts it: nats, whether it is the likeliest token, its logit's margin.
+    """Score targets, each from the hidden state that predicts it.
 
     Args:
-        rows_M: which row of ``states_ND`` predicts the target.
+        rows_M: for each target the row of ``states_ND`` that predicts it.
+
+    Returns:
+        For each target its nats, whether it is the most likely token (1 or 0), and the margin of its logit.
     """
     elements = LOGITS_CPU if states_ND.is_cpu else LOGITS
     chunk = max(16, elements // model.vocab_size)
@@ -270,18 +286,18 @@ def _score_tokens(
     nats_M, greedy_M, margin_M = np.zeros(len(rows_M)), np.zeros(len(rows_M)), np.full(len(rows_M), math.nan)
     for index, states in enumerate(states_ND.split(chunk)):
         logits_NV = model.logits(states)
-        tokens = order[bounds[index] : bounds[index + 1]]  # those that this chunk predicts
+        tokens = order[bounds[index] : bounds[index + 1]]  # indices of the targets that this chunk predicts
         row = torch.from_numpy(rows_M[tokens] - index * chunk).to(logits_NV.device)
         target = torch.from_numpy(targets_M[tokens].astype(np.int64)).to(logits_NV.device)
         if greedy:
             top_N2, top_ids_N2 = logits_NV.topk(2)
             likeliest_N = top_ids_N2[:, 0]
             if bool((top_N2[:, 0] == top_N2[:, 1]).any()):
-                likeliest_N = logits_NV.argmax(-1)  # the lowest of equal ones, which topk does not promise
+                likeliest_N = logits_NV.argmax(-1)  # the lowest id among equals, which topk does not guarantee
             best_other = torch.where(top_ids_N2[:, 0][row] == target, top_N2[:, 1][row], top_N2[:, 0][row])
             greedy_M[tokens] = (likeliest_N[row] == target).cpu().numpy()
             margin_M[tokens] = (logits_NV[row, target] - best_other).double().cpu().numpy()
-        # A few rows at a time, which stay in the processor's cache between the passes over them.
+        # A few rows at a time, so that they stay in the processor's cache between the passes over them.
         total_N = torch.cat([logits.logsumexp(-1) for logits in logits_NV.split(cached_rows)])
         nats_M[tokens] = (total_N[row] - logits_NV[row, target]).double().cpu().numpy()
     return nats_M, greedy_M, margin_M

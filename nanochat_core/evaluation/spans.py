@@ -1,4 +1,4 @@
-"""Spans: which tokens of a text are scored, so that the choices of a question compare."""
+"""Spans: the tokens of a text that are scored, chosen so that the choices of a question are comparable."""
 
 from __future__ import annotations
 
@@ -19,11 +19,14 @@ def _as_tokens(ids: npt.ArrayLike) -> Tokens:
 
 @attrs.frozen(eq=False)
 class Span:
-    """A text of which the tokens from ``start`` on are scored; those before are its context.
+    """A text whose tokens from ``start`` on are scored; those before it are the context.
 
     Args:
         ids: all tokens, at least two.
-        start: in [1, len(ids) - 1]: the first token has nothing before it, and there is something to score.
+        start: index of the first scored token, in [1, len(ids) - 1].
+
+    Raises:
+        ValueError: when ``start`` is out of range.
     """
 
     ids: Tokens = attrs.field(converter=_as_tokens)
@@ -31,7 +34,9 @@ class Span:
 
     def __attrs_post_init__(self) -> None:
         if not 1 <= self.start < len(self.ids):
-            raise ValueError(f"a span of {len(self.ids)} tokens can't be scored from token {self.start} on")
+            raise ValueError(
+                f"a span of {len(self.ids)} tokens can't be scored from index {self.start}: one token must precede it"
+            )
 
 
 def choice_spans(
@@ -40,15 +45,17 @@ def choice_spans(
     shared: Literal["prefix", "suffix"] = "prefix",
     max_len: int | None = None,
 ) -> list[Span]:
-    """Spans that compare ``texts``, each led by bos.
+    """Return spans with which ``texts`` can be compared. Each begins with bos.
 
     With a shared prefix (one question, several answers) scoring starts at the first token that differs; with a shared
-    suffix (one ending, several beginnings) at the first token from which on all are the same. When that leaves nothing
-    of a text, as when one answer is the beginning of another, scoring starts so much earlier that each text has a token
-    to score. One text alone has nothing to differ from: its last token is scored.
+    suffix (one ending, several beginnings) at the first token of the common suffix. If a text would then have no scored
+    token, as when one answer is the beginning of another, scoring starts early enough that each text has one. Of a
+    single text the last token is scored.
 
     Args:
-        max_len: of longer texts only the last ``max_len`` tokens are kept.
+        texts: the choices.
+        shared: the part that the texts have in common.
+        max_len: maximum number of tokens of a span; of longer texts the last ``max_len`` are kept.
     """
     return token_spans(tokenizer.encode_documents(texts), shared, max_len)
 
@@ -56,7 +63,7 @@ def choice_spans(
 def token_spans(
     rows: Sequence[Tokens], shared: Literal["prefix", "suffix"] = "prefix", max_len: int | None = None
 ) -> list[Span]:
-    """``choice_spans`` of tokens."""
+    """Return the spans of ``choice_spans`` for texts that are tokenized already, each row one text."""
     shortest = min(map(len, rows))
     if shared == "prefix":
         starts = [min(common_prefix(rows), shortest - 1)] * len(rows)
@@ -67,13 +74,13 @@ def token_spans(
 
 
 def cropped_span(ids: Tokens, start: int, max_len: int | None = None) -> Span:
-    """The span, or its last ``max_len`` tokens; the first token kept is never scored."""
+    """Return a span of the last ``max_len`` of ``ids`` (None: of all); its first token is never scored."""
     cut = max(0, len(ids) - max_len) if max_len is not None else 0
     return Span(ids[cut:], max(start - cut, 1))
 
 
 def common_prefix(rows: Sequence[Tokens]) -> int:
-    """How many tokens all ``rows`` begin with."""
+    """Return the number of tokens with which all ``rows`` begin in common."""
     shortest = min(map(len, rows))
     first = rows[0][:shortest]
     same = np.ones(shortest, dtype=bool)

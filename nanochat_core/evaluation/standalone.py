@@ -1,4 +1,4 @@
-"""Evaluating a model that exists: a run's newest checkpoint, one checkpoint, or a model from elsewhere."""
+"""Evaluation of an existing model: the newest checkpoint of a run, a given checkpoint, or a model from elsewhere."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ from nanochat_core.runs.directory import EVALUATIONS, RunDirectory, find_run
 from nanochat_core.runs.restore import load_run, newest_checkpoint
 
 FAILED_EXIT_CODE = 1
-# What may differ from the run: nothing that the weights depend on.
+# Options that may be overridden: those on which the weights do not depend.
 CHANGEABLE = ("evaluators.", "data.", "train.device_batch_size", "train.dtype")
 CHANGEABLE_ELSEWHERE = (*CHANGEABLE, "train.max_seq_len", "model.", "tokenizer.")
 
 
 @attrs.frozen
 class Subject:
-    """What is to be evaluated.
+    """A model to evaluate.
 
     Args:
-        label: for people.
-        run, checkpoint: of a run; None for a model from elsewhere.
-        plugin, path: of a model from elsewhere.
-        evaluations: where results go.
-        step: optimizer steps done.
+        label: its name in messages and results.
+        evaluations: the directory of its results.
+        step: optimizer steps with which it was trained; 0 for a model from elsewhere.
+        run, checkpoint: its run and checkpoint; None for a model from elsewhere.
+        plugin, path: the plugin that loads a model from elsewhere, and the model's path; empty for a run.
     """
 
     label: str
@@ -62,10 +62,10 @@ class Subject:
 
 
 def find_subject(target: str, runs_dir: Path) -> Subject:
-    """What ``target`` means: a run, a checkpoint's directory, or PLUGIN:PATH, which that plugin loads.
+    """Find the model that ``target`` names: a run, a checkpoint's directory, or PLUGIN:PATH, which that plugin loads.
 
     Raises:
-        CheckpointError: when there is no such thing, or it is damaged.
+        CheckpointError: when there is no such run or checkpoint, or it is damaged.
     """
     path = Path(target)
     if (path / MANIFEST).is_file():
@@ -87,32 +87,41 @@ def _of_run(run: RunDirectory, checkpoint: Path) -> Subject:
 
 
 def load_subject(subject: Subject, names: Sequence[str], overrides: Sequence[str], plugins: Plugins) -> Experiment:
-    """The experiment around a subject, with only the evaluators that are asked for.
+    """Return the experiment of a subject, reduced to the requested evaluators.
 
     Args:
-        names: entries of the experiment, or names of evaluator plugins; none means all of the experiment.
+        names: entries of the experiment's ``[[evaluators]]``, or evaluator plugins; empty for all entries.
+        overrides: texts ``KEY=VALUE``.
 
     Raises:
-        ConfigError: naming what can't be, or isn't installed.
+        ConfigError: when an option can't be changed or an evaluator is unknown, not installed, or not named at all.
     """
     allowed = CHANGEABLE if subject.run is not None else CHANGEABLE_ELSEWHERE
     wrong = [key for key in (".".join(parse_override(text)[0]) for text in overrides) if not key.startswith(allowed)]
     if wrong:
-        message = f"can't be changed for an evaluation; what can: {', '.join(allowed)}"
+        message = f"can't be changed for an evaluation; these can: {', '.join(allowed)}"
         raise ConfigError([Problem(key, message, "--set") for key in wrong])
     known = {choice.name for choice in _load(subject, (), plugins).experiment.evaluators}
     added: dict[str, dict[str, str]] = {}
     for name in dict.fromkeys(n for n in names if n not in known):
         if plugins["evaluator"].get(name) is None:
             hint = plugins["evaluator"].suggest(name)
-            message = f"neither an entry of the experiment ({', '.join(known) or 'none'}) nor a plugin{hint}"
+            entries = ", ".join(known) or "none"
+            message = f"this is neither an entry of the experiment ({entries}) nor an evaluator plugin{hint}"
             raise ConfigError([Problem(name, message, "--evaluator")])
         added[name] = {"plugin": name}
     loaded = _load(subject, overrides, plugins, [Tables({"evaluators": added}, "--evaluator")] if added else [])
     chosen = tuple(c for c in loaded.experiment.evaluators if not names or c.name in names)
     if not chosen:
         installed = ", ".join(entry.name for entry in plugins["evaluator"])
-        raise ConfigError([Problem("--evaluator", f"name at least one of {installed or 'none'}")])
+        raise ConfigError(
+            [
+                Problem(
+                    "--evaluator",
+                    f"the experiment has no evaluators; name at least one installed plugin ({installed or 'none'})",
+                )
+            ]
+        )
     needless = {"loggers", "optimizer", "data", "schedule"}
     skipped = {f"evaluators.{c.name}" for c in loaded.experiment.evaluators if c not in chosen}
     missing = [
@@ -139,7 +148,7 @@ def _load(
 
 
 def open_subject(subject: Subject, experiment: Experiment, device: torch.device) -> TrainedModel:
-    """The model and tokenizer of a subject."""
+    """Load the model and tokenizer of a subject onto ``device``."""
     if subject.run is not None and subject.checkpoint is not None:
         return open_trained(subject.run, subject.checkpoint, experiment, device)
     tokenizer = build_tokenizer(experiment.tokenizer)
@@ -154,12 +163,19 @@ def open_subject(subject: Subject, experiment: Experiment, device: torch.device)
 def evaluate_model(
     target: str, names: Sequence[str], overrides: Sequence[str], runs_dir: Path, plugins: Plugins
 ) -> int:
-    """Evaluate on this rank of the world that the environment describes. Returns the exit code: 1 when an evaluator
-    failed.
+    """Evaluate a model on this rank of the world that the environment describes, and print the results.
+
+    Args:
+        target: a run, a checkpoint's directory, or PLUGIN:PATH.
+        names: entries of the experiment's ``[[evaluators]]``, or evaluator plugins; empty for all entries.
+        overrides: texts ``KEY=VALUE``.
+
+    Returns:
+        The exit code, 1 when an evaluator failed.
 
     Raises:
-        NanochatError: when the user has to mend something. With several ranks nothing is raised: the first failure is
-            shown, and all ranks return its exit code.
+        NanochatError: for an error that the user can fix. With several ranks nothing is raised: the first failure is
+            printed, and all ranks return its exit code.
     """
     world = join_world()
     store = RankStore.open(world.size)
@@ -188,10 +204,12 @@ def _evaluate(subject: Subject, experiment: Experiment, world: World) -> int:
     trained = open_subject(subject, experiment, world.device)
     guarded = EvaluationWorld.of(world)
 
-    @cache  # built when somebody asks for it
+    @cache  # built only when an evaluator reads documents
     def source() -> DataSource:
         if experiment.data.entry is None:
-            raise DataError("an evaluator asks for documents: name a data source that is installed", key="data.plugin")
+            raise DataError(
+                "an evaluator reads documents: give the name of an installed data source", key="data.plugin"
+            )
         return build_source(experiment.data)
 
     evaluators = build_evaluators(
@@ -223,7 +241,7 @@ def _show(name: str, evaluation: Evaluation, path: Path) -> None:
     print(f"\n{name}:")
     if evaluation.examples:
         print((path / TABLE).read_text(encoding="utf-8"))
-    tasks = {row["task"] for row in evaluation.examples}  # these are in the table
+    tasks = {row["task"] for row in evaluation.examples}  # their scores are in the table
     for metric, value in evaluation.metrics.items():
         if metric.rpartition("/")[2] not in tasks:
             print(f"{metric}: {value:.6g}")
@@ -231,4 +249,4 @@ def _show(name: str, evaluation: Evaluation, path: Path) -> None:
         print(f"{title}: {text}")
     for note in evaluation.notes:
         print(note)
-    print(f"in {path}{f' ({EXAMPLES} has every example)' if evaluation.examples else ''}", flush=True)
+    print(f"written to {path}{f' ({EXAMPLES} has every example)' if evaluation.examples else ''}", flush=True)

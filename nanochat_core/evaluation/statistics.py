@@ -1,4 +1,4 @@
-"""Bootstrap intervals and tests of evaluation scores."""
+"""Bootstrap confidence intervals and significance tests of evaluation scores."""
 
 from __future__ import annotations
 
@@ -7,31 +7,28 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-DRAWS = 2000  # of a bootstrap
-
-
-SEED = 1
-
+DRAWS = 2000  # bootstrap samples
+SEED = 1  # of the bootstrap
 
 Values = npt.NDArray[np.float64]
 
 
 def bootstrap_means(values: Values, rng: np.random.Generator) -> Values:
-    """Means of ``DRAWS`` samples with replacement."""
-    if set(np.unique(values)) <= {0.0, 1.0}:  # then the number of ones in a sample is binomial
+    """Return the means of ``DRAWS`` samples of ``values`` with replacement."""
+    if set(np.unique(values)) <= {0.0, 1.0}:  # the number of ones in a sample is then binomial
         return rng.binomial(len(values), values.mean(), DRAWS) / len(values)
     draws = [values[rng.integers(0, len(values), len(values))].mean() for _ in range(DRAWS)]
     return np.array(draws)
 
 
 def interval(means: Values) -> tuple[float, float]:
-    """The middle 95%."""
+    """Return the 2.5% and 97.5% percentiles of ``means``, the bounds of a 95% confidence interval."""
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
 
 
 def sign_test(wins: int, losses: int) -> float:
-    """Two-sided p-value of so many wins and losses when both are equally likely; McNemar's for right and wrong."""
+    """Return the two-sided p-value of a sign test, which for right and wrong answers is McNemar's exact test."""
     n, few = wins + losses, min(wins, losses)
     if n == 0:
         return 1.0
@@ -40,6 +37,6 @@ def sign_test(wins: int, losses: int) -> float:
 
 
 def scale_of(values: Values, centered: Values) -> float:
-    """By how much centering, which is linear, stretches."""
+    """Return the factor by which centering, which is linear, scales values; 0 if all values are equal."""
     spread = float(values.max() - values.min())
     return float(centered.max() - centered.min()) / spread if spread else 0.0

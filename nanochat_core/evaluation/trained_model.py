@@ -1,4 +1,4 @@
-"""The trained model of a run or checkpoint, with its tokenizer."""
+"""The trained model of a run or of a checkpoint, with its tokenizer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,12 @@ from nanochat_core.runs.restore import load_experiment, newest_checkpoint
 
 @attrs.frozen
 class TrainedModel:
-    """A model of a run with its tokenizer."""
+    """A trained model with its tokenizer.
+
+    Args:
+        dtype: dtype of matrix products.
+        checkpoint: directory from which the model was loaded.
+    """
 
     model: Model
     tokenizer: Tokenizer
@@ -31,7 +36,7 @@ class TrainedModel:
 
 
 def load_trained(reference: str, runs_dir: Path, device: torch.device, plugins: Plugins) -> TrainedModel:
-    """The model and tokenizer of a run's newest sound checkpoint, on ``device``, in eval mode.
+    """Load the model and tokenizer of a run's newest valid checkpoint, on ``device``, in eval mode.
 
     Raises:
         CheckpointError: when there is no such run or checkpoint.
@@ -43,7 +48,11 @@ def load_trained(reference: str, runs_dir: Path, device: torch.device, plugins: 
 
 
 def open_trained(run: RunDirectory, checkpoint: Path, experiment: Experiment, device: torch.device) -> TrainedModel:
-    """The model of one checkpoint of a run; ``experiment`` has the checkpoint's options, see ``load_run``."""
+    """Load the model and tokenizer of a given checkpoint of a run, on ``device``, in eval mode.
+
+    Args:
+        experiment: the experiment with the options of the checkpoint, as ``load_run`` returns it.
+    """
     tokenizer = load_tokenizer(experiment.tokenizer, run.tokenizer)
     train = experiment.train
     model = build_model(experiment.model, train, tokenizer.vocab_size, device, for_training=False)

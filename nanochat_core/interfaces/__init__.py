@@ -1,1 +1,1 @@
-"""The six interfaces that plugins implement, one file per kind, and the loss."""
+"""The six interfaces that plugins implement, one module per kind, and the loss."""

@@ -14,7 +14,7 @@ from nanochat_core.interfaces.types import Split
 
 @attrs.frozen
 class DataContext:
-    """Facts that the factory of a data source gets.
+    """The context that the factory of a data source receives.
 
     Args:
         cache_dir: an existing directory for files that are kept between runs (downloads, extracted text).
@@ -28,14 +28,14 @@ class DataSource(ABC):
 
     @abstractmethod
     def documents(self, split: Split) -> Sequence[str]:
-        """The split's documents. Random access by index and by slice (with a step); a list will do.
+        """Return the split's documents: a list, or another sequence that supports indices and slices with a step.
 
         Raises:
             DataError: when the data are missing or unreadable.
         """
 
     def fingerprint(self, split: Split) -> str:
-        """Hex digest of the split's content. Default: over every document; override it where that is slow."""
+        """Return a hex digest of the split's content. The default reads every document; override it if that is slow."""
         digest = hashlib.sha256()
         for document in self.documents(split):
             data = document.encode("utf-8", errors="surrogatepass")
@@ -43,15 +43,21 @@ class DataSource(ABC):
         return digest.hexdigest()
 
     def problems(self) -> Sequence[str]:
-        """Places that were skipped so far because they can't be read: one line per place, in the order of reading."""
+        """Return a line for each place that was skipped so far because it can't be read, in the order of reading."""
         return ()
 
     def describe(self) -> Mapping[str, str | int]:
-        """What ``nanochat data info`` says of the source: name to value, such as ``files`` and ``bytes``. Fetches no
-        documents. Known to the core: ``text_bytes`` (of the training documents) and ``missing`` (files not here yet).
+        """Return facts that ``nanochat data info`` prints, name to value. This must not fetch documents.
+
+        The core uses ``text_bytes`` (size of the training documents), ``files``, ``bytes`` (size of the files), and
+        ``missing`` (number of files that are not downloaded yet).
         """
         return {}
 
     def download(self, workers: int) -> Sequence[str]:
-        """Download and check every file that is missing. Returns a line, with the reason, for each that still is."""
+        """Download and check every missing file, ``workers`` at a time.
+
+        Returns:
+            A line with the reason for each file that is still missing.
+        """
         return ()

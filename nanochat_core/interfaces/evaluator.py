@@ -18,17 +18,18 @@ from nanochat_core.interfaces.types import Batch, Split
 
 @attrs.frozen
 class EvaluatorContext:
-    """Facts that the factory of an evaluator gets.
+    """The context that the factory of an evaluator receives.
 
     Args:
-        tokenizer: the run's.
+        tokenizer: the tokenizer of the run.
         world: the ranks; every rank calls ``evaluate`` at the same time.
-        max_seq_len: T of the training rows.
-        device_batch_size: rows a device handles at once in training.
-        rows: ``rows(split, tokens)`` gives this rank's share of the first ``tokens`` tokens of a split (fewer if it
-            has fewer), as batches on the device, always [device_batch_size, max_seq_len], filled up with ``IGNORED``.
-        time_left: seconds until the entry's ``time_budget`` is used up, infinity without one. Ranks may differ.
-        directory: where to keep partial results that should survive an interruption; None: nowhere. Not created.
+        max_seq_len: T of the training rows, in tokens.
+        device_batch_size: rows of a micro-batch in training.
+        rows: ``rows(split, tokens)`` yields this rank's share of the first ``tokens`` tokens of a split (or of all, if
+            it has fewer), as batches on the device. Each is [device_batch_size, max_seq_len], padded with ``IGNORED``.
+        time_left: returns the seconds until the entry's ``time_budget`` is used up, infinity without one. Ranks may
+            differ.
+        directory: directory for partial results that should survive an interruption, not yet created; None: keep none.
     """
 
     tokenizer: Tokenizer
@@ -45,16 +46,17 @@ class Evaluation:
     """The results of one evaluation.
 
     Args:
-        metrics: metric name to value. An entry renamed in TOML gets its name and a slash in front of each.
-        texts: name to text, for people (samples).
-        examples: a row for each example, for people who want to look, and for comparisons: ``task``, ``example`` (the
-            same for every model, such as a hash), ``value`` (the mean of a task's values is its score, such as 1 for
-            right and 0 for wrong), optionally ``centered`` (the same, 0 for a guess), and what else a table can hold.
-        files: file name to text: tables to keep besides.
-        facts: what else should be recorded, as JSON, such as versions and counts.
-        settings: facts that results depend on besides the model, as JSON: numbers of two evaluations compare only where
-            these agree, and ``nanochat eval --compare`` says where they don't.
-        notes: lines for people.
+        metrics: metric name to value. If an entry has a name of its own, the core adds the name and a slash in front.
+        texts: name to text, for people to read, such as samples.
+        examples: a row for each example, for inspection and for comparisons: ``task``, ``example`` (an identifier that
+            is the same for every model, such as a hash), ``value`` (the mean over a task is its score, such as 1 for
+            right and 0 for wrong), optionally ``centered`` (the value scaled so that guessing gives 0), and any further
+            columns of a table.
+        files: file name to text of further files to keep.
+        facts: further facts to record, as JSON, such as versions and counts.
+        settings: facts besides the model on which results depend, as JSON. Two evaluations are comparable only if these
+            are equal; ``nanochat eval --compare`` warns about differences.
+        notes: lines for people to read.
     """
 
     metrics: Mapping[str, float] = attrs.field(factory=dict)
@@ -67,7 +69,12 @@ class Evaluation:
 
 
 class Evaluator(ABC):
-    """Looks at a model. Runs on every rank, the model in eval mode, without gradients; the result of rank 0 counts."""
+    """An evaluation of a model, such as a validation loss, a benchmark, or samples."""
 
     @abstractmethod
-    def evaluate(self, model: Model, step: int) -> Evaluation: ...
+    def evaluate(self, model: Model, step: int) -> Evaluation:
+        """Evaluate ``model`` after ``step`` optimizer steps.
+
+        Called on every rank at the same time, with the model in eval mode and without gradients. The result of rank 0
+        is used.
+        """

@@ -1,4 +1,4 @@
-"""The interface of loggers. Imports no torch: a logger runs in a process of its own, which has no use for it."""
+"""The Logger interface. This module imports no torch, since a logger runs in a process of its own without it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import attrs
 
 from nanochat_core.files import LEDGER, read_ledger
 
-_NOT_FINITE = ("nan", "inf", "-inf")  # JSON has no such numbers, so the ledger writes words
+_NOT_FINITE = ("nan", "inf", "-inf")  # JSON has no such numbers, so the ledger has strings instead
 
 
 def metrics_and_texts(record: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, str]]:
-    """What a line of the ledger says, by name: numbers, among them those that are not finite, and texts."""
+    """Split a record of the ledger into metrics by name, those that are not finite included, and texts by name."""
     values = {name: value for name, value in record.items() if name not in ("step", "time", "evaluator")}
     texts = {name: value for name, value in values.items() if isinstance(value, str) and value not in _NOT_FINITE}
     metrics = {
@@ -26,17 +26,18 @@ def metrics_and_texts(record: Mapping[str, Any]) -> tuple[dict[str, float], dict
 
 @attrs.frozen
 class LoggerContext:
-    """What a logger may know when it is built, once a run and only on rank 0.
+    """The context that the factory of a logger receives, once per run and only on rank 0.
 
     Args:
         directory: the run's directory.
-        name: experiment name; ``id``: the run's id.
-        project, group, tags: of ``[run]``.
+        name: the name of the experiment; ``id``: the id of the run.
+        project, group, tags: the options of ``[run]``.
         experiment: the resolved experiment as nested plain data.
         num_iterations: optimizer steps of the run.
-        start_step: the first step it will be told of, or has to be told of again: 0, or where it or the run goes on.
-        live: the run is being trained; False when ``nanochat log-sync`` sends a run that has ended.
-        report: say a line to the person at the terminal (what is printed goes to ``loggers/<name>.log``).
+        start_step: the first step whose records the logger receives, some perhaps again: 0 for a new run, otherwise the
+            step from which the logger or the run continues.
+        live: whether the run is being trained; False when ``nanochat log-sync`` sends a run that has ended.
+        report: prints a line on the user's terminal (standard output of a logger goes to ``loggers/<name>.log``).
     """
 
     directory: Path
@@ -52,7 +53,7 @@ class LoggerContext:
     report: Callable[[str], None] = print
 
     def evaluations(self) -> list[tuple[int, str, str, float]]:
-        """Step, evaluator's entry, metric and value of all that evaluators have found since the run began."""
+        """Return (step, evaluator's entry, metric, value) of all results of evaluators since the run began."""
         return [
             (record["step"], record["evaluator"], name, value)
             for record in read_ledger(self.directory / LEDGER)
@@ -62,21 +63,26 @@ class LoggerContext:
 
 
 class Logger(ABC):
-    """Mirrors the ledger, in a process of its own. What it raises, and how long it takes, never touches training.
+    """A copy of the ledger in another place, written by a process of its own, so that training is not affected by its
+    errors and delays.
 
-    ``rewinds``: how a logger is told of a run that was resumed from an older checkpoint. False: it is never told of a
-    step twice. True: it is told again of every step from ``context.start_step`` on, and replaces what it knew.
+    ``rewinds`` selects the records that a logger receives of a run that is resumed from an older checkpoint. False: it
+    never receives a step twice. True: it receives every step from ``context.start_step`` on again, and replaces the
+    records that it had.
     """
 
     rewinds: ClassVar[bool] = False
 
     @abstractmethod
     def log(self, record: Mapping[str, float | str]) -> None:
-        """One line of the ledger: ``step``, ``time`` (seconds since the epoch), and metrics or texts by name.
+        """Log a record of the ledger: ``step``, ``time`` (seconds since the epoch), and metrics or texts by name.
 
-        What evaluators found carries their entry's name as ``evaluator``. A record that raises is told again later.
+        A record of an evaluator has the name of its entry as ``evaluator``. When this raises, the record is sent again
+        later.
         """
 
     def finish(self, status: Literal["finished", "failed", "preempted"]) -> None:
-        """The run ended. ``failed``: also when it was killed. The process ends at once when this returns, without what
-        libraries do at exit, so flush and close here."""
+        """Finish the log of a run that has ended; ``failed`` includes a run that was killed.
+
+        When this returns, the process ends at once, without the exit handlers of libraries: flush and close here.
+        """

@@ -1,7 +1,6 @@
-"""The six interfaces of nanochat, and the contexts that factories get.
+"""The Model interface.
 
-Tensor names carry their shape: B sequences, T positions, D hidden size, V vocabulary, N = any number of positions.
-A factory is called as ``factory(config, context)`` with the plugin's typed config and the context of its kind.
+Names of tensors end in their shape: B sequences, T positions, D hidden size, V vocabulary, N any number of positions.
 """
 
 from __future__ import annotations
@@ -14,32 +13,23 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from nanochat_core.interfaces.logger import Logger as Logger
-from nanochat_core.interfaces.logger import LoggerContext as LoggerContext
 from nanochat_core.interfaces.loss import cross_entropy
 from nanochat_core.interfaces.types import Resolved
-
-# ---------------------------------------------------------------------------------------------------- tokenizers
-
-
-# -------------------------------------------------------------------------------------------------- data sources
-
-
-# -------------------------------------------------------------------------------------------------------- models
 
 
 @attrs.frozen
 class ModelContext:
-    """Facts that the factory of a model gets.
+    """The context that the factory of a model receives.
 
-    It is built on the CPU (or on the meta device, to count) with torch's default generator seeded, then moved.
+    A model is built on the CPU, with torch's default generator seeded, and then moved to ``device``. For planning it is
+    built on the meta device.
 
     Args:
         vocab_size: number of tokens of the tokenizer.
         max_seq_len: longest training row T, in tokens.
-        device: where it will run.
-        dtype: what matrix products should be computed in (float32, bfloat16 or float16). Forward passes run under
-            ``torch.autocast`` with it; a model that casts by itself turns that off inside.
+        device: device on which the model will run.
+        dtype: dtype of matrix products (float32, bfloat16 or float16). Forward passes run under ``torch.autocast`` with
+            it; a model that casts by itself disables autocast inside.
     """
 
     vocab_size: int
@@ -49,34 +39,43 @@ class ModelContext:
 
 
 class Cache(Protocol):
-    """State of a model between chunks of one batch of sequences.
+    """The state of a model between consecutive chunks of a batch of sequences, such as a KV cache.
 
-    Where ``length`` can be set to a smaller number, the positions from there on are forgotten, and what several
-    choices begin with is computed once when they are scored.
+    ``length`` may be settable. Setting it to a smaller number forgets the positions after it, which allows the scoring
+    of choices to compute their common beginning once.
     """
 
     @property
     def length(self) -> int:
-        """Number of positions already read."""
+        """Number of positions that the cache holds."""
 
 
 class Model(nn.Module, ABC):
-    """A causal language model in two parts, so that losses, scores and samples are written once, in the core."""
+    """A causal language model in two parts, hidden states and head, from which the core computes losses and samples."""
 
-    vocab_size: int  # V, at least the tokenizer's; ids outside raise
-    hidden_size: int  # D of ``hidden``
-    max_positions: int | None = None  # most positions it can read; None: any number
+    vocab_size: int  # V, at least that of the tokenizer; ids out of range raise
+    hidden_size: int  # D, the size of the states that ``hidden`` returns
+    max_positions: int | None = None  # maximum number of positions of a sequence; None: no limit
 
     @abstractmethod
     def hidden(self, ids_BT: Tensor, cache: Cache | None = None) -> Tensor:
-        """[B, T, D] states before the head. With a cache, ``ids_BT`` continue what it holds, and it grows by T."""
+        """Return the states before the head, [B, T, D], for int64 ids [B, T].
+
+        With a cache, ``ids_BT`` continue the sequences in it, and it grows by T positions.
+        """
 
     @abstractmethod
     def logits(self, hidden_ND: Tensor) -> Tensor:
-        """float32 [N, V]. A model that only has logits sets D = V and returns its input."""
+        """Return the logits, float32 [N, V], of states [N, D].
+
+        A model whose ``hidden`` computes logits has D = V, and returns its argument here.
+        """
 
     def forward(self, ids_BT: Tensor, targets_BT: Tensor, reduction: Literal["sum", "none"] = "sum") -> Tensor:
-        """Cross-entropy of the targets, in nats: float32, () summed or [B, T]; ignored targets give 0."""
+        """Return the cross-entropy of the targets in nats, as float32: the sum, (), or [B, T] with reduction "none".
+
+        Targets that are ``IGNORED`` (-1) give 0.
+        """
         training = self.training and torch.is_grad_enabled()
         hidden = self._compiled_hidden if training and self._compiled_hidden is not None else self.hidden
         return cross_entropy(self, hidden(ids_BT), targets_BT, reduction)
@@ -84,31 +83,37 @@ class Model(nn.Module, ABC):
     _compiled_hidden: Callable[[Tensor], Tensor] | None = None
 
     def compile_training(self) -> None:
-        """Compile what training runs through; evaluation and sampling, whose shapes vary, stay as they are."""
+        """Compile the computation of training. Evaluation and sampling, whose shapes vary, are not compiled."""
         self._compiled_hidden = torch.compile(self.hidden, dynamic=False)
 
     def new_cache(self, batch_size: int, max_tokens: int) -> Cache | None:
-        """An empty cache, or None for a model without: then the prefix is computed again for every token."""
+        """Return an empty cache for ``batch_size`` sequences of up to ``max_tokens`` tokens.
+
+        None: the model has no cache, and sampling computes the whole sequence again for every token.
+        """
         return None
 
     def checkpoint_activations(self) -> None:
-        """Keep only what enters each block for the backward pass, and compute the rest again there, as
-        ``torch.utils.checkpoint`` does with ``use_reentrant=False``. Called once, before ``compile_training``.
+        """Enable activation checkpointing: keep only the input of each block for the backward pass, and recompute the
+        rest there, as ``torch.utils.checkpoint`` does with ``use_reentrant=False``. Called once, before
+        ``compile_training``.
 
         Raises:
-            NotImplementedError: when the model can't.
+            NotImplementedError: when the model does not support it.
         """
         raise NotImplementedError
 
     def parameter_roles(self) -> Mapping[str, str]:
-        """Parameter name to role. Roles that optimizers know: ``matrix`` (2-D weight inside a block), ``embedding``,
-        ``head``, ``scalar`` (anything else). A dot refines a role, as in ``scalar.residual``: an optimizer that
-        doesn't know the whole of it goes by its ``base_role``. Default: by shape and module type, see
-        ``default_roles``."""
+        """Return the role of each parameter, by name.
+
+        Every optimizer knows ``matrix`` (2-D weight inside a block), ``embedding``, ``head`` and ``scalar`` (anything
+        else). A dot refines a role, as in ``scalar.residual``: an optimizer that doesn't know the refined role uses its
+        ``base_role``. Default: by shape and module type, see ``default_roles``.
+        """
         return default_roles(self)
 
     def parameter_counts(self) -> Mapping[str, int]:
-        """Number of parameters by base role, and their sum as ``total``."""
+        """Return the number of parameters by base role, and their sum as ``total``."""
         roles, counts = self.parameter_roles(), dict[str, int]()
         for name, parameter in self.named_parameters():
             role = base_role(roles[name])
@@ -116,37 +121,40 @@ class Model(nn.Module, ABC):
         return {**counts, "total": sum(counts.values())}
 
     def flops_per_token(self, max_seq_len: int) -> float:
-        """FLOPs per token of one forward and backward pass. Default: 6 per parameter, embeddings excluded."""
+        """Return the FLOPs per token of a forward and backward pass. Default: 6 per parameter, embeddings excluded."""
         counts = self.parameter_counts()
         return 6.0 * (counts["total"] - counts.get("embedding", 0))
 
     def reference_counts(self) -> Mapping[str, int] | None:
-        """``parameter_counts`` of the family's reference model, the one whose best batch is 2^19 tokens (often the
-        one of depth 12). None: ``total_batch_size = "auto"`` is refused."""
+        """Return the ``parameter_counts`` of the reference model of the family: the one whose best batch size is 2^19
+        tokens, often that of depth 12. None: there is none, and ``total_batch_size = "auto"`` is an error."""
         return None
 
     def resolved_options(self) -> Mapping[str, Resolved]:
-        """The value of each option left to "auto", by option name."""
+        """Return the values of options that are "auto", by option name."""
         return {}
 
     def unsupported(self) -> Mapping[str, str]:
-        """Options that can't be trained with on the device the model was built for: option name to why, and what to do.
-        A run is refused; a plan for other hardware goes on."""
+        """Return options with which training is not possible on the device that the model was built for: option name to
+        the reason and the remedy. A run is refused, whereas a plan only reports them."""
         return {}
 
     def describe(self) -> Mapping[str, str | int]:
-        """Lines of the plan about the model: name to value, such as ``layers`` and ``width``."""
+        """Return lines about the model for the plan: name to value, such as ``layers`` and ``width``."""
         return {}
 
 
 def base_role(role: str) -> str:
-    """``scalar`` of ``scalar.residual``; ``matrix`` of ``matrix``."""
+    """Return a role without its refinement: ``scalar`` for ``scalar.residual``, ``matrix`` for ``matrix``."""
     return role.partition(".")[0]
 
 
 def default_roles(model: nn.Module) -> dict[str, str]:
-    """Roles for a model that declares none: what an ``nn.Embedding`` holds is ``embedding``, even if it is the head
-    too; else the last 2-D parameter is ``head``; other 2-D parameters are ``matrix``, everything else ``scalar``."""
+    """Return roles for a model that declares none, by parameter name.
+
+    The weight of an ``nn.Embedding`` is ``embedding``, even if the head shares it. Otherwise the last 2-D parameter is
+    ``head``, other 2-D parameters are ``matrix``, and all others are ``scalar``.
+    """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     others = [m for m in model.modules() if not isinstance(m, nn.Embedding)]
     tied = any(id(p) in embeddings for m in others for p in m.parameters(recurse=False))
@@ -161,9 +169,3 @@ def default_roles(model: nn.Module) -> dict[str, str]:
         else:
             roles[name] = "scalar"
     return roles
-
-
-# ---------------------------------------------------------------------------------------------------- optimizers
-
-
-# ---------------------------------------------------------------------------------------------------- evaluators

@@ -14,20 +14,21 @@ from nanochat_core.interfaces.types import Resolved
 
 @attrs.frozen
 class OptimizerContext:
-    """Facts that the factory of an optimizer gets.
+    """The context that the factory of an optimizer receives.
 
-    It is built on every rank, and once more on the meta device to plan, where there are no other ranks to talk to.
+    An optimizer is built on every rank. For planning it is also built on the meta device, where it must not communicate
+    with other ranks.
 
     Args:
         parameters: trainable parameters by name, in the model's order, the same on every rank.
         roles: role of each parameter, by name.
-        hidden_size: the model's D.
+        hidden_size: the hidden size D of the model.
         world: the ranks.
         total_batch_size: tokens per optimizer step, over all ranks.
         num_iterations: optimizer steps of the run.
-        relative_data: D / D12: tokens that the data : parameter ratio asks for, over those it asks for the family's
-            reference model (see ``Model.reference_counts``); None for a model without. Scaling rules go by it, even
-            when something else sets the horizon.
+        relative_data: D / D12, the number of training tokens at the data : parameter ratio, divided by that of the
+            family's reference model (see ``Model.reference_counts``); None for a model without one. Scaling rules use
+            it even if another option sets the number of steps.
     """
 
     parameters: Mapping[str, nn.Parameter]
@@ -47,7 +48,7 @@ class Multipliers:
         step: optimizer steps already done.
         num_iterations: optimizer steps of the run.
         lr: factor on every learning rate.
-        warmdown: how far the schedule's last phase has come, from 0 (before it) to 1.
+        warmdown: progress of the last phase of the schedule, from 0 (before it) to 1.
     """
 
     step: int
@@ -57,46 +58,55 @@ class Multipliers:
 
 
 class Optimizer(ABC):
-    """Two halves, because clipping and skipping need the global norm before any update.
+    """An optimizer whose step has two halves, since clipping and skipping need the global norm before any update.
 
-    One step: backward passes; before the last, ``begin_reduce``; then ``reduce``, then ``update`` or ``discard``.
+    A step consists of backward passes, with ``begin_reduce`` before the last, then ``reduce``, then ``update`` or
+    ``discard``.
     """
 
     def begin_reduce(self) -> None:
-        """The next backward pass is the step's last: gradients it completes may be sent at once."""
+        """Prepare for the last backward pass of a step: the gradients that it completes may be sent at once."""
 
     @abstractmethod
     def reduce(self) -> Tensor:
-        """Sum gradients over ranks. Returns the float32 L2 norm of the sums, (), the same on every rank.
+        """Sum gradients over ranks. Returns the L2 norm of the sums, a float32 () tensor, equal on every rank.
 
-        A rank that was told to stop while it waited for data has none, which count as zeros: it calls ``begin_reduce``
-        and ``reduce`` without a backward pass, and then all ranks call ``discard``."""
+        A rank that has to stop while it waits for data has no gradients, which count as zeros. It calls
+        ``begin_reduce`` and ``reduce`` without a backward pass, and then all ranks call ``discard``.
+        """
 
     @abstractmethod
     def update(self, scale: float, multipliers: Multipliers) -> None:
-        """One step with gradients times ``scale`` (it holds clipping and the division by the number of tokens);
-        clears the gradients."""
+        """Update the parameters with the gradients times ``scale``, then clear the gradients.
+
+        Args:
+            scale: factor for clipping and for the division by the number of tokens.
+            multipliers: values of the schedules for this step.
+        """
 
     @abstractmethod
     def discard(self) -> None:
-        """Clear the gradients without touching parameters or moments."""
+        """Clear the gradients without changing parameters or optimizer state."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Tensor]:
-        """Flat, keys ``<parameter name>/<what>``, the same for any number of ranks. Collective."""
+        """Return the state as a flat dict with keys ``<parameter name>/<tensor name>``, equal for any number of ranks.
+
+        Collective: every rank calls it.
+        """
 
     @abstractmethod
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore what ``state_dict`` gave, exactly."""
+        """Restore a state that ``state_dict`` returned, exactly."""
 
     @abstractmethod
     def state_bytes(self) -> int:
-        """Bytes of state this rank holds after the first update, known before it."""
+        """Return the bytes of state that this rank holds after the first update; called before it."""
 
     def resolved_options(self) -> Mapping[str, Resolved]:
-        """The value of each option left to "auto", by option name."""
+        """Return the values of options that are "auto", by option name."""
         return {}
 
     def describe(self) -> Mapping[str, str | int]:
-        """Lines of the plan about the optimizer: name to value, such as the learning rates in force."""
+        """Return lines about the optimizer for the plan: name to value, such as the learning rates in force."""
         return {}

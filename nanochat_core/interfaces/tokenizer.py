@@ -14,11 +14,11 @@ from nanochat_core.interfaces.types import Tokens
 
 @attrs.frozen
 class TokenizerContext:
-    """Facts that the factory of a tokenizer gets.
+    """The context that the factory of a tokenizer receives.
 
     Args:
-        documents: gives a fresh iterator over the training documents, for a tokenizer that must be trained.
-        saved: a directory that ``save`` of the same plugin wrote: load from there instead of training.
+        documents: returns a new iterable over the training documents, for a tokenizer that must be trained.
+        saved: directory that ``save`` of the same plugin wrote, from which to load instead of training; None: train.
     """
 
     documents: Callable[[], Iterable[str]]
@@ -26,52 +26,53 @@ class TokenizerContext:
 
 
 class Tokenizer(ABC):
-    """Text to tokens and back.
+    """A reversible mapping of text to tokens.
 
-    A tokenizer that is trained has an option ``vocab_size`` and delivers exactly that many tokens, so that a run can
-    be planned before the training.
+    A tokenizer that is trained must have an option ``vocab_size`` and exactly that many tokens, so that a run can be
+    planned before the tokenizer is trained.
     """
 
     @property
     @abstractmethod
     def vocab_size(self) -> int:
-        """Number of tokens, special ones included; ids lie in [0, vocab_size)."""
+        """Number of tokens, special ones included; ids are in [0, vocab_size)."""
 
     @property
     @abstractmethod
     def special_tokens(self) -> Mapping[str, int]:
-        """Special tokens by name. Must hold ``<|bos|>``, which leads every document. Never parsed out of text."""
+        """Ids of special tokens by name, among them ``<|bos|>``, with which every document begins."""
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Tokens of ``text``, without bos. Special-token strings inside the text are ordinary text."""
+        """Return the ids of ``text``, without bos. Names of special tokens in the text are encoded as ordinary text."""
 
     @abstractmethod
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """The exact bytes of ``ids``; special tokens give their name."""
+        """Return the exact bytes of ``ids``; a special token gives its name."""
 
     @abstractmethod
     def token_bytes(self) -> Tokens:
-        """[V] int32: number of raw bytes of each token, 0 for special ones."""
+        """Return the number of bytes of each token, int32 [V]; 0 for special tokens."""
 
     @abstractmethod
     def save(self, directory: Path) -> None:
-        """Write all that is needed to load it again, as readable files without pickles, into an existing directory."""
+        """Write all that is needed to load the tokenizer into an existing directory, as readable files, no pickles."""
 
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """Hex digest of everything that determines the tokens of a text."""
+        """Hex digest of everything on which the tokens of a text depend."""
 
     @property
     def bos_id(self) -> int:
+        """Id of ``<|bos|>``."""
         return self.special_tokens["<|bos|>"]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ``ids``; bytes that are not UTF-8 become U+FFFD."""
+        """Return the text of ``ids``; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def encode_documents(self, texts: Sequence[str]) -> list[Tokens]:
-        """One int32 array per document, each led by bos. Called from a background thread."""
+        """Return an int32 array per document, each beginning with bos. Called from a background thread."""
         bos = self.bos_id
         return [np.array([bos, *self.encode(text)], dtype=np.int32) for text in texts]

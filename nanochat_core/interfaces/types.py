@@ -19,17 +19,18 @@ Tokens: TypeAlias = npt.NDArray[np.int32]
 
 @attrs.frozen
 class Batch:
-    """Rows of one micro-batch.
+    """The rows of a micro-batch.
 
     Args:
-        ids_BT: int64 tokens that the model reads.
-        targets_BT: int64 tokens that follow them; ``IGNORED`` (-1) where there is nothing to predict.
+        ids_BT: int64 [B, T] tokens that the model reads.
+        targets_BT: int64 [B, T] tokens that follow them; ``IGNORED`` (-1) where there is nothing to predict.
     """
 
     ids_BT: Tensor
     targets_BT: Tensor
 
     def to(self, device: torch.device) -> Batch:
+        """Return the batch on ``device``; copies to a CUDA device are asynchronous."""
         if device.type == "cpu":
             return self
         pinned = device.type == "cuda"
@@ -42,7 +43,7 @@ Split = Literal["train", "val"]
 
 @attrs.frozen
 class Resolved:
-    """The value of an option that was left to "auto", and the formula that gave it, in words."""
+    """The value of an option that is "auto", and the formula that gave it, in words."""
 
     value: bool | int | float | str
     formula: str

@@ -1,1 +1,1 @@
-"""What a run will do and cost, before it starts: every "auto" becomes a number."""
+"""Planning of a run before it starts: every "auto" gets a value, and memory, time and FLOPs are estimated."""

@@ -1,4 +1,4 @@
-"""What each "auto" of the core's options becomes, and the formula that gives it."""
+"""The values of the core's options that are "auto", each with its formula."""
 
 from __future__ import annotations
 
@@ -13,53 +13,53 @@ from nanochat_core.hardware.machine import compute_dtype, peak_flops
 from nanochat_core.interfaces.types import Resolved
 from nanochat_core.planning.batch_size import largest_that_fits
 
-REFERENCE_BATCH = 2**19  # tokens; the best batch of the reference model
+REFERENCE_BATCH = 2**19  # tokens; the best batch size of the reference model
 
 
 def auto_dtype(device: torch.device) -> Resolved:
-    """``train.dtype``: 16 bits where the hardware gains from them."""
+    """Return ``train.dtype``: a 16-bit type where the hardware computes faster with it."""
     dtype = compute_dtype("auto", device)
     if device.type == "cpu":
         reason = "this CPU has AMX or avx512_bf16" if cpu_has_bf16() else "this CPU has no fast bfloat16"
     else:
-        gains = "gains" if dtype is torch.bfloat16 else "does not gain"
-        instead = ", but from float16" if dtype is torch.float16 else ""
-        reason = f"this {device.type.upper()} device {gains} from bfloat16{instead}"
+        has = "has" if dtype is torch.bfloat16 else "has no"
+        instead = ", but fast float16" if dtype is torch.float16 else ""
+        reason = f"this {device.type.upper()} device {has} fast bfloat16{instead}"
     return Resolved(name_of(dtype), reason)
 
 
 def auto_total_batch_size(relative_data: float) -> Resolved:
-    """``train.total_batch_size``, in tokens.
+    """Return ``train.total_batch_size``, in tokens.
 
     Args:
-        relative_data: data of this run over that of the reference model, see ``Plan.relative_data``.
+        relative_data: training tokens of this run divided by those of the reference model (``Plan.relative_data``).
     """
     batch = 2 ** round(math.log2(REFERENCE_BATCH * relative_data**0.383))
     return Resolved(batch, f"2^19 (D / D12)^0.383, D / D12 = {relative_data:.3g}, to the nearest power of two")
 
 
 def auto_device_batch_size(rows_per_rank: int, needs: Mapping[int, int], limit: int) -> Resolved:
-    """``train.device_batch_size``, in rows: the largest that fits.
+    """Return ``train.device_batch_size``, in rows: the largest that fits into memory, or else the smallest.
 
     Args:
-        rows_per_rank: rows of a rank per step.
-        needs: bytes that training needs, estimated, by rows of a micro-batch, rising.
-        limit: bytes there are.
+        rows_per_rank: rows per rank and optimizer step.
+        needs: estimated bytes that training needs, by rows of a micro-batch, in rising order.
+        limit: bytes that are available.
     """
     sizes = list(needs)
     rows = largest_that_fits(sizes, sizes[-1], lambda b: needs[b] <= limit) or sizes[0]
     size, most = f"{needs[rows] / GIB:.2f} GiB", f"{limit / GIB:.2f} GiB"
     if needs[rows] > limit:
-        return Resolved(rows, f"the smallest, though its {size}, estimated, are more than the {most} there are")
-    text = f"the largest of {', '.join(map(str, sizes))} (they divide the {rows_per_rank} rows of a rank and step) "
-    return Resolved(rows, f"{text}that fits: {size} of {most}, estimated")
+        return Resolved(rows, f"the smallest, although its estimated {size} exceed the {most} available")
+    text = f"the largest of {', '.join(map(str, sizes))} (divisors of the {rows_per_rank} rows per rank and step) "
+    return Resolved(rows, f"{text}that fits: an estimated {size} of {most}")
 
 
 def auto_compile(device: torch.device, dtype: torch.dtype, flops: float) -> Resolved:
-    """``train.compile``: whether compiling saves more seconds than it takes.
+    """Return ``train.compile``: true where compiling saves more time than it takes.
 
     Args:
-        flops: of the whole training.
+        flops: floating-point operations of the whole training.
     """
     if device.type == "mps":
         return Resolved(False, "off on MPS")
@@ -67,7 +67,9 @@ def auto_compile(device: torch.device, dtype: torch.dtype, flops: float) -> Reso
         return Resolved(True, "on for CUDA")
     peak, _ = peak_flops(device, dtype)
     seconds = flops / (0.25 * peak)  # eager training reaches about a quarter of the matmul peak
-    worth = seconds > 240  # compiling takes some 20 s and saves a fifth: twice what earns it back
+    worth = (
+        seconds > 240
+    )  # compiling takes about 20 s and saves a fifth of the time; this is twice the break-even point
     return Resolved(
-        worth, f"about {seconds:.0f} s of training {'earn' if worth else 'do not earn'} the compile time back"
+        worth, f"about {seconds:.0f} s of training are {'enough' if worth else 'too few'} to repay the compile time"
     )

@@ -1,4 +1,4 @@
-"""The plan as people read it."""
+"""The plan of a run as text for people."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from nanochat_core.planning.plan import Planned
 
 
 def format_plan(planned: Planned) -> str:
-    """The banner of a run."""
+    """Format a plan as lines of a name and a value, as ``plan`` and ``run`` print it."""
     plan = planned.plan
 
     def count(n: int) -> str:
@@ -21,11 +21,11 @@ def format_plan(planned: Planned) -> str:
     rows += [(name, count(v) if isinstance(v, int) else v) for name, v in plan.description.items()]
     by_role = ", ".join(f"{role} {count(n)}" for role, n in counts.items() if role != "total")
     rows.append(("parameters", f"{count(counts['total'])} ({by_role})"))
-    rows.append(("FLOPs a token", f"{plan.flops_per_token:.4e}"))
+    rows.append(("FLOPs per token", f"{plan.flops_per_token:.4e}"))
     rows.append(
-        ("micro-batch and rank", f"{plan.device_batch_size} x {plan.max_seq_len} = {count(tokens_micro)} tokens")
+        ("micro-batch per rank", f"{plan.device_batch_size} x {plan.max_seq_len} = {count(tokens_micro)} tokens")
     )
-    rows.append(("total batch size", f"{count(plan.total_batch_size)} tokens a step"))
+    rows.append(("total batch size", f"{count(plan.total_batch_size)} tokens per step"))
     rows.append(("accumulation steps", count(plan.accumulation_steps)))
     rows.append(("steps", f"{count(plan.num_iterations)} ({plan.horizon})"))
     rows.append(("schedule", f"warmup {plan.warmup_steps}, warmdown {plan.warmdown_steps} steps"))
@@ -35,9 +35,9 @@ def format_plan(planned: Planned) -> str:
     parts = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in plan.memory.items())
     known = "activations" in plan.memory
     total = sum(plan.memory.values())
-    estimate = f"about {total / 2**20:,.0f} MiB a device ({parts})"
+    estimate = f"about {total / 2**20:,.0f} MiB per device ({parts})"
     if total > plan.room:
-        estimate += f", more than the {plan.room / 2**20:,.0f} MiB it may take"
+        estimate += f", more than the {plan.room / 2**20:,.0f} MiB available for training"
     rows.append(("memory", estimate if known else f"{estimate}; activations unknown for this model"))
     rows += [("unverified", f"{key}: {note}") for key, note in planned.unverified.items()]
     width = max(len(name) for name, _ in rows)

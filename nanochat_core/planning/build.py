@@ -20,7 +20,8 @@ CPU = torch.device("cpu")
 
 
 def planned_vocab_size(choice: Choice) -> int:
-    """Vocabulary size of a tokenizer before it is trained: its option, or that of a tokenizer that needs no training.
+    """Return the vocabulary size of a tokenizer before it is trained: its option ``vocab_size``, or that of the built
+    tokenizer if it needs no training.
 
     Raises:
         PluginError: when a tokenizer without an option ``vocab_size`` asks for documents.
@@ -32,7 +33,7 @@ def planned_vocab_size(choice: Choice) -> int:
     def no_documents() -> Iterable[str]:
         raise PluginError(
             f"tokenizer plugin {choice.plugin!r} trains on documents but has no option vocab_size: its config class "
-            f"needs one, so that a run can be planned before the training"
+            f"needs that option, so that a run can be planned before the tokenizer is trained"
         )
 
     tokenizer: Tokenizer = choice.build(TokenizerContext(documents=no_documents))
@@ -48,19 +49,19 @@ def build_model(
     for_training: bool,
     built_on: torch.device = CPU,
 ) -> Model:
-    """Build a model that will run on ``device``, and check its side of the contract.
+    """Build a model that will run on ``device``, and check that it keeps the contract of models.
 
     Args:
         choice: the ``[model]`` table.
         train: the ``[train]`` table, in which ``dtype`` is no longer "auto".
         vocab_size: number of tokens of the tokenizer.
-        for_training: with ``train.activation_checkpointing``.
-        built_on: where the parameters are when this returns: the CPU, or the meta device for a model that is only
-            counted.
+        for_training: whether to apply ``train.activation_checkpointing``.
+        built_on: device of the parameters of the returned model: the CPU, or the meta device for a model of which
+            only parameters, memory and FLOPs are counted.
 
     Raises:
-        PluginError: when the factory returns no Model.
-        ConfigError: when its vocabulary is smaller than the tokenizer's, or it can't checkpoint its activations.
+        PluginError: when the factory returns no Model, or one that breaks the contract.
+        ConfigError: when its vocabulary is smaller than the tokenizer's, or it has no activation checkpointing.
     """
     with built_on:
         model = choice.build(ModelContext(vocab_size, train.max_seq_len, device, dtype_of(train.dtype)))
@@ -73,18 +74,18 @@ def build_model(
             raise PluginError(f"model {choice.plugin!r} must set self.{attribute} to an int")
     if model.vocab_size < vocab_size:
         message = (
-            f"the tokenizer has {vocab_size} tokens but the model only {model.vocab_size}: "
+            f"the tokenizer has {vocab_size} tokens, but the model has only {model.vocab_size}: "
             f"raise the model's vocabulary or lower tokenizer.vocab_size"
         )
         raise ConfigError([Problem("model.plugin", message)])
     unknown = {n for n, _ in model.named_parameters()} - set(model.parameter_roles())
     if unknown:
-        raise PluginError(f"parameter_roles() of model {choice.plugin!r} leaves out {', '.join(sorted(unknown))}")
+        raise PluginError(f"parameter_roles() of model {choice.plugin!r} lacks {', '.join(sorted(unknown))}")
     if for_training and train.activation_checkpointing:
         try:
             model.checkpoint_activations()
         except NotImplementedError:
-            message = f'model plugin "{choice.plugin}" can\'t compute activations again: set it to false'
+            message = f'model plugin "{choice.plugin}" has no activation checkpointing: set it to false'
             raise ConfigError([Problem("train.activation_checkpointing", message)]) from None
     return model
 
@@ -92,7 +93,7 @@ def build_model(
 def optimizer_context(
     model: Model, world: World, total_batch_size: int, num_iterations: int, relative_data: float | None
 ) -> OptimizerContext:
-    """What an optimizer may know of ``model``."""
+    """Return the context from which the optimizer of ``model`` is built."""
     return OptimizerContext(
         parameters={n: p for n, p in model.named_parameters() if p.requires_grad},
         roles=dict(model.parameter_roles()),
@@ -105,7 +106,11 @@ def optimizer_context(
 
 
 def build_optimizer(choice: Choice, model: Model, plan: Plan, world: World) -> Optimizer:
-    """The optimizer of ``model``."""
+    """Build the optimizer of ``model``.
+
+    Raises:
+        PluginError: when the factory returns no Optimizer.
+    """
     context = optimizer_context(model, world, plan.total_batch_size, plan.num_iterations, plan.relative_data)
     optimizer = choice.build(context)
     if not isinstance(optimizer, Optimizer):

@@ -1,4 +1,4 @@
-"""How much memory training will need on a device, before it is there: one pass on the meta device."""
+"""An estimate of the memory that training needs on a device, from one step on the meta device."""
 
 from __future__ import annotations
 
@@ -16,12 +16,15 @@ from nanochat_core.interfaces.optimizer import Multipliers, Optimizer
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors that operations make, for as long as somebody holds them. What was there before does
-    not count.
+    """A counter of the bytes of tensors that operations create, for as long as they are referenced. Tensors that
+    existed before do not count.
 
-    ``torch.distributed._tools.MemTracker`` does the same, and attributes bytes to modules and purposes. It is private
-    to torch too, must be told of the modules and optimizers, and runs every operation of every layer; this one, which
-    a plan runs for many micro-batches, asks torch once for each shape.
+    Attributes:
+        bytes: bytes that are alive now; ``most``: the peak so far.
+
+    ``torch.distributed._tools.MemTracker`` counts them too, and attributes bytes to modules and purposes. It is private
+    to torch as well, requires the modules and optimizers to be registered, and runs every operation of every layer.
+    This class, which a plan uses for many micro-batches, asks torch only once for each shape.
     """
 
     def __init__(self) -> None:
@@ -43,8 +46,8 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def _made(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """The result of an operation that only makes a new tensor: for the same arguments the same as last time, as it
-        has no contents. Layers are alike, and torch takes long to find each shape."""
+        """Return the result of an operation whose only effect is one new tensor. Results are cached by arguments, since
+        tensors on the meta device have no contents: layers repeat, and torch takes long to compute each shape."""
         try:
             key = (func, _facts(args), tuple((name, _facts(value)) for name, value in kwargs.items()))
             like = self._results.get(key)
@@ -70,20 +73,20 @@ class LiveBytes(TorchDispatchMode):
         self.most = max(self.most, self.bytes)
 
     def _gone(self, key: int, size: int) -> None:
-        self._known.discard(key)  # another storage may get it
+        self._known.discard(key)  # the address may be used by another storage
         self.bytes -= size
 
 
 @functools.cache
 def _is_pure(func: Any) -> bool:
-    """Whether an operation's result is one new tensor, and all it does."""
+    """Whether the only effect of an operation is to return one new tensor."""
     returns = func._schema.returns
     values = [*func._schema.arguments, *returns]
     return [str(value.type) for value in returns] == ["Tensor"] and all(value.alias_info is None for value in values)
 
 
 def _facts(argument: Any) -> Any:
-    """What the shape of a result depends on."""
+    """Return the properties of an argument that determine the shape of a result."""
     if isinstance(argument, Tensor):
         return type(argument), argument.shape, argument.stride(), argument.dtype, argument.device
     if isinstance(argument, list | tuple):
@@ -92,7 +95,7 @@ def _facts(argument: Any) -> Any:
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:
-    """Those in an operation's arguments or result."""
+    """Yield the tensors in the arguments or the result of an operation."""
     if isinstance(tree, Tensor):
         yield tree
     elif isinstance(tree, list | tuple):
@@ -103,19 +106,20 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 def estimate_memory(
     model: Model, optimizer: Optimizer, rows: int, length: int, *, accumulates: bool, state_bytes: int
 ) -> dict[str, int]:
-    """Bytes a device needs in training, by purpose; together they are the peak of an optimizer step.
+    """Return the bytes that training needs on a device, by purpose; their sum is the peak of an optimizer step.
 
-    The step is done on the meta device: forward and backward passes of [rows, length] tokens, then the update.
-    "activations" is what it makes and holds at its peak beyond the gradients: what is kept for the backward pass, what
-    is computed again, casts, and temporaries of whatever is going on then, the update included. Not counted: what
-    compiled code does otherwise, the temporaries of an optimizer of torch (fused ones have none), and messages of
-    several ranks.
+    The step runs on the meta device: forward and backward passes of [rows, length] tokens, then the update.
+    "activations" is the peak of what the step creates, minus the gradients: tensors kept or recomputed for the backward
+    pass, casts, and temporaries, those of the update included. Not counted are differences of compiled code, the
+    temporaries of torch's own optimizers (fused ones have none), and messages between ranks.
 
     Args:
         model: on the meta device.
-        optimizer: of the model, for one rank.
-        accumulates: whether a step has several micro-batches, so that gradients are there during the next pass.
-        state_bytes: of the optimizer's state that the device holds.
+        optimizer: the optimizer of the model, built for one rank.
+        rows: sequences per micro-batch.
+        length: tokens per sequence.
+        accumulates: whether a step has several micro-batches, so that gradients already exist during a forward pass.
+        state_bytes: bytes of optimizer state on the device.
     """
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
@@ -125,7 +129,7 @@ def estimate_memory(
     model.zero_grad(set_to_none=True)
     try:
         with LiveBytes() as alive:
-            if accumulates:  # what micro-batches before this one left; a gradient is added to the one that is there
+            if accumulates:  # gradients of earlier micro-batches, to which those of this one are added
                 loss = torch.zeros((), device="meta")
                 for parameter in model.parameters():
                     parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
@@ -138,6 +142,6 @@ def estimate_memory(
             optimizer.update(1.0, Multipliers(0, 1, lr=1.0))
             memory["activations"] = max(0, alive.most - gradients)
     except (NotImplementedError, RuntimeError):
-        pass  # an operation without a meta kernel: what was found until then
+        pass  # an operation has no meta kernel: the estimate is what was counted so far
     model.zero_grad(set_to_none=True)
     return memory

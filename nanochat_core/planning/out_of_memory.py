@@ -1,4 +1,4 @@
-"""Running out of memory, and what to do about it."""
+"""The error for a device that runs out of memory, with its remedies."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from nanochat_core.planning.plan import Plan
 
 
 class OutOfMemory(NanochatError):
-    """A device has not enough memory for the run.
+    """Error: a device does not have enough memory for the run. Its exit code is 4.
 
     Args:
-        plan: of the run; ``doing``: what it was doing.
-        said: what torch said.
+        plan: the plan of the run.
+        doing: the activity during which memory ran out, such as "training step 7".
+        said: the message of torch.
     """
 
     exit_code = 4
@@ -20,14 +21,14 @@ class OutOfMemory(NanochatError):
         parts = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in plan.memory.items())
         again = "" if plan.activation_checkpointing else ", then set train.activation_checkpointing = true"
         rows = plan.device_batch_size
-        lower = f"lower train.device_batch_size, now {rows} (the total batch stays as it is)" if rows > 1 else ""
-        remedy = f"{lower}{again}".removeprefix(", then ") or "take a smaller model or train.max_seq_len"
-        estimate = f"estimated were {sum(plan.memory.values()) / 2**20:,.0f} MiB a device ({parts})"
+        lower = f"lower train.device_batch_size, now {rows} (the total batch size stays the same)" if rows > 1 else ""
+        remedy = f"{lower}{again}".removeprefix(", then ") or "use a smaller model or a smaller train.max_seq_len"
+        estimate = f"the estimate was {sum(plan.memory.values()) / 2**20:,.0f} MiB per device ({parts})"
         first = said.strip().partition("\n")[0]
         super().__init__(f"out of memory while {doing}; {estimate}. {remedy[0].upper()}{remedy[1:]}. {first}".rstrip())
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch says that a device, or the machine, has no memory left."""
+    """Whether an error of torch means that a device or the machine has no memory left."""
     known = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
     return isinstance(error, RuntimeError) and any(text in str(error) for text in known)

@@ -1,4 +1,4 @@
-"""The plan: what a run will do, computed before anything expensive. Every "auto" becomes a number with its formula."""
+"""The plan of a run: its numbers, computed before any expensive work, with a value and formula for every "auto"."""
 
 from __future__ import annotations
 
@@ -18,21 +18,29 @@ class Plan:
     """The numbers of a run.
 
     Args:
-        world_size: ranks, one device each.
-        vocab_size: tokens of the tokenizer.
-        rows_per_step: sequences an optimizer step, all ranks.
-        accumulation_steps: micro-batches a rank and step.
-        num_iterations: optimizer steps; ``horizon``: why so many.
-        parameter_counts: by role, and ``total``.
-        scaling_parameters: how many of them the data : parameter ratio counts.
-        relative_data: the same over that of the family's reference model (D / D12); None for a model without.
-        flops_per_token: forward and backward.
-        memory: bytes a device by purpose, estimated; ``room``: bytes that they may take together.
-        checkpoint_bytes: of a checkpoint, model and the optimizer state of all ranks; ``checkpoints``: how many a run
-            saves.
-        choices: what "auto" chose the rows of a micro-batch from, with the memory of each; empty when they were given.
-        description: what the model says of itself.
-        dtype: of matrix products, by name, such as ``bfloat16``; see ``torch_dtype``.
+        world_size: number of ranks, one device each.
+        device: name of the devices.
+        dtype: name of the dtype of matrix products, such as ``bfloat16``; see ``torch_dtype``.
+        compile: whether the training step is compiled.
+        vocab_size: number of tokens of the tokenizer.
+        max_seq_len: tokens per sequence.
+        device_batch_size: sequences per micro-batch and rank.
+        total_batch_size: tokens per optimizer step, over all ranks.
+        rows_per_step: sequences per optimizer step, over all ranks.
+        accumulation_steps: micro-batches per rank and optimizer step.
+        num_iterations: optimizer steps of the run; ``horizon``: the option or formula that gave this number.
+        warmup_steps: steps of rising learning rate; ``warmdown_steps``: steps of falling learning rate.
+        parameter_counts: number of parameters by role, and ``total``.
+        scaling_parameters: number of parameters that count for the data : parameter ratio.
+        relative_data: training tokens at the data : parameter ratio, divided by those of the reference model of the
+            family (D / D12); None for a model without one.
+        flops_per_token: FLOPs of the forward and backward pass.
+        activation_checkpointing: whether activations are recomputed in the backward pass.
+        memory: estimated bytes per device by purpose; ``room``: bytes available for all of them.
+        choices: the rows of a micro-batch that "auto" chose from, with the memory of each; empty without "auto".
+        checkpoint_bytes: size of a checkpoint: the model and the optimizer state of all ranks.
+        checkpoints: number of checkpoints that the run saves.
+        description: facts about the model and the optimizer, by name.
     """
 
     world_size: int
@@ -63,12 +71,12 @@ class Plan:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The dtype of matrix products."""
+        """The dtype of matrix products, as a ``torch.dtype``."""
         return dtype_of(self.dtype)
 
     @property
     def scales_loss(self) -> bool:
-        """Whether gradients need a loss scale to stay in range: those of float16 do."""
+        """Whether the loss must be scaled to keep gradients in range, which is so for float16."""
         return self.dtype == "float16"
 
     @property
@@ -85,8 +93,8 @@ class Planned:
     """A plan, the experiment with every "auto" filled in, and the origins of all values.
 
     Args:
-        problems: why it can't run here.
-        unverified: options in force whose code never ran on its hardware, by dotted key: what never ran where.
+        problems: reasons why the run is not possible on this machine.
+        unverified: options in force whose code has never run on its hardware: dotted key to a note on what is untested.
     """
 
     plan: Plan

@@ -1,4 +1,4 @@
-"""From an experiment to its plan: every "auto" becomes a number, with the formula that gave it."""
+"""Planning: from an experiment to its plan, in which every "auto" has a value and its formula."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ META = torch.device("meta")
 
 
 def make_plan(loaded: LoadedExperiment, world_size: int, device: torch.device | DeviceSpec) -> Planned:
-    """Plan a run on ``world_size`` devices like ``device``. Builds the model without memory, on the meta device.
+    """Plan a run on ``world_size`` devices like ``device``. The model is built on the meta device, without memory.
 
     Args:
-        device: one that is here, or what is known of one that need not be.
+        device: a device of this machine, or the specification of one that this machine need not have.
 
     Raises:
         ConfigError: when batch sizes don't divide, the horizon is shorter than a step, or an "auto" has no formula.
@@ -49,13 +49,13 @@ def plan_batches(
     """Plan a run as ``make_plan`` does, and estimate what other values of ``device_batch_size`` would need.
 
     Args:
-        batches: which, in rows; None for all that "auto" chooses from.
+        batches: the values, in rows; None for all that "auto" chooses from.
 
     Returns:
         The plan, and ``Plan.memory`` by rows of a micro-batch.
 
     Raises:
-        ConfigError: as ``make_plan``.
+        ConfigError: when batch sizes don't divide, the horizon is shorter than a step, or an "auto" has no formula.
     """
     spec = device if isinstance(device, DeviceSpec) else device_spec(device)
     devices = _Devices(world_size, spec, torch.device(spec.type) if isinstance(device, DeviceSpec) else device)
@@ -69,7 +69,7 @@ def plan_batches(
 
 @attrs.frozen
 class _Devices:
-    """What is planned for: so many devices like this one."""
+    """The devices that a run is planned for: ``world_size`` of the kind ``spec``."""
 
     world_size: int
     spec: DeviceSpec
@@ -82,13 +82,13 @@ class _Devices:
 
 @attrs.define
 class _Draft:
-    """The experiment while its "auto" values are filled in, and the origins of all values."""
+    """An experiment whose "auto" values are being filled in, and the origins of all values."""
 
     experiment: Experiment
     origins: dict[str, Origin]
 
     def resolve(self, table: str, options: Mapping[str, Resolved]) -> None:
-        """Replace "auto" options of a table by what they became."""
+        """Replace "auto" options of a table by their values."""
         if not options:
             return
         values = {name: resolved.value for name, resolved in options.items()}
@@ -106,14 +106,14 @@ class _Draft:
             self.origins[key] = Origin(text, self.origins[key].layer if key in self.origins else -1)
 
     def place(self, key: str) -> str:
-        """Where a value was given; empty for a default."""
+        """Return where a value was given, such as ``file:line``; empty for a default."""
         origin = self.origins.get(key)
         return "" if origin is None or origin.layer < 0 else origin.text
 
 
 @attrs.frozen
 class _ModelSize:
-    """See ``Plan``, which has the same fields."""
+    """The size of a model; the fields are those of ``Plan``."""
 
     vocab_size: int
     parameter_counts: Mapping[str, int]
@@ -124,12 +124,12 @@ class _ModelSize:
 
 @attrs.frozen
 class _Steps:
-    """What the steps of the run are.
+    """The optimizer steps of a run.
 
     Args:
-        total_batch_size: tokens per step, all ranks.
-        rows_per_rank: sequences of a rank per step.
-        num_iterations: how many steps; ``horizon``: why so many.
+        total_batch_size: tokens per step, over all ranks.
+        rows_per_rank: sequences per rank and step.
+        num_iterations: number of steps; ``horizon``: the option or formula that gave this number.
     """
 
     total_batch_size: int
@@ -140,12 +140,13 @@ class _Steps:
 
 @attrs.frozen
 class _Estimate:
-    """Memory by rows of a micro-batch, each estimated once.
+    """Estimates of memory by rows of a micro-batch, each made once.
 
     Args:
-        model, alone: on the meta device; the optimizer is that of one rank, because there nobody answers messages.
-        rows_per_rank: sequences of a rank per step.
-        state_bytes: of the optimizer's state that a device holds.
+        model: the model, on the meta device.
+        alone: its optimizer, built for one rank, since there are no other ranks to communicate with.
+        rows_per_rank: sequences per rank and step.
+        state_bytes: bytes of optimizer state on a device.
     """
 
     model: Model
@@ -156,7 +157,7 @@ class _Estimate:
     _known: dict[int, Mapping[str, int]] = attrs.field(factory=dict, init=False)
 
     def memory(self, rows: int) -> Mapping[str, int]:
-        """Bytes per device, by purpose."""
+        """Return the bytes per device, by purpose."""
         if rows not in self._known:
             self._known[rows] = estimate_memory(
                 self.model,
@@ -172,7 +173,7 @@ class _Estimate:
 def _plan(
     draft: _Draft, devices: _Devices, batches: Sequence[int] | None
 ) -> tuple[Planned, dict[int, Mapping[str, int]]]:
-    """The steps of planning, in order: each needs what those before it have found."""
+    """Run the steps of planning in order. Each step uses the results of those before it."""
     unverified = unverified_options(draft.experiment)
     if draft.experiment.train.dtype == "auto":
         draft.resolve("train", {"dtype": auto_dtype(devices.device)})
@@ -220,7 +221,8 @@ def _plan_steps(draft: _Draft, devices: _Devices, size: _ModelSize) -> _Steps:
     if draft.experiment.train.total_batch_size == "auto":
         if size.relative_data is None:
             raise _problem(
-                "train.total_batch_size", 'this model names no reference for "auto": give a number of tokens'
+                "train.total_batch_size",
+                'this model has no reference model, which "auto" needs: give a number of tokens',
             )
         draft.resolve("train", {"total_batch_size": auto_total_batch_size(size.relative_data)})
     train = draft.experiment.train
@@ -236,7 +238,7 @@ def _plan_steps(draft: _Draft, devices: _Devices, size: _ModelSize) -> _Steps:
 def _plan_optimizers(
     draft: _Draft, devices: _Devices, model: Model, size: _ModelSize, steps: _Steps
 ) -> tuple[Optimizer, Optimizer]:
-    """The optimizer of a rank among all, and that of a rank alone; on the meta device."""
+    """Build, on the meta device, the optimizer of one of all ranks, and that of a run with a single rank."""
 
     def built(ranks: int) -> Optimizer:
         world = World(rank=0, size=ranks, device=META)
@@ -252,7 +254,7 @@ def _plan_optimizers(
 def _plan_device_batch_size(
     draft: _Draft, devices: _Devices, steps: _Steps, estimate: _Estimate, sizes: Sequence[int]
 ) -> dict[int, Mapping[str, int]]:
-    """Fill in ``train.device_batch_size``. Returns what "auto" chose from, as ``Plan.choices``."""
+    """Fill in ``train.device_batch_size`` if it is "auto", and return ``Plan.choices``."""
     if draft.experiment.train.device_batch_size != "auto":
         return {}
     choices = {rows: estimate.memory(rows) for rows in sizes}
@@ -271,7 +273,7 @@ def _assemble(
     choices: Mapping[int, Mapping[str, int]],
     description: Mapping[str, str | int],
 ) -> Plan:
-    """The plan of an experiment without any "auto"."""
+    """Return the plan of an experiment that has no "auto" left."""
     train = experiment.train
     rows = train.device_batch_size
     assert isinstance(rows, int)
@@ -312,20 +314,20 @@ def _problem(key: str, message: str) -> ConfigError:
 
 
 def _rows_per_rank(train: Train, total: int, devices: _Devices) -> int:
-    """Rows of a rank per step; refuses what does not divide, naming what would."""
+    """Return the rows per rank and step. Raises ConfigError, with batch sizes that work, when they are not whole."""
     step = train.max_seq_len * devices.world_size
     if total % step:
         near = sorted({max(total // step, 1) * step, (total // step + 1) * step})
         raise _problem(
             "train.total_batch_size",
-            f"{total} is not a multiple of max_seq_len {train.max_seq_len}{devices.ranks}; near it are "
-            f"{' and '.join(map(str, near))}",
+            f"{total} is not a multiple of max_seq_len {train.max_seq_len}{devices.ranks}; use "
+            f"{' or '.join(map(str, near))}",
         )
     return total // step
 
 
 def _check_accumulation(train: Train, total: int, rows_per_rank: int, rows: int, devices: _Devices) -> None:
-    """Refuse rows of a micro-batch that don't divide those of a rank, naming what would."""
+    """Raise ConfigError, with sizes that work, when the rows of a micro-batch don't divide those of a rank."""
     if rows_per_rank % rows == 0:
         return
     length = train.max_seq_len
@@ -342,12 +344,12 @@ def _check_accumulation(train: Train, total: int, rows_per_rank: int, rows: int,
 
 
 def _horizon(train: Train, size: _ModelSize, batch: int) -> tuple[int, str]:
-    """(optimizer steps, why so many)."""
+    """Return the number of optimizer steps, and the option or formula that gave it."""
     if train.num_iterations is not None:
         return train.num_iterations, "num_iterations"
     if train.target_flops is not None:
         steps = round(train.target_flops / (size.flops_per_token * batch))
-        key, why = "target_flops", f"target_flops {train.target_flops:.4g} / (FLOPs a token x total_batch_size)"
+        key, why = "target_flops", f"target_flops {train.target_flops:.4g} / (FLOPs per token x total_batch_size)"
     else:
         ratio = train.target_param_data_ratio or 20.0
         steps = int(ratio * size.scaling_parameters / batch)
@@ -357,5 +359,5 @@ def _horizon(train: Train, size: _ModelSize, batch: int) -> tuple[int, str]:
             f"{ratio:g} tokens x {size.scaling_parameters:,} {which} / total_batch_size",
         )
     if steps < 1:
-        raise _problem(f"train.{key}", f"gives less than one step of {batch} tokens: raise it ({why})")
+        raise _problem(f"train.{key}", f"gives less than one step of {batch} tokens: increase it ({why})")
     return steps, why

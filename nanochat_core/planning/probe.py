@@ -1,6 +1,6 @@
-"""``device_batch_size = "auto"`` on GPUs: the estimate is tried out before the run begins.
+"""Measurements on the device before a run: whether an "auto" ``device_batch_size`` fits a GPU, and training speed.
 
-Unverified: it never ran on a GPU.
+Unverified: the measurement of memory has never run on a GPU.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from nanochat_core.planning.plan import Planned
 
 
 def settle_batch_size(planned: Planned, world: World, fits: Callable[[int], bool] | None = None) -> Planned:
-    """The plan with the largest micro-batch that all ranks find to fit, where it was "auto" on GPUs; else as it is.
-    Collective.
+    """Return the plan with the largest micro-batch that fits on every rank, if it was "auto" on GPUs. Otherwise the
+    plan is returned unchanged. Collective: every rank calls it.
 
     Args:
-        fits: whether this rank's device can train with so many rows; None tries it.
+        fits: whether this rank's device can train with the given number of rows; None to try it on the device.
 
     Raises:
-        OutOfMemory: when not even the smallest fits.
+        OutOfMemory: when even the smallest does not fit.
     """
     plan = planned.plan
     if not plan.choices or (fits is None and world.device.type != "cuda"):
@@ -42,7 +42,7 @@ def settle_batch_size(planned: Planned, world: World, fits: Callable[[int], bool
         raise OutOfMemory(plan, "probing device_batch_size")
     accumulation = plan.rows_per_step // (rows * plan.world_size)
     train = attrs.evolve(planned.experiment.train, device_batch_size=rows)
-    key, tried = "train.device_batch_size", f", tried out on {plan.world_size} devices: {rows}"
+    key, tried = "train.device_batch_size", f", tested on {plan.world_size} devices: {rows}"
     origin = planned.origins[key]
     return attrs.evolve(
         planned,
@@ -53,21 +53,24 @@ def settle_batch_size(planned: Planned, world: World, fits: Callable[[int], bool
 
 
 def _fits(planned: Planned, world: World, rows: int) -> bool:
-    """Whether a forward pass, a backward pass and an update stay below the room of this rank's GPU."""
+    """Whether forward passes, backward passes and an update fit into the memory available on this rank's GPU."""
     torch.cuda.reset_peak_memory_stats(world.device)
     try:
         _try_step(planned, world, rows)
         return torch.cuda.max_memory_allocated(world.device) <= planned.plan.room
     except torch.OutOfMemoryError:
         return False
-    finally:  # what the step left is out of reach here
+    finally:  # the tensors of the step are no longer referenced here
         gc.collect()
         torch.cuda.empty_cache()
 
 
 def _try_step(planned: Planned, world: World, rows: int) -> None:
-    """On this rank alone, eagerly, which takes no less than compiled code. A rank that runs out of memory between two
-    messages would leave the others waiting: among several the sharded state is only reserved, and no update made."""
+    """Run a training step on this rank alone, without compiling, which takes at least the memory of compiled code.
+
+    With several ranks the memory of the sharded optimizer state is only reserved and no update is made: a rank that ran
+    out of memory between two messages would leave the others waiting.
+    """
     plan, train = planned.plan, planned.experiment.train
     model = build_model(planned.experiment.model, train, plan.vocab_size, world.device, for_training=True)
     model.to(world.device).train()
@@ -76,7 +79,7 @@ def _try_step(planned: Planned, world: World, rows: int) -> None:
     else:
         reserved = torch.empty(plan.memory["optimizer state"], dtype=torch.uint8, device=world.device)
     ids_BT = torch.zeros(rows, plan.max_seq_len, dtype=torch.int64, device=world.device)
-    for _ in range(2):  # gradients are there during the second pass
+    for _ in range(2):  # in the second pass gradients exist already
         with autocast(world.device, plan.torch_dtype):
             loss = model(ids_BT, ids_BT)
         loss.backward()
@@ -88,7 +91,7 @@ def _try_step(planned: Planned, world: World, rows: int) -> None:
 
 
 def time_training(planned: Planned, device: torch.device, seconds: float = 5.0) -> float:
-    """Tokens a second of forward and backward passes, measured on random tokens for about ``seconds``."""
+    """Measure forward and backward passes on random tokens for about ``seconds``; return tokens per second."""
     plan, experiment = planned.plan, planned.experiment
     torch.manual_seed(experiment.train.seed)
     model = build_model(experiment.model, experiment.train, plan.vocab_size, device, for_training=True).to(device)

@@ -6,7 +6,7 @@ from nanochat_core.config.schema import Schedule
 
 
 def phases(schedule: Schedule, num_iterations: int) -> tuple[int, int]:
-    """(warmup steps, warmdown steps) of a run."""
+    """Return the number of warmup steps and of warmdown steps of a run."""
     if schedule.warmup_steps is not None:
         warmup = schedule.warmup_steps
     else:
@@ -15,7 +15,7 @@ def phases(schedule: Schedule, num_iterations: int) -> tuple[int, int]:
 
 
 def lr_multiplier(schedule: Schedule, step: int, num_iterations: int) -> float:
-    """Factor on every learning rate for the update after ``step`` updates: linear up, flat, linear down."""
+    """Return the factor on every learning rate for the update after ``step`` updates: linear up, flat, linear down."""
     warmup, warmdown = phases(schedule, num_iterations)
     if step < warmup:
         return (step + 1) / warmup
@@ -26,6 +26,6 @@ def lr_multiplier(schedule: Schedule, step: int, num_iterations: int) -> float:
 
 
 def warmdown_progress(schedule: Schedule, step: int, num_iterations: int) -> float:
-    """How far the warmdown has come at the update after ``step`` updates: 0 before it, 1 at its end."""
+    """Return the progress of the warmdown at the update after ``step`` updates: 0 before it, 1 at its end."""
     _, warmdown = phases(schedule, num_iterations)
     return min(max(step - (num_iterations - warmdown), 0) / warmdown, 1.0) if warmdown else 0.0

@@ -170,7 +170,7 @@ def test_without_a_data_source_of_its_own_a_default_is_read(tmp_path, monkeypatc
     monkeypatch.setenv("NANOCHAT_PLUGINS", "hf,bpb")  # no data source
     result = call("eval", f"hf:{path}", *options, "--runs-dir", tmp_path)
     assert result.code == 1
-    assert "data.plugin: an evaluator asks for documents: name a data source that is installed" in result.out
+    assert "data.plugin: an evaluator reads documents: give the name of an installed data source" in result.out
 
 
 def test_an_option_that_is_not_there_is_told_with_the_model(tmp_path):

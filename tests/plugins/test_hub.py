@@ -348,7 +348,7 @@ def test_killed_three_times(server: HubServer, repo: Path, tmp_path: Path, start
     server.speed = 2e6
     before = len(gets(server))
     for _, log in [starter.start("download", "-n", "5", "-w", "2") for _ in range(2)]:  # two finish it between them
-        assert "everything is here\nexit code 0" in said(log)
+        assert "all files are present\nexit code 0" in said(log)
     assert len(gets(server)) == before + 3  # nothing twice
     resumed = [int(part[6:-1]) for _, part in server.ranges if part.endswith("-") and part != "bytes=0-"]
     assert len(resumed) == 3  # each time with what had arrived
@@ -361,8 +361,8 @@ def test_killed_three_times(server: HubServer, repo: Path, tmp_path: Path, start
 def test_failing_exit_code_lists_what_is_missing(server: HubServer, starter: Starter) -> None:
     server.faults = ["404"]
     text = said(starter.start("download", "-n", "2", "-w", "1")[1])
-    assert "1 files are still missing:\n  shard_00000.parquet: " in text
-    assert "run the same command again: what has arrived is kept\nexit code 2" in text
+    assert "1 file is still missing:\n  shard_00000.parquet: " in text
+    assert "run the same command again; files that have arrived are kept\nexit code 2" in text
 
 
 def test_offline_mode(server: HubServer, tmp_path: Path) -> None:

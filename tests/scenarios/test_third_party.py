@@ -134,7 +134,7 @@ def test_show_and_plan_work_with_them(here: Alone) -> None:
     assert "8,384 (" in planned.out
     refused = call("plan", "others.toml", "--set", "train.total_batch_size=auto")
     assert refused.code == 2
-    assert 'names no reference for "auto": give a number of tokens' in refused.err
+    assert 'has no reference model, which "auto" needs: give a number of tokens' in refused.err
 
 
 def test_runs_and_sample_work_without_a_cache(here: Alone) -> None:

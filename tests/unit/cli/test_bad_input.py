@@ -57,7 +57,7 @@ EDITS: dict[str, tuple[str, str, str]] = {  # old text, new text, message
     "no multiple of the row": (
         "total_batch_size = 256",
         "total_batch_size = 250",
-        "x.toml:24: train.total_batch_size: 250 is not a multiple of max_seq_len 32; near it are 224 and 256",
+        "x.toml:24: train.total_batch_size: 250 is not a multiple of max_seq_len 32; use 224 or 256",
     ),
     "tokenizer and model": (
         "depth = 1",

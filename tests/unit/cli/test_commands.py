@@ -176,16 +176,16 @@ def test_plan_of_d20(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = dict(re.findall(r"^  (\S.*?)(?::| {2,}) *(.*)$", result.out, re.MULTILINE))
     # width 1280; block matrices 20 x 12 x 1280^2, embedding and head 32768 x 1280 each
     assert lines["parameters"] == "477,102,080 (embedding 41,943,040, matrix 393,216,000, head 41,943,040)"
-    assert lines["total batch size"] == "524,288 tokens a step"
+    assert lines["total batch size"] == "524,288 tokens per step"
     assert lines["accumulation steps"] == "1"
     steps = 477_102_080 * 20 // 524_288
     assert lines["steps"].startswith(f"{steps:,} (20 tokens x 477,102,080 parameters")
     assert lines["tokens"].startswith(f"{steps * 524_288:,}, tokens : params ratio 20.00")
     flops = 6 * (393_216_000 + 41_943_040) + 20 * 12 * 1280 * 2048
-    assert lines["FLOPs a token"] == f"{flops:.4e}"
+    assert lines["FLOPs per token"] == f"{flops:.4e}"
     assert lines["total FLOPs"] == f"{flops * steps * 524_288:.4e}"
     assert lines["memory"].startswith("about ")
-    assert lines["time"] == "2.7 h of training at 1,000,000 tokens/s (as given)"
+    assert lines["time"] == "2.7 h of training at 1,000,000 tokens/s (given by --tok-per-sec)"
 
 
 def test_plan_for_gpus_that_are_not_here(tiny: Path) -> None:
@@ -193,14 +193,14 @@ def test_plan_for_gpus_that_are_not_here(tiny: Path) -> None:
     result = call("plan", tiny, "--device", "h100", "--nproc", "2", "--price", "24", *more)
     assert result.code == 0, result.err
     assert re.search(r"device +2 x H100, bfloat16", result.out)
-    assert "(50% of 2 x 989 TFLOP/s, an assumption: see --mfu)" in result.out
-    assert "at 24 dollars an hour for all 2 devices" in result.out
+    assert "(50% of 2 x 989 TFLOP/s, assumed; see --mfu)" in result.out
+    assert "at 24 dollars per hour for all 2 devices" in result.out
     assert re.search(r"disk: 3 checkpoints of 0\.00 GiB", result.out)
     table = [line.split() for line in result.out[result.out.index("model.depth") :].splitlines()]
     assert [row[:3] for row in table[1:]] == [[d, b, a] for d in "12" for b, a in (("1", "4"), ("2", "2"), ("4", "1"))]
     assert all(row[4] == "yes" for row in table[1:])
     kept = call("plan", tiny, "--set", "checkpoint.keep_last=1")
-    assert "disk: 3 checkpoints of 0.00 GiB, at most 2 at one time: 0.0 GiB\n" in kept.out
+    assert "disk: 3 checkpoints of 0.00 GiB, at most 2 at a time: 0.00 GiB\n" in kept.out
     unknown = call("plan", tiny, "--device", "h10")
     assert unknown.code == 2
     assert 'did you mean "h100"?' in unknown.err
@@ -209,7 +209,10 @@ def test_plan_for_gpus_that_are_not_here(tiny: Path) -> None:
 def test_plan_names_the_validation_set(tiny: Path, trained: Trained) -> None:
     fingerprint = json.loads((trained.path / "provenance.json").read_text())["fingerprints"]["val"]
     assert f"  validation data: 8 documents, fingerprint {fingerprint[:12]}" in call("plan", tiny).out
-    assert "  validation data: unknown (data.path: " in call("plan", tiny, "--set", "data.path=nowhere").out
+    assert (
+        "  validation data: unknown (--set data.path=nowhere: data.path: "
+        in call("plan", tiny, "--set", "data.path=nowhere").out
+    )
 
 
 def test_plan_measures_on_request(tiny: Path) -> None:
@@ -247,12 +250,13 @@ def test_plugins_of_one_kind(kind: str) -> None:
 
 def test_plugins_explains_each_option() -> None:
     out = call("plugins", "evaluator/samples").out
-    assert re.search(r"top_k \(int, default unset\)\n +sample among", out)
+    assert re.search(r"top_k \(int, unset by default\)\n +sample among", out)
     assert re.search(r"prompts \(list of str, default \[\"The capital", out)
     assert re.search(r"every \(int, default 2000\)\n +evaluate every so many steps", out)
     assert "sample_every: another name of every" in out
     out = call("plugins", "data_source/parquet").out
     assert re.search(r"path \(.*, required\)\n +\w", out)
+    assert "\noptions that every data source has:\n" in out
     assert call("plugins", "data-sources/parquet").out == out
 
 
@@ -268,7 +272,7 @@ def test_every_option_of_every_plugin_has_a_text() -> None:
 @pytest.mark.parametrize(
     ("what", "words"),
     [
-        ("modle", "no kind 'modle' (did you mean \"model\"?)"),
+        ("modle", "there is no kind of plugin 'modle' (did you mean \"model\"?)"),
         ("model/gtp", "no model 'gtp' is installed (did you mean \"gpt\"?)"),
         ("logger/zzz", "(installed: "),
     ],

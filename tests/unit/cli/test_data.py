@@ -30,7 +30,7 @@ def test_info_of_a_source(data: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["data", "info", "--source", "jsonl", "--set", f"data.path={data}"]) == 0
     out = capsys.readouterr().out
     assert "files: 1\nbytes: 202.6 kB\ndocuments: 190 for training, 10 for validation\n" in out
-    assert "training text: 190.0 kB, about 45,238 tokens (at 4.2 bytes a token" in out
+    assert "training text: 190.0 kB, about 45,238 tokens (assuming 4.2 bytes per token" in out
     assert "  | document 0000 xxx" in out
 
 
@@ -54,7 +54,7 @@ def test_info_names_what_is_skipped(data: Path, capsys: pytest.CaptureFixture[st
 
 def test_download_of_what_is_here(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "download", str(experiment(data, 'plugin = "bytes"'))]) == 0
-    assert capsys.readouterr().out == "everything is here\n"
+    assert capsys.readouterr().out == "all files are present\n"
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,10 @@ def test_download_of_what_is_here(data: Path, capsys: pytest.CaptureFixture[str]
         (["--source", "jsnl"], '--source jsnl: no such data source (did you mean "jsonl"?)'),
         (["--source", "jsonl"], "--source jsonl: data.path: missing"),
         (["--source", "jsonl", "--set", "path=x"], "write data.OPTION=VALUE, not 'path=x'"),
-        (["--source", "jsonl", "--set", "data.path=x", "-n", "3"], '-n: data source "jsonl" does not come in shards'),
+        (
+            ["--source", "jsonl", "--set", "data.path=x", "-n", "3"],
+            '-n: data source "jsonl" does not consist of shards',
+        ),
         (["--source", "jsonl", "--set", "data.path=x", "--set", "data.on_error=no"], 'must be "fail" or "skip"'),
         (["--source", "jsonl", "--set", "data.path=nowhere"], "nowhere is not there"),
     ],

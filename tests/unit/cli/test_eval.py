@@ -82,8 +82,8 @@ def test_a_comparison_names_other_settings(runs, bundle):
     assert call("eval", run_of(runs) / "checkpoints" / "step_000004", *core).code == 0
     assert call("eval", "tiny", *core, "--set", "evaluators.core.max_per_task=5").code == 0
     found = call("eval", "--compare", run_of(runs) / "evaluations" / "core_000004", "tiny", "--runs-dir", runs).out
-    assert "careful: max_per_task is 500 in A and 5 in B" in found
-    assert "examples are in one of them only" in found
+    assert "warning: max_per_task is 500 in A and 5 in B" in found
+    assert "examples are in only one of the two" in found
 
 
 def test_results_on_other_data_are_not_compared(runs, bundle, tmp_path):
@@ -102,11 +102,11 @@ def test_results_on_other_data_are_not_compared(runs, bundle, tmp_path):
     pair = ["--compare", tmp_path / "bpb_000004", "tiny", "--runs-dir", runs]
     refused = call("eval", *pair)
     assert refused.code == 2
-    assert "bpb: A and B were measured on other val data" in refused.err
+    assert "bpb: A and B were measured on different val data" in refused.err
     assert "val/bpb" not in refused.out
     allowed = call("eval", *pair, "--allow-other-data")
     assert allowed.code == 0, allowed.err
-    assert "careful: they were measured on other val data" in allowed.out
+    assert "warning: the two were measured on different val data" in allowed.out
     core = call("eval", "--compare", evaluations / "core_000004", evaluations / "core_000012", "--runs-dir", runs)
     assert core.code == 0, core.err  # it reads none of them
 

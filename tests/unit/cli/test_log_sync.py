@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,18 @@ def test_what_can_not_be_sent_is_said(trained: Trained, arguments: tuple[str, ..
     code, said = sync(trained, *arguments)
     assert code == 2
     assert reason in said
+
+
+def test_another_logger_that_is_not_installed_does_not_matter(trained: Trained, tmp_path: Path) -> None:
+    """Neither does one whose name begins with that of the logger."""
+    run = shutil.copytree(trained.path, tmp_path / "runs" / "tiny" / trained.path.name)
+    text = (run / "experiment.toml").read_text()
+    assert text.count("loggers = [") == 1
+    text = text.replace("loggers = [", 'loggers = [{ name = "csv_too", plugin = "gone" },')
+    (run / "experiment.toml").write_text(text)
+    result = call("log-sync", run, "--to", "csv", "--set", f"directory={tmp_path / 'csv'}")
+    assert result.code == 0, result.err
+    assert "0 missing" in result.out
 
 
 def test_a_run_in_training_is_left_to_its_own_loggers(trained: Trained) -> None:

@@ -31,7 +31,7 @@ def test_train(bpe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("NANOCHAT_HOME", str(tmp_path / "home"))
     first, second = call("tokenizer", "train", bpe), call("tokenizer", "train", bpe)
     assert first.code == second.code == 0
-    assert first.out.startswith("tokenizer bpe: 280 tokens, made in ")
+    assert first.out.startswith("tokenizer bpe: 280 tokens, created in ")
     assert second.out.startswith("tokenizer bpe: 280 tokens, already in the cache\n")
     directory = Path(first.out.splitlines()[-1])
     assert (directory / "merges.tiktoken").is_file()
@@ -48,7 +48,7 @@ def test_train_says_what_is_wrong(bpe: Path) -> None:
 
 def test_show(trained, bpe: Path) -> None:  # type: ignore[no-untyped-def]
     result = call("tokenizer", "show", trained.path, "a\nö", "--ids")
-    assert result.out == "a|\\n|\\xc3|\\xb6\n97 10 195 182\n4 tokens, 4 bytes, 1.00 bytes a token\n"
+    assert result.out == "a|\\n|\\xc3|\\xb6\n97 10 195 182\n4 tokens, 4 bytes, 1.00 bytes per token\n"
     result = call("tokenizer", "show", "tiny", "", "--runs-dir", trained.runs)
     assert result.out == "\n0 tokens, 0 bytes\n"
     assert call("tokenizer", "show", bpe, "seven, eight").out.startswith("s|even|,| |e|i|g|h|t\n")
@@ -82,13 +82,13 @@ def test_compare(trained, bpe: Path, tmp_path: Path) -> None:  # type: ignore[no
     result = call("tokenizer", "compare", bpe, name, "--text", tmp_path / "own.txt", "--runs-dir", trained.runs)
     assert result.code == 0, result.err
     header, vocabulary, *rows = (line.split() for line in result.out.splitlines())
-    assert header == ["BYTES", "A", "TOKEN", "BYTES", "tiny", name]
+    assert header == ["BYTES", "PER", "TOKEN", "BYTES", "tiny", name]
     assert vocabulary[-2:] == ["280", "265"]
     by_name = {row[0]: row for row in rows}
     assert set(by_name) == {*TEXTS, "own.txt", "validation"}
     assert all(row[-1] == "1.00" for row in rows)
     assert float(by_name["own.txt"][-2]) > 1.5
-    assert "without gpt2" in result.err
+    assert "gpt2 is not compared" in result.err
 
 
 def test_references_that_mean_nothing(tmp_path: Path) -> None:

@@ -78,8 +78,8 @@ def test_a_plan_takes_the_largest_that_fits(tiny: Path) -> None:
 def test_what_cannot_fit_is_said(tiny: Path) -> None:
     planned = plan(tiny, DeviceSpec("cuda", "tiny", 1000, (8, 0)))
     assert planned.plan.device_batch_size == 1
-    assert "the smallest, though" in planned.origins["train.device_batch_size"].text
-    assert "more than the 0 MiB it may take" in format_plan(planned)
+    assert "the smallest, although" in planned.origins["train.device_batch_size"].text
+    assert "more than the 0 MiB available for training" in format_plan(planned)
 
 
 def test_ranks_divide_the_rows(tiny: Path) -> None:
@@ -94,7 +94,7 @@ def test_probing_corrects_the_estimate_and_nothing_else(tiny: Path) -> None:
     assert settled.experiment.train == attrs.evolve(planned.experiment.train, device_batch_size=2)
     assert settled.plan.total_batch_size == planned.plan.total_batch_size
     assert settled.plan.memory == planned.plan.choices[2]
-    assert settled.origins["train.device_batch_size"].text.endswith("tried out on 1 devices: 2")
+    assert settled.origins["train.device_batch_size"].text.endswith("tested on 1 devices: 2")
     with pytest.raises(OutOfMemory, match=r"out of memory while probing"):
         settle_batch_size(planned, world, fits=lambda rows: False)
 

@@ -96,7 +96,7 @@ def test_training_does_not_change(tiny: Path, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("stacks")
 def test_a_model_that_cannot_is_refused_before_anything_is_built(tiny: Path, tmp_path: Path) -> None:
     settings = ("model.plugin=stack", AGAIN)
-    expected = f'--set {AGAIN}: train.activation_checkpointing: model plugin "stack" can\'t .*: set it to false'
+    expected = f'--set {AGAIN}: train.activation_checkpointing: model plugin "stack" has no .*: set it to false'
     with pytest.raises(ConfigError, match=expected):
         plan(tiny, *settings)
     result = call("run", tiny, "--runs-dir", tmp_path / "runs", *(w for s in settings for w in ("--set", s)))

@@ -41,7 +41,7 @@ def test_out_of_memory_names_what_to_change_after_saving(site: Site, tiny: Path,
     runs = tmp_path / "runs"
     result = call("run", tiny, "--runs-dir", runs, *OPTIONS)
     assert result.code == 4, result.err
-    assert f"out of memory while training step {steps}; estimated were" in result.err
+    assert f"out of memory while training step {steps}; the estimate was" in result.err
     assert "train.device_batch_size, now 4" in result.err
     assert "train.activation_checkpointing = true" in result.err
     (run,) = (path for path in runs.glob("*/*") if path.is_dir())

@@ -148,7 +148,7 @@ def test_a_ratio_is_floored(tiny: Path) -> None:
 
 @pytest.mark.parametrize("horizon", ["target_flops=1.0", "target_param_data_ratio=0.001"])
 def test_less_than_a_step_is_refused(tiny: Path, horizon: str) -> None:
-    with pytest.raises(ConfigError, match=rf"--set train\.{horizon}: train\..*less than one step.*raise it"):
+    with pytest.raises(ConfigError, match=rf"--set train\.{horizon}: train\..*less than one step.*increase it"):
         plan(tiny, f"train.{horizon}")
 
 
@@ -185,7 +185,7 @@ def test_every_value_that_is_named_would_work(tiny: Path, overrides: list[str], 
     assert rows or totals
     for size in rows:
         plan(tiny, *overrides, f"train.device_batch_size={size}", world_size=world_size)
-    for total in totals:  # of "near it are" only the rows divide, so take the smallest micro-batch
+    for total in totals:  # of the sizes in "use A or B" only the rows divide, so take the smallest micro-batch
         more = [f"train.total_batch_size={total}", *([] if rows else ["train.device_batch_size=1"])]
         plan(tiny, *overrides, *more, world_size=world_size)
 
@@ -239,8 +239,8 @@ def test_the_banner_says_it_all(tiny: Path) -> None:
     banner = re.sub(r" {2,}", "  ", format_plan(plan(tiny)))
     for line in (
         "vocab size  265",
-        "micro-batch and rank  4 x 32 = 128 tokens",
-        "total batch size  256 tokens a step",
+        "micro-batch per rank  4 x 32 = 128 tokens",
+        "total batch size  256 tokens per step",
         "accumulation steps  2",
         "steps  12 (num_iterations)",
         "schedule  warmup 0, warmdown 2 steps",
