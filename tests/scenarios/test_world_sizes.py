@@ -1,4 +1,5 @@
-"""A run goes on with another number of ranks: the same rows in the same steps, the same but for the order of sums."""
+"""A run goes on with another number of ranks: the same rows in the same steps, the same but for the order of sums; with
+the optimizers that nanochat ships."""
 
 from __future__ import annotations
 
