@@ -17,8 +17,10 @@ from nanochat_core import (
     CheckpointError,
     ConfigError,
     DataError,
+    DataSource,
     Logger,
     LoggerContext,
+    Split,
     TableTokenizer,
     TokenizerContext,
     Tokens,
@@ -136,6 +138,26 @@ def _pairs(file: Path) -> list[str]:
     if any(len(pair) != 2 for pair in pairs):
         raise CheckpointError(f"{file} is damaged: every line must be a pair of letters")
     return pairs
+
+
+class FakeSource(DataSource):
+    """``count`` sample documents.
+
+    Attributes:
+        reads: how often they were asked for.
+    """
+
+    def __init__(self, count: int = 300) -> None:
+        self.count = count
+        self.reads = 0
+
+    def documents(self, split: Split) -> Sequence[str]:
+        self.reads += 1
+        text = f"{split}: the quick brown fox jumps over a lazy dog while seven wizards box "
+        return [text[i % 7 :] + text[i % 31 : i % 67] * 3 for i in range(self.count)]
+
+    def fingerprint(self, split: Split) -> str:
+        return f"{split} {self.count}"
 
 
 def trained_choice(**options: Any) -> Choice:

@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[2]
 THIRD_PARTY = ROOT / "tests" / "fixtures" / "thirdparty"
 BROKEN = ROOT / "tests" / "fixtures" / "broken"
 
+# An experiment of twelve quick steps with plugins that nanochat ships.
 TINY = """
 [run]
 name = "tiny"

@@ -77,7 +77,7 @@ def test_every_technique_of_the_speedrun_has_an_ablation() -> None:
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_an_ablation_trains(name: str, shards: Path, tmp_path: Path) -> None:
     small = (
-        "tokenizer.plugin=bytes", "data.plugin=parquet", f"data.path={shards}", "train.max_seq_len=32",
+        "tokenizer.plugin=bytes", "data.plugin=parquet", f"data.path={shards}", "train.max_seq_len=32", "model.depth=2",
         "train.total_batch_size=256", "train.device_batch_size=4", "train.num_iterations=2", "train.compile=false",
         "evaluators.bpb.eval_tokens=256",
     )  # fmt: skip

@@ -1,4 +1,5 @@
-"""A run goes on with another number of ranks: the same rows in the same steps, the same but for the order of sums."""
+"""A run goes on with another number of ranks: the same rows in the same steps, the same but for the order of sums; with
+the optimizers that nanochat ships."""
 
 from __future__ import annotations
 
@@ -10,10 +11,14 @@ from pathlib import Path
 import pytest
 import torch.distributed
 from helpers.killing import write_killed
-from helpers.support import Result, call, losses, metrics, only_run, spawn
+from helpers.ranks import call_on_ranks
+from helpers.support import Result, call, losses, metrics, only_run
 from safetensors.torch import load_file
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+pytestmark = [
+    pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo"),
+    pytest.mark.xdist_group("ranks"),
+]
 
 STEPS = 12
 # In bfloat16 a product's rounding depends on how many matrices a rank multiplies at once.
@@ -27,7 +32,7 @@ def run(file: Path, runs: Path, nproc: int, *settings: str, resume: bool = False
     if nproc == 1:
         result = call(*arguments)
     else:
-        result = spawn(*arguments, "--nproc", nproc, env={"OMP_NUM_THREADS": "1"}, timeout=600)
+        result = call_on_ranks(nproc, *arguments)
     assert result.code == 0, result.err
     return result
 

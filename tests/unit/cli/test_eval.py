@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from helpers.core_bundle import write_bundle
-from helpers.support import Trained, call, spawn, write_shards
+from helpers.ranks import call_on_ranks
+from helpers.support import Trained, call, write_shards
 
 from nanochat_core.cli import main
 
@@ -111,9 +112,9 @@ def test_results_on_other_data_are_not_compared(runs, bundle, tmp_path):
     assert core.code == 0, core.err  # it reads none of them
 
 
+@pytest.mark.xdist_group("ranks")
 def test_two_processes_find_the_same(runs, bundle):
     options = ["--runs-dir", runs, "--evaluator", "core", "--set", f"evaluators.core.bundle={bundle}"]
-    threads = {"OMP_NUM_THREADS": "1"}
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -122,7 +123,7 @@ def test_two_processes_find_the_same(runs, bundle):
         torch.set_num_threads(before)
     path = run_of(runs) / "evaluations" / "core_000012"
     alone = pq.read_table(path / "examples.parquet")
-    result = spawn("eval", "tiny", *options, "--nproc", 2, env=threads)
+    result = call_on_ranks(2, "eval", "tiny", *options)
     assert result.code == 0, result.err
     assert pq.read_table(path / "examples.parquet") == alone
     assert json.loads((path / "evaluation.json").read_text())["ranks"] == 2

@@ -4,33 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import attrs
 import pytest
-from helpers.fakes import trained_choice
+from helpers.fakes import FakeSource, trained_choice
 from helpers.support import ROOT
 
-from nanochat_core import DataError, DataSource
+from nanochat_core import DataError
 from nanochat_core.data.tokenizer_cache import MadeTokenizer, load_tokenizer, make_tokenizer
 from nanochat_core.files import cache_dir
-from nanochat_core.interfaces.types import Split
 from nanochat_core.plugins.choice import Choice
-from nanochat_core.testing import sample_documents
-
-
-class Source(DataSource):
-    def __init__(self, count: int = 300) -> None:
-        self.count = count
-        self.reads = 0
-
-    def documents(self, split: Split) -> Sequence[str]:
-        self.reads += 1
-        return sample_documents(self.count)
-
-    def fingerprint(self, split: Split) -> str:
-        return f"{split} {self.count}"
 
 
 @pytest.fixture(autouse=True)
@@ -39,13 +23,13 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "home"
 
 
-def make(what: Choice | None = None, source: Source | None = None, said: list[str] | None = None) -> MadeTokenizer:
-    return make_tokenizer(what or trained_choice(), source or Source(), (said if said is not None else []).append)
+def make(what: Choice | None = None, source: FakeSource | None = None, said: list[str] | None = None) -> MadeTokenizer:
+    return make_tokenizer(what or trained_choice(), source or FakeSource(), (said if said is not None else []).append)
 
 
 def test_equal_settings_share_one() -> None:
     first = make()
-    source = Source()
+    source = FakeSource()
     second = make(trained_choice(), source)
     assert first.seconds > 0
     assert second.seconds == 0
@@ -61,7 +45,7 @@ def test_changed_settings_never_share(options: dict[str, int]) -> None:
 
 def test_what_else_it_is_made_from_counts() -> None:
     first = make()
-    assert make(source=Source(200)).directory != first.directory
+    assert make(source=FakeSource(200)).directory != first.directory
     what = trained_choice()
     newer = attrs.evolve(what, entry=attrs.evolve(what.entry, version="99"))
     assert make(newer).directory != first.directory
@@ -105,8 +89,8 @@ def test_copies_are_independent(tmp_path: Path) -> None:
 TRAIN = """
 import sys
 from pathlib import Path
-from helpers.fakes import trained_choice
-from unit.data.test_tokenizer_cache import Source, make_tokenizer
+from helpers.fakes import FakeSource, trained_choice
+from nanochat_core.data.tokenizer_cache import make_tokenizer
 
 waited = Path(sys.argv[1])
 
@@ -114,7 +98,7 @@ def report(line):
     if "another process" in line:
         waited.touch()
 
-made = make_tokenizer(trained_choice(wait_for=waited), Source(), report)
+made = make_tokenizer(trained_choice(wait_for=waited), FakeSource(), report)
 print(made.seconds > 0, made.tokenizer.fingerprint)
 """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from helpers.processes import Process
+from helpers.ranks import call_on_ranks
 from helpers.support import Site, call, losses, only_run
 
 GREEDY = """
@@ -57,6 +57,7 @@ def test_other_errors_stay_what_they_are(site: Site, tiny: Path, tmp_path: Path)
         call("run", tiny, "--runs-dir", tmp_path / "runs", *OPTIONS)
 
 
+@pytest.mark.xdist_group("ranks")
 @pytest.mark.parametrize("micro_batch", [0, 1])
 def test_out_of_memory_on_one_of_two_ranks_saves_and_ends_both(
     site: Site, tiny: Path, tmp_path: Path, micro_batch: int
@@ -66,9 +67,9 @@ def test_out_of_memory_on_one_of_two_ranks_saves_and_ends_both(
     site.add("made-up", f"LIMIT = {2 * 5 + micro_batch}\n{GREEDY.replace('FAIL', where)}")
     runs = tmp_path / "runs"
     options = (*OPTIONS, "--set", "train.device_batch_size=2")
-    with Process.run(tiny, "--runs-dir", runs, "--nproc", 2, *options, site=site.directory) as process:
-        code, _, err = process.end()
-    assert code == 4, err
+    result = call_on_ranks(2, "run", tiny, "--runs-dir", runs, *options, site=site)
+    assert result.code == 4, result.err
+    err = result.err
     assert err.count("out of memory while training step 5") == 1
     assert err.startswith("rank 1: out of memory")
     assert "Traceback" not in err

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch.distributed
-from helpers.support import Trained, call, losses, only_run, spawn
+from helpers.ranks import call_on_ranks
+from helpers.support import Trained, call, losses, only_run
 
 
 def traced(run: Path, rank: int = 0) -> list[str]:
@@ -54,9 +55,10 @@ def test_a_run_that_ends_too_early_says_so(tiny: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+@pytest.mark.xdist_group("ranks")
 def test_every_rank_has_a_trace(tiny: Path, tmp_path: Path) -> None:
     settings = ("--set", "train.profile=1", "--set", "train.num_iterations=3")
-    result = spawn("run", tiny, "--runs-dir", tmp_path / "runs", "--nproc", 2, *settings)
+    result = call_on_ranks(2, "run", tiny, "--runs-dir", tmp_path / "runs", *settings)
     assert result.code == 0, result.err
     assert result.out.count("profile of 1 step:") == 1
     run = only_run(tmp_path / "runs")
