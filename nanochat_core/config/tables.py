@@ -70,7 +70,7 @@ def resume_rule(table: str, option: str, field: Any = None) -> str:
 
 def unverified_options(experiment: Experiment) -> dict[str, str]:
     """Options whose value differs from the default and whose code was never run on the hardware it is for: dotted key
-    to what is unverified. Call it while "auto" values still say "auto"."""
+    to what is unverified. Call it before "auto" values are resolved."""
     found = {}
     for table in TABLES:
         part = getattr(experiment, table)

@@ -215,7 +215,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ("arguments", "reason"),
     [
         (("modl", "x"), "no kind 'modl' (did you mean \"model\"?)"),
-        (("model", "My Model"), "small letters"),
+        (("model", "My Model"), "lower-case letters"),
         (("model",), "write: nanochat plugins new KIND NAME [DIR]"),
         (("model", "x", "."), "exists and is not empty"),
         (("model", "core"), "nanochat-core is nanochat's own distribution"),

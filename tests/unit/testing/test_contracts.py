@@ -283,10 +283,10 @@ def test_a_good_model() -> None:
         (WrongLoss, "is not the cross-entropy"),
         (Unused, "parameter unused gets no gradient"),
         (OwnRoles, "has role 'body'"),
-        (Forgetful, "saved and loaded it gives other logits"),
-        (Unseeded, "the same seed gives other weights"),
-        (LosesGradients, r"with checkpoint_activations parameter embedding\.weight gets another gradient"),
-        (OtherFunction, "with checkpoint_activations the loss is another"),
+        (Forgetful, "saved and loaded, it gives different logits"),
+        (Unseeded, "the same seed gives different weights"),
+        (LosesGradients, r"checkpoint_activations changes the gradient of parameter embedding\.weight"),
+        (OtherFunction, "checkpoint_activations changes the loss"),
     ],
 )
 def test_broken_models(model: Any, reason: str) -> None:
@@ -335,9 +335,9 @@ class NeedsGradients(SGD):
 @pytest.mark.parametrize(
     ("optimizer", "reason"),
     [
-        (LosesMomentum, "a resumed optimizer goes on differently"),
-        (IgnoresScale, "scale is not applied"),
-        (IgnoresRate, "a learning-rate factor of 0 changes parameters"),
+        (LosesMomentum, "a resumed optimizer makes different updates"),
+        (IgnoresScale, "apply scale to the gradients"),
+        (IgnoresRate, "a learning-rate multiplier of 0 changes parameters"),
         (DiscardsNothing, "after discard the gradients are still there"),
         (WrongNorm, "reduce gives"),
         (NeedsGradients, "where are they"),
@@ -379,7 +379,7 @@ class Streams(Lines):
     ("source", "reason"),
     [
         (NoValidation, "val has no documents"),
-        (Shuffles, "built again it has other documents"),
+        (Shuffles, "a second instance has different documents"),
         (Streams, "has no len"),
     ],
 )
@@ -411,7 +411,7 @@ def drifts(model: Model, step: int) -> Evaluation:
         (lambda model, step: Evaluation({"a": torch.ones(())}), "must be a Python int or float"),
         (lambda model, step: Evaluation({"step": 1}), "names of the ledger"),
         (lambda model, step: Evaluation({"a": 1.0}, examples=[{"task": "x"}]), "an example needs task"),
-        (lambda model, step: Evaluation({"a": float(torch.rand(()) + step)}), "other metrics the second time"),
+        (lambda model, step: Evaluation({"a": float(torch.rand(()) + step)}), "a second evaluation has different metrics"),
         (drifts, "changes the model's parameters"),
     ],
 )
