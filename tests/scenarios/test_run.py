@@ -384,7 +384,7 @@ def test_other_data_are_refused_unless_they_are_allowed(copy: Trained, trained: 
 
     # The checkpoint says what it was trained on, whatever a later attempt has noted in the run's directory.
     forget(copy.path, after=8)
-    assert "the train data are not those" in resume(copy, *there).err
+    assert "the train data differ from those" in resume(copy, *there).err
 
 
 def test_another_validation_set_alone_leaves_training_as_it_is(

@@ -216,7 +216,8 @@ def test_a_run_is_not_resumed_across_versions(made: Made) -> None:
     result = made.train("--resume")
     assert result.code == 2
     assert (
-        "has version 1 of model 'bigram', made-up 1.0 has version 2, and a run can't continue with a different version" in result.err
+        "has version 1 of model 'bigram', made-up 1.0 has version 2, and a run can't continue with a different version"
+        in result.err
     )
     assert f"--set train.init_from={made.path}" in result.err
     assert list(losses(made.path)) == list(range(12))

@@ -411,7 +411,7 @@ def drifts(model: Model, step: int) -> Evaluation:
         (lambda model, step: Evaluation({"a": torch.ones(())}), "must be a Python int or float"),
         (lambda model, step: Evaluation({"step": 1}), "names of the ledger"),
         (lambda model, step: Evaluation({"a": 1.0}, examples=[{"task": "x"}]), "an example needs task"),
-        (lambda model, step: Evaluation({"a": float(torch.rand(()) + step)}), "a second evaluation has different metrics"),
+        (lambda model, step: Evaluation({"a": float(torch.rand(()) + step)}), "of the same model has different values"),
         (drifts, "changes the model's parameters"),
     ],
 )
