@@ -28,12 +28,13 @@ from nanochat_core.plugins.structure import Mismatch, converter, fields_of
 
 @attrs.frozen
 class LoadedExperiment:
-    """What ``load`` gives.
+    """The result of ``load``.
 
     Args:
-        experiment: the experiment; "auto" values still say "auto".
+        experiment: the experiment; "auto" values are not resolved.
         origins: dotted key to origin, for every value, defaults included.
-        missing: plugins or libraries that are not installed. ``show`` and ``plan`` go on without, ``run`` does not.
+        missing: plugins or libraries that are not installed. ``show`` and ``plan`` continue without them, ``run`` does
+            not.
     """
 
     experiment: Experiment
@@ -47,7 +48,7 @@ class LoadedExperiment:
         return self
 
     def keep(self, values: Mapping[str, Any], run: str) -> LoadedExperiment:
-        """Options of the core's tables replaced by what they are in an earlier run.
+        """Return a copy in which options of the core's tables have the values of an earlier run.
 
         Args:
             values: by dotted key, such as ``train.compile``.
@@ -64,12 +65,12 @@ class LoadedExperiment:
 
 @attrs.frozen
 class Tables:
-    """Tables that come from elsewhere than the experiment's file. They lie over the file and below overrides.
+    """Tables from a source other than the experiment's file. They override the file; ``--set`` overrides them.
 
     Args:
         content: options by table; entries of a list by table and name.
         origin: where they come from, such as a checkpoint or an option of the command.
-        replace: tables of the file with these names are left out, instead of merged with.
+        replace: tables of the file with these names are replaced instead of merged.
     """
 
     content: Mapping[str, Mapping[str, Any]]
@@ -90,8 +91,8 @@ def load(
     Args:
         file: the TOML file; None when everything comes from ``tables`` and ``overrides``.
         overrides: ``key=value`` texts; list entries are addressed by name, as in ``evaluators.NAME.every=50``.
-        plugins: what is installed.
-        tables: what lies between the file and the overrides, lowest first.
+        plugins: the installed plugins.
+        tables: tables between the file and the overrides, lowest first.
         complete: whether every part must name its plugin. If not, a part that no table names a plugin for becomes a
             Choice without an entry.
 
@@ -115,7 +116,7 @@ def load(
 
 
 class _Structurer:
-    """Turns the merged tree into an Experiment, collecting problems, origins and missing plugins."""
+    """The conversion of the merged tree to an Experiment, which collects problems, origins and missing plugins."""
 
     def __init__(
         self, tree: Tree, plugins: Plugins, problems: list[Problem], default_name: str, complete: bool = True
@@ -163,7 +164,7 @@ class _Structurer:
         self.problems.append(Problem(".".join(path), message, first_origin(at)))
 
     def _one_of(self, table: Tree, names: tuple[str, ...]) -> None:
-        """Of options that exclude each other the one of the latest layer is in force."""
+        """Keep, of options that exclude each other, the one of the highest layer."""
         given = {n: table[n].origin.layer for n in names if isinstance(table.get(n), Value)}
         latest = [n for n, layer in given.items() if layer == max(given.values())]
         if len(latest) > 1:
@@ -178,7 +179,7 @@ class _Structurer:
         return self._structure(CORE_TABLES[name], (name,), self._table(name))
 
     def _with_best_metric(self, checkpoint: Checkpoint | None, evaluators: Sequence[Choice]) -> Checkpoint | None:
-        """``best_metric`` that is not given is that of the first evaluator that has one."""
+        """Set a ``best_metric`` that is not given to that of the first evaluator that has one."""
         if checkpoint is None or checkpoint.best_metric is not None:
             return checkpoint
         for choice in evaluators:
@@ -186,12 +187,12 @@ class _Structurer:
                 self.origins["checkpoint.best_metric"] = Origin(f"default: the metric of {choice.table}")
                 return attrs.evolve(checkpoint, best_metric=choice.metric_name(choice.entry.best_metric))
         if checkpoint.keep_best is not None and not self.missing:
-            message = "missing: keep_best needs a metric, and no evaluator of the experiment has one of its own"
+            message = "missing: keep_best needs a metric, and no evaluator of the experiment has a default for it"
             self._problem(("checkpoint", "best_metric"), message, self._table("checkpoint")["keep_best"])
         return checkpoint
 
     def _structure(self, cls: type, path: Path_, table: Tree, owner: str = "", place: Any = None) -> Any:
-        """An instance of an attrs class, or None after noting every problem, at ``place`` what has none of its own."""
+        """An instance of an attrs class, or None after noting every problem, by default at ``place``."""
         try:
             config: Any = converter.structure(plain_values(table), cls)
         except Mismatch as error:
@@ -211,7 +212,7 @@ class _Structurer:
         return config
 
     def _choice(self, path: Path_, table: Tree, kind: Any) -> Choice | None:
-        """The plugin entry a table picks, with its config; None after noting what is wrong."""
+        """The plugin entry that a table picks, with its config; None after noting every problem."""
         if not self.complete and not table:
             return Choice(EntryKeys(""), None, {})
         chosen = self._chosen(path, table, kind)
@@ -248,11 +249,11 @@ class _Structurer:
         if keys is None or config is None:
             return None
         origins = {key: self.origins[key] for key in (".".join((*path, name)) for name in (*known, *reserved))}
-        at = first_origin(chosen) or first_origin(table)  # of what is left at its default
+        at = first_origin(chosen) or first_origin(table)  # of options that keep their default
         return Choice(keys, entry, config, {key: o.text if o.layer >= 0 else at for key, o in origins.items()})
 
     def _chosen(self, path: Path_, table: Tree, kind: Any) -> Value | None:
-        """The plugin's name that a table gives, or that the name of its entry is."""
+        """The plugin's name that a table gives; by default, the name of its entry."""
         registry = self.plugins[kind]
         chosen = table.get("plugin")
         if chosen is None and len(path) == 2 and isinstance(table, dict) and registry.claims(path[1]):
@@ -267,13 +268,13 @@ class _Structurer:
     def _unknown_choice(
         self, path: Path_, kind: Any, chosen: Value, keys_class: type[EntryKeys], kept: Tree, own: Tree
     ) -> Choice | None:
-        """A choice without entry, for those who go on without the plugin, such as ``nanochat show``."""
+        """A choice without entry, for commands that continue without the plugin, such as ``nanochat show``."""
         registry, name = self.plugins[kind], chosen.value
         if registry.claims(name):
             self._problem((*path, "plugin"), registry.explain_clash(name), chosen)
             return None
         message = f'no {_word(kind)} plugin "{name}" is installed{registry.suggest(name)}'
-        message += "; install the package that brings it" + self.plugins.explain_failure(name)
+        message += "; install the package that provides it" + self.plugins.explain_failure(name)
         self.missing.append(Problem(".".join((*path, "plugin")), message, chosen.origin.text))
         keys = self._structure(keys_class, path, kept)
         for key in fields_of(keys_class):

@@ -90,7 +90,11 @@ def entries_by_name(
                     continue
                 if name in entries:
                     problems.append(
-                        Problem(f"{table}.{name}", "two entries have this name: give one another name = ...", place)
+                        Problem(
+                            f"{table}.{name}",
+                            "two entries have this name: give one of them a different name = ...",
+                            place,
+                        )
                     )
                     continue
                 entries[name] = entry
@@ -142,7 +146,7 @@ def merge_layer(
                 plugin = old.get("plugin")
                 was = plugin.value if isinstance(plugin, Value) else key
                 if was != value["plugin"]:
-                    old = None  # options of another plugin mean something else
+                    old = None  # options of the previous plugin do not apply
             base[key] = old if isinstance(old, dict) else {}
             merge_layer(base[key], value, where, index, problems, here)
         else:

@@ -1,4 +1,4 @@
-"""Where each value of an experiment came from."""
+"""The origin of each value of an experiment."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nanochat_core.errors import NanochatError
 
 @attrs.frozen
 class Origin:
-    """Where a value came from.
+    """The origin of a value.
 
     Args:
         text: ``file:line``, ``--set KEY=VALUE``, ``default``, ``kept from RUN``, or the formula of an auto value.
@@ -22,7 +22,7 @@ class Origin:
     layer: int = -1
 
     def kept_from(self, run: str) -> Origin:
-        """The origin of a value that stays what it is in ``run``, where the experiment says "auto"."""
+        """The origin of a value that is kept from ``run``, where the experiment has "auto"."""
         return Origin(f"kept from {run}" + (f" [{self.text}]" if self.layer >= 0 else ""))
 
 
@@ -30,5 +30,5 @@ DEFAULT = Origin("default")
 
 
 def add_places(error: NanochatError, origins: Mapping[str, Origin]) -> None:
-    """Put file and line in front of what is said about each key of the experiment, in place."""
+    """Put file and line in front of the messages about each key of the experiment, in place."""
     error.add_places({key: origin.text for key, origin in origins.items() if origin.layer >= 0})

@@ -16,9 +16,11 @@ from nanochat_core.plugins.options import above, at_least, between, finite, opti
 @attrs.frozen
 class Run:
     name: str = option(
-        "", "name of the experiment and of its directory; default: the file's name",
-        validator=plain_name, on_resume="refuse",
-    )  # fmt: skip
+        "",
+        "name of the experiment and of its directory; default: the file's name",
+        validator=plain_name,
+        on_resume="refuse",
+    )
     project: str = option("nanochat", "project that loggers file the run under")
     group: str = option("", "group of runs that belong together, such as the arms of an ablation")
     tags: tuple[str, ...] = option((), "tags for loggers")
@@ -27,17 +29,18 @@ class Run:
 @attrs.frozen
 class Schedule:
     warmup_ratio: float | None = option(
-        None, "part of the run over which the learning rate rises linearly; or give warmup_steps",
+        None,
+        "fraction of the run over which the learning rate rises linearly; or give warmup_steps",
         validator=between(0, 1),
-    )  # fmt: skip
+    )
     warmup_steps: int | None = option(
         None, "length of the warmup in optimizer steps; or give warmup_ratio", validator=at_least(0)
     )
     warmdown_ratio: float = option(
-        0.2, "part of the run, at its end, over which the learning rate falls linearly", validator=between(0, 1)
+        0.2, "fraction of the run, at its end, over which the learning rate falls linearly", validator=between(0, 1)
     )
     final_lr_frac: float = option(
-        0.0, "learning rate at the very end, as a part of the full one", validator=between(0, 1)
+        0.0, "learning rate at the very end, as a fraction of the full one", validator=between(0, 1)
     )
 
 
@@ -45,13 +48,17 @@ class Schedule:
 class Train:
     max_seq_len: int = option(2048, "context length T, in tokens", validator=at_least(1), on_resume="refuse")
     device_batch_size: int | Literal["auto"] = option(
-        32, "sequences per device and micro-batch: lower it when memory runs out; auto: the largest that fits",
-        validator=at_least(1), on_resume="free",
-    )  # fmt: skip
+        32,
+        "sequences per device and micro-batch: lower it when memory runs out; auto: the largest that fits",
+        validator=at_least(1),
+        on_resume="free",
+    )
     total_batch_size: int | Literal["auto"] = option(
-        524288, "tokens per optimizer step, all devices; auto: 2^19 (D / D12)^0.383 to the nearest power of two",
-        validator=at_least(1), on_resume="refuse",
-    )  # fmt: skip
+        524288,
+        "tokens per optimizer step, all devices; auto: 2^19 (D / D12)^0.383 to the nearest power of two",
+        validator=at_least(1),
+        on_resume="refuse",
+    )
     num_iterations: int | None = option(None, "horizon: optimizer steps", validator=at_least(1))
     target_flops: float | None = option(None, "horizon: FLOPs of the whole training", validator=finite)
     target_param_data_ratio: float | None = option(
@@ -62,30 +69,39 @@ class Train:
     )
     grad_clip: float = option(1.0, "largest global gradient norm; 0 is off", validator=at_least(0), on_resume="warn")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto", "what matrix products are computed in; auto: bfloat16 where the hardware gains from it, else float16 "
-        "on CUDA devices that gain from that. Gradients of float16 are kept in range by a loss scale",
+        "auto",
+        "dtype of matrix products; auto: bfloat16 where the hardware accelerates it, else float16 on CUDA devices "
+        "that accelerate that. Gradients of float16 are kept in range by a loss scale",
         on_resume="refuse",
-    )  # fmt: skip
+    )
     compile: bool | Literal["auto"] = option("auto", "torch.compile; auto: when the run is long enough to earn it back")
     activation_checkpointing: bool = option(
         False,
         "keep only the input of each block and recompute the rest in the backward pass: less memory, more time",
     )
     profile: int = option(
-        0, "optimizer steps to trace once training has settled, which slows them; profile/ in the run directory has "
-        "the trace; 0 is off", validator=at_least(0), unverified="kernels of a CUDA device were never traced",
-    )  # fmt: skip
+        0,
+        "optimizer steps to trace once training has settled, which slows them; the trace is in profile/ of the "
+        "run directory; 0 is off",
+        validator=at_least(0),
+        unverified="kernels of a CUDA device were never traced",
+    )
     max_skipped_steps: int = option(
         10, "steps in a row with a loss or gradient that is not finite before the run stops", validator=at_least(0)
     )
     stall_warning: float = option(
-        300.0, "seconds without progress after which a stall is reported, with where each rank is; inf is off",
-        validator=above(0), on_resume="free",
-    )  # fmt: skip
+        300.0,
+        "seconds without progress after which a stall is reported, with where each rank is; inf is off",
+        validator=above(0),
+        on_resume="free",
+    )
     deterministic: bool = option(
-        False, "use only algorithms that repeat bit for bit, which are slower on CUDA; an operation without one is an "
-        "error. A CPU repeats without it", on_resume="warn", unverified="it never ran on a CUDA device",
-    )  # fmt: skip
+        False,
+        "use only algorithms that are reproducible bit for bit, which are slower on CUDA; an operation without one "
+        "is an error. A CPU is reproducible without it",
+        on_resume="warn",
+        unverified="it never ran on a CUDA device",
+    )
     seed: int = option(1337, "seed of the initial weights", validator=between(0, 2**63 - 1), on_resume="refuse")
     init_from: str | None = option(None, "start from the newest checkpoint of this run", on_resume="refuse")
 
@@ -96,24 +112,28 @@ class Checkpoint:
         None, "optimizer steps between checkpoints; the last step is always saved", validator=at_least(1)
     )
     asynchronous: bool = option(
-        False, "write checkpoints in the background: training waits only for the copy off the device, and for the "
+        False,
+        "write checkpoints in the background: training waits only for the copy off the device, and for the "
         "save before, if that is still being written",
-    )  # fmt: skip
+    )
     keep_last: int | None = option(
-        None, "number of newest checkpoints to keep; without any keep_ option all are kept, with one the newest and "
-        "what any of them keeps", validator=at_least(1),
-    )  # fmt: skip
+        None,
+        "number of newest checkpoints to keep; without any keep_ option all are kept; with one, the newest and "
+        "those that any of them keeps",
+        validator=at_least(1),
+    )
     keep_every: int | None = option(
         None, "keep checkpoints of steps that are a multiple of this", validator=at_least(1)
     )
     keep_best: int | None = option(
-        None, "number of checkpoints to keep that are best by best_metric, among those evaluated at their own step",
+        None,
+        "number of checkpoints to keep that are best by best_metric, among those evaluated at their own step",
         validator=at_least(1),
-    )  # fmt: skip
+    )
     best_metric: str | None = option(
-        None, "what keep_best looks at: an evaluation metric as the ledger names it; default: that of the first "
-        "evaluator that has one",
-    )  # fmt: skip
+        None,
+        "metric of keep_best, by its name in the ledger; default: that of the first evaluator that has one",
+    )
     best_is: Literal["smallest", "largest"] = option("smallest", "which value of best_metric is best")
 
     def __attrs_post_init__(self) -> None:

@@ -66,7 +66,7 @@ def changed_options(old: Experiment, new: Experiment) -> list[tuple[str, Any, An
 
 def unverified_options(experiment: Experiment) -> dict[str, str]:
     """Options whose value differs from the default and whose code was never run on the hardware it is for: dotted key
-    to what is unverified. Call it while "auto" values still say "auto"."""
+    to what is unverified. Call it before "auto" values are resolved."""
     found = {}
     for table in TABLES:
         part = getattr(experiment, table)

@@ -13,7 +13,7 @@ MOST_SKIPPED = 10_000  # places; with more the data are broken as a whole, or an
 
 
 class Documents(Sequence[str]):
-    """Indexes, slices and iterates like a list, given ``__len__`` and ``read``."""
+    """A sequence that is indexed, sliced and iterated like a list; subclasses define ``__len__`` and ``read``."""
 
     @abstractmethod
     def read(self, indices: Iterable[int]) -> Iterator[str]:

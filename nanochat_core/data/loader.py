@@ -30,7 +30,7 @@ class Step:
 
     Args:
         batches: micro-batches, each [B, T], on the CPU (pinned when the device is a GPU).
-        cursors: where the lanes of this rank stand after the step, by lane: the state to save.
+        cursors: positions of this rank's lanes after the step, by lane: the state to save.
         epoch: passes over the data so far, averaged over this rank's lanes.
         cropped: tokens cut off documents so that they end with a row of this rank; see ``packing.best_fit``.
         dropped: tokens of unfinished rows at the ends of windows.
@@ -93,7 +93,7 @@ class TrainLoader:
     ) -> None:
         if rows_per_step % lanes or rows_per_step % (world_size * device_batch_size):
             raise ValueError(
-                f"{rows_per_step} rows a step can't be dealt to {lanes} lanes, "
+                f"{rows_per_step} rows per step can't be dealt to {lanes} lanes, "
                 f"and to {world_size} ranks in batches of {device_batch_size}"
             )
         self._slots = range(rank * rows_per_step // world_size, (rank + 1) * rows_per_step // world_size)

@@ -118,7 +118,7 @@ class Lane(ABC):
     Args:
         source: all documents of the split.
         max_seq_len: T.
-        lane, lanes: which of how many.
+        lane, lanes: index of the lane, and number of lanes.
         cursor: where the next row starts.
         epochs: passes over the lane that may be made; None for any number.
         window: documents that ``best_fit`` packs together.
@@ -174,7 +174,7 @@ class Lane(ABC):
         return self.cursor.epoch + self.cursor.document / self.num_documents
 
     def documents(self, start: Cursor, stop: Cursor) -> list[int]:
-        """Documents of the source that the rows between two cursors are made of, rising."""
+        """Documents of the source that the rows between two cursors are made of, ascending."""
         end = self._end(stop)
         if stop.epoch == start.epoch:
             mine = set(range(start.document, end))
@@ -186,7 +186,7 @@ class Lane(ABC):
 
     @abstractmethod
     def _end(self, cursor: Cursor) -> int:
-        """The first document of the lane that no row before the cursor has to do with, but for earlier epochs."""
+        """The first document of the lane of which no row before the cursor, in the same epoch, has tokens."""
 
     @abstractmethod
     def has(self, count: int) -> bool:

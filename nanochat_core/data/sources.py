@@ -16,11 +16,11 @@ def build_source(choice: Choice) -> DataSource:
     """The data source that an experiment picks.
 
     Returns:
-        A source whose errors, also those of reading documents later, have the whole keys of options, file and line.
+        A source whose errors, also those of reading documents later, have full keys of options, file and line.
 
     Raises:
         PluginError: when the factory returns something else.
-        NanochatError: what the factory says of its options or of the data.
+        NanochatError: from the factory, about its options or the data.
     """
     source = choice.build(DataContext(cache_dir=cache_dir()))
     if not isinstance(source, DataSource):
@@ -29,7 +29,7 @@ def build_source(choice: Choice) -> DataSource:
 
 
 class _NamingSource(DataSource):
-    """A data source that reads when it is asked to, and says then what is wrong with its options."""
+    """A data source that adds keys and places of options to the errors of another one, also to those of reading."""
 
     def __init__(self, choice: Choice, source: DataSource) -> None:
         self._choice, self._source = choice, source

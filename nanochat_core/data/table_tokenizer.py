@@ -1,4 +1,4 @@
-"""What tokenizers share that know the bytes of each of their tokens, for plugin authors."""
+"""A base class of tokenizers that know the bytes of each of their tokens, for plugin authors."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from nanochat_core.interfaces.types import Tokens
 
 Thing = TypeVar("Thing")
 
-# Every kind of character that a split pattern has to take a side on, and that normalisation changes.
+# Every kind of character that split patterns distinguish or normalisation changes.
 PROBE = "It's 12345 wörter, 漢字 -- \t (x_1 != y)\r\n\n  end \u0041\u030a \ufb01\u2460 \x00 🙂  "
 
 
 def special_tokens_from(first: int, own: Mapping[str, int] | None = None) -> dict[str, int]:
-    """Ids of the special tokens, counted from ``first`` on; with those of an encoding that brings its ``own``. One
-    that brings ``<|bos|>`` gets no others."""
+    """Ids of the special tokens, counted from ``first`` on, in addition to the ``own`` ones of an encoding. An encoding
+    that has ``<|bos|>`` gets no others."""
     if own is not None and "<|bos|>" in own:
         return dict(own)
     return {**(own or {}), **{name: first + i for i, name in enumerate(SPECIAL_TOKENS)}}
@@ -41,18 +41,18 @@ class PerThread(Generic[Thing]):
         self._make, self._local = make, threading.local()
 
     def get(self) -> Thing:
-        found: Thing | None = getattr(self._local, "found", None)
-        if found is None:
-            found = self._local.found = self._make()
-        return found
+        thing: Thing | None = getattr(self._local, "thing", None)
+        if thing is None:
+            thing = self._local.thing = self._make()
+        return thing
 
 
 class TableTokenizer(Tokenizer):
-    """A tokenizer that is a table of tokens, besides how it encodes. A subclass gives ``encode_array``,
+    """A tokenizer with a table of its tokens' bytes. A subclass provides ``encode_array``,
     ``fingerprint``, ``files``, and ``__reduce__`` where its parts can't be pickled.
 
     Args:
-        tokens: bytes of the ordinary tokens by id; empty for ids that mean nothing.
+        tokens: bytes of the ordinary tokens by id; empty for unused ids.
         special: ids of the special tokens.
     """
 
@@ -74,7 +74,7 @@ class TableTokenizer(Tokenizer):
         """Content of what ``save`` writes beside the settings, by file name."""
 
     def settings(self) -> Mapping[str, Any]:
-        """What else stands in the settings."""
+        """Further content of the settings."""
         return {}
 
     @property
@@ -102,7 +102,7 @@ class TableTokenizer(Tokenizer):
         return sizes
 
     def keeps_text(self) -> bool:
-        """Whether an awkward text comes back as it was."""
+        """Whether a difficult text is decoded as it was."""
         return self.decode(self.encode(PROBE)) == PROBE
 
     def save(self, directory: Path) -> None:
@@ -123,11 +123,11 @@ class TableTokenizer(Tokenizer):
 def encode_by_pieces(encode: Callable[[str], Tokens], text: str) -> Tokens:
     """``encode(text)``, for an encoder that matches regular expressions and takes nothing but UTF-8.
 
-    Very long white space is encoded in pieces, see ``cut_long_runs``, and text that UTF-8 can't hold as ``well_formed``
-    mends it.
+    Very long white space is encoded in pieces, see ``cut_long_runs``, and text that UTF-8 can't hold is repaired by
+    ``well_formed``.
 
     Args:
-        encode: gives int32 ids, and raises UnicodeEncodeError on a lone surrogate.
+        encode: returns int32 ids, and raises UnicodeEncodeError on a lone surrogate.
     """
 
     def encode_piece(piece: str) -> Tokens:
@@ -147,7 +147,7 @@ def load_table_tokenizer(kind: type[Made], directory: Path, make: Callable[[Mapp
     """The tokenizer that ``save`` wrote to ``directory``.
 
     Args:
-        make: gives it from the settings; it reads the other files, and may raise what reading and parsing raise.
+        make: makes it from the settings; it reads the other files, and may raise what reading and parsing raise.
 
     Raises:
         CheckpointError: when a file is missing or damaged, or they don't belong together.
@@ -157,8 +157,10 @@ def load_table_tokenizer(kind: type[Made], directory: Path, make: Callable[[Mapp
         if settings["format"] != kind.format:
             raise ValueError(f"its format is {settings['format']!r}, this version reads {kind.format!r}")
         tokenizer = make(settings)
-        if tokenizer.fingerprint != settings.get("fingerprint", tokenizer.fingerprint):  # early ones of bytes had none
-            raise ValueError("the files don't belong together: their fingerprint is another")
+        if tokenizer.fingerprint != settings.get(
+            "fingerprint", tokenizer.fingerprint
+        ):  # early byte tokenizers had none
+            raise ValueError("the files don't belong together: their fingerprint differs")
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ConfigError) as error:
         raise CheckpointError(
             f"the tokenizer in {directory} can't be read ({error}); restore its files, or start a new run"

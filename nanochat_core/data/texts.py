@@ -1,4 +1,4 @@
-"""What tokenizers need to know of texts. No torch, so that config modules may import it."""
+"""Text handling that tokenizers share. Imports no torch, so that config modules may import it."""
 
 from __future__ import annotations
 

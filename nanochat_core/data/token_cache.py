@@ -36,8 +36,8 @@ from nanochat_core.interfaces.types import Tokens
 
 FORMAT = "tokens-1"
 MAGIC = b"NCTK"
-HEADER = struct.Struct("<4sIIIQII")  # with 4 bytes of nothing, so that all that follows is aligned
-SEGMENT_BYTES = 2**30  # a new segment is begun after so many
+HEADER = struct.Struct("<4sIIIQII")  # with 4 bytes of padding, so that all that follows is aligned
+SEGMENT_BYTES = 2**30  # size after which a new segment is begun
 
 Ints = npt.NDArray[np.int64]
 
@@ -90,7 +90,7 @@ def _scan(path: Path, position: int = 0) -> list[_Block]:
             if size < HEADER.size:
                 return []
             segment: npt.NDArray[np.uint8] = np.memmap(file, dtype=np.uint8, mode="r", shape=(size,))
-    except OSError:  # somebody has removed it
+    except OSError:  # it has been removed
         return []
     blocks: list[_Block] = []
     while position + HEADER.size <= size:
@@ -110,13 +110,13 @@ NOWHERE, WRITTEN = -1, -2  # instead of a block: tokens that aren't in the cache
 
 
 class TokenCache:
-    """Documents as tokens: from disk where they are there, else from ``source``, and on disk from then on.
+    """Tokens of documents: from disk if they are cached, otherwise from ``source``, and cached from then on.
 
     Args:
         directory: of this split and tokenizer; created if absent.
-        source: where tokens come from that are not in the cache.
+        source: provides the tokens that are not in the cache.
         vocab_size: of the tokenizer; up to 2^16 a token takes two bytes instead of four.
-        report: called with a line for people, at most once, when the cache can't be written.
+        report: prints a line; called at most once, when the cache can't be written.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class TokenCache:
         found = [self._find(document) for document in indices]
         missing = [i for i, tokens in enumerate(found) if tokens is None]
         if missing:
-            asked = indices[missing[0] : missing[-1] + 1]  # one slice, though some in the middle may be there
+            asked = indices[missing[0] : missing[-1] + 1]  # one slice, though some in the middle may be cached
             made = self._source.read(asked)
             found[missing[0] : missing[-1] + 1] = made
             self._write(asked, made)
@@ -173,7 +173,7 @@ class TokenCache:
         return block.text()[start : start + int(self._length[document])]
 
     def _add(self, block: _Block) -> None:
-        """Make a block's documents known."""
+        """Add a block's documents to the index."""
         numbers, lengths = block.columns()
         if not len(numbers) or numbers.min() < 0 or numbers.max() >= len(self) or lengths.sum() != block.tokens:
             return  # damaged
@@ -188,10 +188,10 @@ class TokenCache:
                 for block in _scan(path, position):
                     self._add(block)
                     self._written[path] = block.end
-            self._block[self._block == WRITTEN] = NOWHERE  # somebody has removed the file
+            self._block[self._block == WRITTEN] = NOWHERE  # the file has been removed
 
     def _write(self, documents: range, made: Sequence[Tokens]) -> None:
-        """Append a block. When that fails, training goes on without."""
+        """Append a block. If that fails, training continues without the cache."""
         numbers = np.arange(documents.start, documents.stop, documents.step, dtype="<i8")
         lengths = np.array([len(tokens) for tokens in made], dtype="<i8")
         tokens = np.concatenate(made).astype(self._dtype)
@@ -207,7 +207,7 @@ class TokenCache:
                 self._block[numbers] = WRITTEN
             except OSError as error:
                 self._can_write = False
-                self._report(f"the token cache {self._directory} can't be written ({error}); going on without")
+                self._report(f"the token cache {self._directory} can't be written ({error}); continuing without it")
 
     def _append(self, data: bytes) -> None:
         if self._segment is None:

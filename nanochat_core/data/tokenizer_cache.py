@@ -23,16 +23,16 @@ from nanochat_core.interfaces.tokenizer import Tokenizer, TokenizerContext
 from nanochat_core.plugins.choice import Choice
 from nanochat_core.plugins.structure import to_plain
 
-FORMAT = 1  # of what stands in the cache; another number makes every tokenizer anew
+FORMAT = 1  # of the cache; a change makes every tokenizer again
 READ_AT_ONCE = 256  # documents
 
 
 @attrs.frozen
 class MadeTokenizer:
-    """A tokenizer and where the cache has it.
+    """A tokenizer and its directory in the cache.
 
     Args:
-        seconds: what making it took; 0 when it was there already.
+        seconds: time that making it took; 0 when it was cached.
     """
 
     tokenizer: Tokenizer
@@ -40,20 +40,20 @@ class MadeTokenizer:
     seconds: float
 
     def copy_to(self, directory: Path) -> None:
-        """Copy its files to ``directory``, which appears whole."""
+        """Copy its files to ``directory``, which is created atomically."""
         partial = directory.with_name(f".{directory.name}.{secrets.token_hex(4)}")
         shutil.copytree(self.directory, partial)
         for path in partial.rglob("*"):
-            sync(path)  # without it no checkpoint is of use
+            sync(path)  # checkpoints need it
         partial.rename(directory)
 
 
 def make_tokenizer(choice: Choice, source: DataSource, report: Callable[[str], None] = print) -> MadeTokenizer:
-    """The tokenizer of an experiment: from the cache, or trained now. Processes that want the same one train it once.
+    """The tokenizer of an experiment: from the cache, or trained now. Processes that need the same one train it once.
 
     Raises:
         PluginError: when the factory doesn't keep its contract.
-        NanochatError: what the factory says of its options or of the data.
+        NanochatError: from the factory, about its options or the data.
     """
     parts = made_from(choice, source)
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
@@ -75,7 +75,7 @@ def make_tokenizer(choice: Choice, source: DataSource, report: Callable[[str], N
 
 
 def made_from(choice: Choice, source: DataSource) -> dict[str, Any]:
-    """Everything that decides what a tokenizer becomes; of files that options name, the content."""
+    """Everything that determines a tokenizer; for files that options name, their content."""
     entry = choice.entry
     assert entry is not None, "load() refuses experiments with unknown plugins"
     options = to_plain(choice.config)
@@ -93,14 +93,14 @@ def _digest(path: str) -> str | None:
     """Hash of the file at ``path``, None if there is no such file."""
     try:
         return f"sha256:{file_sha256(Path(path))}"
-    except (OSError, ValueError):  # a text that is no file name
+    except (OSError, ValueError):  # a text that is not a file name
         return None
 
 
 def _version(module: str) -> str:
     try:
         return importlib.metadata.version(module)
-    except importlib.metadata.PackageNotFoundError:  # a module that is named otherwise than its package
+    except importlib.metadata.PackageNotFoundError:  # the module's name differs from that of its package
         return "unknown"
 
 
@@ -111,7 +111,7 @@ def _find(choice: Choice, directory: Path, report: Callable[[str], None]) -> Tok
     try:
         return load_tokenizer(choice, directory)
     except CheckpointError as error:
-        report(f"the tokenizer in the cache is damaged and is made anew ({error})")
+        report(f"the tokenizer in the cache is damaged and is made again ({error})")
         shutil.rmtree(directory, ignore_errors=True)
         return None
 
@@ -136,7 +136,7 @@ def _train(choice: Choice, source: DataSource, directory: Path, parts: dict[str,
 
 @contextlib.contextmanager
 def _locked(path: Path, report: Callable[[str], None]) -> Iterator[None]:
-    """Hold the lock at ``path``, and say so before waiting for it."""
+    """Hold the lock at ``path``; report it before waiting."""
     try:
         lock = lock_file(path, timeout=0)
     except TimeoutError:

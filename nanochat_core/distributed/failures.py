@@ -15,7 +15,7 @@ MOMENT = 3.0  # seconds in which our launcher notices that a rank has died, and 
 
 
 class Failures:
-    """Reports a failure of this rank, unless another rank failed earlier.
+    """A reporter of this rank's failure, which prints nothing if another rank failed earlier.
 
     Args:
         rank: of this process.

@@ -62,7 +62,7 @@ class EvaluationWorld(World):
         return cls(world.rank, world.size, world.device, stop or StopRequest())
 
     def begin(self, seconds: float | None) -> None:
-        """An evaluator starts, and may take this many seconds (None: any number)."""
+        """Start an evaluation, which may take this many seconds (None: any number)."""
         self._turn.active, self._turn.settled = True, False
         self._turn.deadline = math.inf if seconds is None else time.monotonic() + seconds
 
@@ -71,8 +71,8 @@ class EvaluationWorld(World):
         return self._turn.deadline - time.monotonic()
 
     def settle(self, error: str) -> dict[int, str]:
-        """The evaluator has ended on this rank, with ``error`` unless that is empty. Returns the errors by rank, the
-        same on every rank; empty when no rank failed."""
+        """End the evaluation on this rank, with ``error`` unless that is empty. Return the errors by rank, the same on
+        every rank; empty when no rank failed."""
         with contextlib.suppress(Cancelled):
             self._agree(FAILED if error else FINISHED)
         went_wrong = self._turn.settled or bool(error)
@@ -95,7 +95,7 @@ class EvaluationWorld(World):
         dist.all_reduce(codes)
         if bool((codes == FAILED).any()) or len(set(codes.tolist())) > 1:
             self._turn.settled = True
-            raise Cancelled("another rank failed or calls another collective")
+            raise Cancelled("another rank failed or calls a different collective")
 
     @contextlib.contextmanager
     def _together(self, operation: str) -> Iterator[None]:

@@ -19,28 +19,26 @@ from nanochat_core.distributed.watchdog import PIPE
 from nanochat_core.files import rank_log_name
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-GRACE_SECONDS = (
-    30.0  # seconds that the other workers have to end by themselves after one has failed; see also the watchdog's
-)
-NOW_SECONDS = 2.0  # the same after a second signal
+GRACE_SECONDS = 30.0  # seconds that the other workers have to end after one has failed; longer than the watchdog's
+NOW_SECONDS = 2.0  # seconds that workers have to end after a second signal
 
 
 def launch(arguments: Sequence[str], nproc: int) -> int:
     """Run ``python -m nanochat_core ARGUMENTS`` in ``nproc`` worker processes; returns the first failure's exit code.
 
     SIGTERM, SIGINT and SIGUSR1 are passed on to every worker, which may then take as long as it needs to save; a second
-    one ends them. Workers notice when this process dies, and stop as if told by a signal. Only rank 0 writes to the
+    one ends them. Workers notice when this process dies, and stop as after a signal. Only rank 0 writes to the
     terminal's stdout.
 
     It is not torch's own agent (``torchrun``): that kills workers which take longer than 30 s to save after a signal,
     and its exit code is 1 whatever a worker's was, which hides "stopped, resume me" (75) from job schedulers. Workers
-    started by torchrun work all the same.
+    started by torchrun work too.
     """
     from torch.distributed import TCPStore
 
     # This process holds the rendezvous store on a port the system picked, so that two launches never collide.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    read_end, write_end = os.pipe()  # ours closes with us, however we end
+    read_end, write_end = os.pipe()  # our end closes when this process ends, in whatever way
     threads = str(max((os.cpu_count() or 1) // nproc, 1))
     launcher = _Launcher(RankStore(store), has_logs=arguments[0] == "run")
     before: dict[int, Any] = {n: signal.signal(n, launcher.relay) for n in SIGNALS}

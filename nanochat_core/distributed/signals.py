@@ -14,7 +14,7 @@ SAME_SECONDS = 1.0  # a launcher and a terminal, or a job system, may both pass 
 
 
 class Stopped(BaseException):
-    """A stop was asked for. It is not an Exception subclass, so that code that handles failures lets it through."""
+    """A stop was requested. It is not an Exception subclass, so that code that handles failures lets it through."""
 
 
 class StopRequest:

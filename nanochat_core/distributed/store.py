@@ -23,14 +23,14 @@ class RankFailure:
 
 
 class RankStore:
-    """A connection to the store. After the process that holds the store has died, reads give nothing.
+    """A connection to the store. After the process that holds the store has died, reads return nothing.
 
     Args:
         store: of the process group; None when there is only one rank.
     """
 
     def __init__(self, store: dist.Store | None) -> None:
-        # After a restart by torchrun, what was written before it means nothing.
+        # What was written before a restart by torchrun is no longer valid.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self._store = None if store is None else dist.PrefixStore(f"nanochat/{attempt}", store)
 

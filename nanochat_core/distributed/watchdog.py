@@ -28,11 +28,11 @@ POST_SECONDS = 3.0  # seconds that ranks have to post their status
 
 @attrs.frozen
 class RankStatus:
-    """What the main thread is doing.
+    """The activity of a rank's main thread.
 
     Args:
-        text: for people.
-        waits: whether it waits for other ranks, or may.
+        text: description of it.
+        waits: whether it waits, or may wait, for other ranks.
     """
 
     text: str
@@ -40,7 +40,7 @@ class RankStatus:
 
 
 class Watchdog:
-    """A context manager that runs the thread.
+    """A context manager that runs the watchdog's thread.
 
     - A stall is reported: on the main rank with what every rank is doing, and each rank writes the stacks of its
       threads to its log. It is reported again at doubling intervals, and when it is over.
@@ -74,7 +74,7 @@ class Watchdog:
         self._thread.join()
 
     def heartbeat(self, doing: str) -> None:
-        """Note progress, with what begins now: ``after step 8``, ``in evaluation NAME``. Costs next to nothing."""
+        """Note progress, and where the rank is now: ``after step 8``, ``in evaluation NAME``. Takes negligible time."""
         self._beat = (doing, time.monotonic())
 
     def report_stalls(
@@ -85,7 +85,7 @@ class Watchdog:
         Args:
             patience: seconds.
             packages: top-level modules whose code a report may name, besides the core.
-            report, note: called with a line for people, and with one for this rank's log, in the watchdog's thread.
+            report, note: called in the watchdog's thread with a line to print, and with one for this rank's log.
         """
         self._packages, self._report, self._note = {"nanochat_core", *packages}, report, note
         self.heartbeat("at the start")
@@ -96,7 +96,7 @@ class Watchdog:
         self._patience = self._next = float("inf")
 
     def end_within(self, seconds: float, code: int) -> None:
-        """End the process with this exit code if it still runs after so many seconds."""
+        """End the process with exit code ``code`` if it still runs after ``seconds``."""
         self._deadline = time.monotonic() + seconds, code
 
     # -- in the thread
@@ -110,9 +110,9 @@ class Watchdog:
     def _look_at_launcher(self) -> None:
         if (
             self._pipe is not None and select.select([self._pipe], [], [], 0)[0]
-        ):  # nobody writes to the pipe: it has ended
+        ):  # the launcher, which never writes, has ended
             self._pipe = None
-            self._note("the launcher has died: stopping as if told by a signal")
+            self._note("the launcher has died: stopping as after a signal")
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
 
     def _look_at_others(self) -> None:
@@ -131,7 +131,7 @@ class Watchdog:
             self._next = self._patience
             self.store.post(self.rank, "")
             if self.rank == 0:
-                self._report(f"goes on after {beat[1] - self._stalled[1]:.0f} s")
+                self._report(f"continues after {beat[1] - self._stalled[1]:.0f} s")
             self._stalled = None
         silent = time.monotonic() - beat[1]
         if silent < self._next:
@@ -176,7 +176,7 @@ COMPILERS = ("torch._dynamo.convert_frame", "torch._inductor.compile_fx")
 
 
 def _stack(thread: threading.Thread) -> list[FrameType]:
-    """Its frames, innermost first."""
+    """Return the frames of a thread, innermost first."""
     frame = sys._current_frames().get(thread.ident or 0)
     stack = []
     while frame is not None:
@@ -212,15 +212,15 @@ def _named(frame: FrameType | None) -> str:
 
 
 def rank_status(packages: Collection[str]) -> RankStatus:
-    """What the main thread is doing, seen from its stack and those of the threads that make data for it.
+    """Return the activity of the main thread, judged by its stack and those of the threads that prepare its data.
 
-    This is a heuristic: it goes by names of modules and functions, and takes a line that says ``.wait()``, ``.item()``
-    or the like for waiting. For what really happens there, threads in C included, look with ``py-spy dump --native
-    --pid PID``; a watchdog can't, as that needs rights that containers often lack.
+    This is a heuristic: it uses names of modules and functions, and assumes that a line with ``.wait()``, ``.item()``
+    or similar calls waits. ``py-spy dump --native --pid PID`` shows the exact state, including threads in C; it needs
+    privileges that containers often lack, so the watchdog does not use it.
     """
     stack = _stack(threading.main_thread())
     if any(_module(f) == "nanochat_core.data.loader" and f.f_code.co_name == "__next__" for f in stack):
-        # Lanes may have threads of their own, for which the first waits.
+        # The loader's first thread may wait for threads of its lanes.
         threads = [t for t in threading.enumerate() if t.name.startswith("train-loader")]
         places = [
             _place(_stack(t), packages, leave_out="nanochat_core.data.loader")
@@ -234,6 +234,6 @@ def rank_status(packages: Collection[str]) -> RankStatus:
     line = linecache.getline(stack[0].f_code.co_filename, stack[0].f_lineno) if stack else ""
     if operation is not None or ".wait()" in line:
         return RankStatus(f"waits for the other ranks in {operation or 'a collective'} ({_named(caller)})", True)
-    if any(call in line for call in (".tolist()", ".item()", "synchronize(")):  # how a GPU's collectives are waited for
+    if any(call in line for call in (".tolist()", ".item()", "synchronize(")):  # waits for a GPU's collectives too
         return RankStatus(f"waits for the device, and perhaps for other ranks: {_named(caller)}", True)
     return RankStatus(f"is at {_named(caller)}")

@@ -27,7 +27,7 @@ def dtype_of(name: str) -> torch.dtype:
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """The name of a dtype, such as ``bfloat16``: what experiments and plans write."""
+    """The name of a dtype, such as ``bfloat16``, as experiments and plans write it."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -42,8 +42,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 @contextlib.contextmanager
 def weights_at_rest() -> Iterator[None]:
-    """Inside, in the same thread, ``cast`` keeps what it makes, which takes the memory of the casts; afterwards they
-    are freed."""
+    """Return a context in which ``cast`` keeps its results, in the same thread; their memory is freed afterwards."""
     kept = _casts.get()
     token = _casts.set({} if kept is None else kept)
     try:
@@ -53,20 +52,21 @@ def weights_at_rest() -> Iterator[None]:
 
 
 def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """``weight.to(dtype)`` for a parameter (not for what is computed from one): during an evaluation it is made once
-    instead of in every forward pass. With gradients on nothing is kept."""
+    """Return ``weight.to(dtype)`` of a parameter (not of a tensor computed from one).
+
+    In ``weights_at_rest`` it is computed once instead of in every forward pass. With gradients enabled nothing is kept.
+    """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():  # torch can't compile what reads a ContextVar
         return weight.to(dtype)
     casts = _casts.get()
     if casts is None or weight.dtype is dtype:
         return weight.to(dtype)
     kept = casts.get((id(weight), dtype))
-    if kept is None or kept[1] != weight._version:  # an optimizer or a loaded file would have changed it
+    if kept is None or kept[1] != weight._version:  # an optimizer or a loaded checkpoint has changed it
         kept = casts[id(weight), dtype] = (weight, weight._version, weight.to(dtype))
     return kept[2]
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype for sums, statistics and optimizer state of what is stored in ``dtype``: float32, or float64 for
-    float64."""
+    """The dtype for sums, statistics and optimizer state of tensors in ``dtype``: float32, or float64 for float64."""
     return torch.promote_types(dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""Devices that plans are made for, here or not: GPUs that are known, and what stands behind the meta device."""
+"""Specifications of devices that runs are planned for, present or not, and the device that a plan is made for."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ GIB = 2**30
 
 @attrs.frozen
 class DeviceSpec:
-    """What a plan has to know of a device.
+    """The properties of a device that a plan depends on.
 
     Args:
         type: as in ``torch.device``.
-        name: what people call it.
-        memory: bytes.
-        capability: compute capability of a CUDA device.
-        peak: dense bf16 FLOPs a second; None: has to be measured.
+        name: name to show.
+        memory: in bytes.
+        capability: compute capability of a CUDA device; (0, 0) for others.
+        peak: dense bf16 FLOPs per second; None if it has to be measured.
     """
 
     type: str
@@ -33,7 +33,7 @@ class DeviceSpec:
 
 
 # Part of the name that the driver gives it (the first match counts), memory in GiB as the driver reports it, compute
-# capability, and peak dense bf16 FLOPs a second from the vendor's data sheet.
+# capability, and peak dense bf16 FLOPs per second from the vendor's data sheet.
 _GPUS = (
     ("B300", 268, (10, 3), 2250e12),
     ("GB200", 185, (10, 0), 2500e12),
@@ -64,25 +64,25 @@ KNOWN_DEVICES: Mapping[str, DeviceSpec] = {
     for part, memory, capability, peak in _GPUS
 }
 
-# The device of the innermost ``planning_for``; None outside. A model on the meta device has no other way to ask what it
-# is planned for: torch's meta device says nothing about it.
+# The device of the innermost ``planning_for``; None outside. A model on the meta device has no other way to find the
+# device that it is planned for.
 _planned: ContextVar[DeviceSpec | None] = ContextVar("device that is planned for", default=None)
 
 
 def known_gpu(name: str) -> DeviceSpec | None:
-    """The GPU that the driver calls ``name``."""
+    """The specification of the GPU that the driver calls ``name``; None when it is not known."""
     return next((spec for spec in KNOWN_DEVICES.values() if spec.name in name), None)
 
 
 def _planned_device() -> DeviceSpec | None:
-    """The device that is planned for. Compiled code, which torch can't trace through a ContextVar, never plans."""
+    """The device that is planned for; None in compiled code, which never plans: torch can't trace a ContextVar."""
     return None if torch.compiler.is_compiling() else _planned.get()
 
 
 @contextlib.contextmanager
 def planning_for(spec: DeviceSpec) -> Iterator[None]:
-    """Inside, in the same thread, the functions below answer for ``spec``, which need not be here, when they are asked
-    about the meta device or a device of its type."""
+    """Return a context in which the functions below, called in the same thread for the meta device or a device of the
+    type of ``spec``, describe ``spec``, which need not be present."""
     token = _planned.set(spec)
     try:
         yield
@@ -91,13 +91,13 @@ def planning_for(spec: DeviceSpec) -> Iterator[None]:
 
 
 def device_type(device: torch.device) -> str:
-    """Its type; of the meta device, where models are planned, that of the device which they are planned for."""
+    """The type of a device; for the meta device, the type of the device that is planned for."""
     planned = _planned_device()
     return planned.type if device.type == "meta" and planned is not None else device.type
 
 
 def cuda_capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability of a CUDA device, (0, 0) of others."""
+    """Compute capability of a CUDA device; (0, 0) for others."""
     if device_type(device) != "cuda":
         return 0, 0
     planned = _planned_device()
@@ -105,7 +105,7 @@ def cuda_capability(device: torch.device) -> tuple[int, int]:
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether matrix products in bfloat16 have hardware of their own."""
+    """Whether the device has hardware for matrix products in bfloat16."""
     kind = device_type(device)
     if kind == "cuda":
         if (planned := _planned_device()) is not None:
@@ -120,5 +120,5 @@ def cpu_has_bf16() -> bool:
         return False
     try:
         return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
-    except AttributeError:  # private in torch 2.9 to 2.13; without it float32 is always right
+    except AttributeError:  # private in torch 2.9 to 2.13; without them float32 is a safe choice
         return False

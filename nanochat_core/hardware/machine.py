@@ -18,11 +18,13 @@ from nanochat_core.hardware.casting import dtype_of, name_of
 from nanochat_core.hardware.devices import DeviceSpec, cuda_capability, has_fast_bfloat16, known_gpu
 
 
-def compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    """The dtype of matrix products for ``[train] dtype``: "auto" takes bfloat16 where the hardware gains from it, else
-    float16 where it gains from that."""
-    if wanted != "auto":
-        return dtype_of(wanted)
+def compute_dtype(setting: str, device: torch.device) -> torch.dtype:
+    """The dtype of matrix products for a value of ``[train] dtype``.
+
+    "auto" is bfloat16 where the hardware accelerates it, else float16 where it accelerates that, else float32.
+    """
+    if setting != "auto":
+        return dtype_of(setting)
     if has_fast_bfloat16(device):
         return torch.bfloat16
     return torch.float16 if cuda_capability(device) >= (7, 0) else torch.float32
@@ -61,7 +63,7 @@ def machine_memory() -> int:
 @functools.cache
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """Peak FLOPs per second and the source of the number: a table for known GPUs, else the best of a few matmuls."""
-    if device.type == "cuda" and dtype.itemsize == 2:  # both kinds of 16 bits are equally fast
+    if device.type == "cuda" and dtype.itemsize == 2:  # both 16-bit formats are equally fast
         known = known_gpu(torch.cuda.get_device_name(device))
         if known is not None and known.peak is not None:
             return known.peak, f"data sheet of {known.name}, dense 16 bits"
@@ -77,17 +79,20 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
 
 
 @contextlib.contextmanager
-def determinism(wanted: bool) -> Iterator[None]:
-    """A context in which, if ``wanted``, only algorithms that repeat bit for bit are used; an operation that has none
-    raises a RuntimeError. cuBLAS also needs an environment variable, which ``cli`` sets before torch is imported."""
-    if not wanted:
+def determinism(deterministic: bool) -> Iterator[None]:
+    """Return a context that, if ``deterministic``, uses only algorithms that are reproducible bit for bit.
+
+    An operation without such an algorithm raises a RuntimeError. cuBLAS also needs an environment variable, which
+    ``cli`` sets before torch is imported.
+    """
+    if not deterministic:
         yield
         return
     import torch._inductor.config as inductor
 
     settings: list[tuple[Any, str, bool]] = [
         (torch.backends.cudnn, "benchmark", False),  # chooses algorithms by timing them
-        (torch.utils.deterministic, "fill_uninitialized_memory", False),  # shows errors, and costs time
+        (torch.utils.deterministic, "fill_uninitialized_memory", False),  # finds errors, but costs time
         (inductor, "deterministic", True),  # not in torch 2.9
     ]
     settings = [(module, name, value) for module, name, value in settings if hasattr(module, name)]
@@ -127,9 +132,9 @@ def keep_freed_memory() -> None:
 
 def pick_device(local_rank: int) -> torch.device:
     """The device of this process: CUDA, else Apple's MPS, else the CPU. ``NANOCHAT_DEVICE`` overrides the type."""
-    wanted = os.environ.get("NANOCHAT_DEVICE", "")
-    if wanted in ("", "cuda") and torch.cuda.is_available():
+    device_type = os.environ.get("NANOCHAT_DEVICE", "")
+    if device_type in ("", "cuda") and torch.cuda.is_available():
         return torch.device("cuda", local_rank)
-    if wanted in ("", "mps") and torch.backends.mps.is_available():
+    if device_type in ("", "mps") and torch.backends.mps.is_available():
         return torch.device("mps")
     return torch.device("cpu")

@@ -1,4 +1,4 @@
-"""Observers: plugins that are told what happens in a run. Each is isolated like a logger, in a process of its own that
+"""Observers: plugins whose hooks are called during a run. Each is isolated like a logger, in a process of its own that
 follows the ledger, so that one that raises, hangs or dies never touches training. Imports no torch."""
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class ObserverConfig:
 
 
 class Observer(Logger):
-    """Calls the lifecycle hooks of one plugin."""
+    """A logger that calls the lifecycle hooks of one plugin."""
 
     def __init__(self, config: ObserverConfig, context: LoggerContext) -> None:
         wanted = (config.plugin, config.distribution)
@@ -47,7 +47,7 @@ class Observer(Logger):
 
     def log(self, record: Mapping[str, float | str]) -> None:
         step = int(record["step"])
-        self._tell_checkpoints(step)  # those of later steps, which are there already, come later
+        self._tell_checkpoints(step)  # those of later steps, which exist already, follow later
         metrics, texts = metrics_and_texts(record)
         if "evaluator" in record:
             evaluator = record["evaluator"]
@@ -82,11 +82,11 @@ class Observer(Logger):
                 traceback.print_exc()
                 self.failures += 1
                 if self.failures == 1:
-                    self.context.report(f"{hook.__name__} failed, training goes on: {type(error).__name__}: {error}")
+                    self.context.report(f"{hook.__name__} failed, training continues: {type(error).__name__}: {error}")
 
 
 def observer_choices(observers: Sequence[tuple[str, str]]) -> tuple[Choice, ...]:
-    """What starts the observers: plugin names and distributions as loggers of the core's own."""
+    """Return choices of loggers that call the hooks of observers, given as plugin name and distribution."""
     choices = []
     for plugin, distribution in observers:
         name = PREFIX + plugin.replace(".", "-")

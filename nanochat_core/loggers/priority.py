@@ -12,17 +12,18 @@ import psutil
 
 
 def lower_priority(yes: bool = True) -> None:
-    """While training runs, take what it leaves: all threads, and what they started; threads to come inherit it. At the
-    end be ordinary programs again, as far as the system allows: they may share the machine with other work.
+    """Give this process and its children, all threads included, only the CPU time that training leaves; new threads
+    inherit that. With ``yes`` False, restore an ordinary priority as far as the system allows, because the machine may
+    do other work too.
 
     Under ``SCHED_IDLE`` a thread of training that wakes up gets its core back at once. With a niceness alone it waits
-    for the end of a slice, some milliseconds, and with it all threads that it works with. It counts within a session
-    ("autogroup"), so this process stays in that of training; a child that leads a session of its own is given the
-    niceness of one.
+    for the end of a time slice, some milliseconds, and so do all threads that it works with. The policy applies within
+    a session ("autogroup"), so this process stays in the session of training; a child that leads a session of its own
+    gets the niceness of a session.
 
-    ``psutil.Process.nice`` alone would do for most of it, but sets neither a scheduling policy nor the niceness of
-    threads other than the first, and knows no sessions. With a niceness alone a busy logger costs training more than
-    it may (``benchmarks/logging_overhead.py`` measures it).
+    ``psutil.Process.nice`` sets neither a scheduling policy nor the niceness of threads other than the first, nor that
+    of a session. With a niceness alone a busy logger costs training more than it may
+    (``benchmarks/logging_overhead.py`` measures it).
     """
     niceness = 19 if yes else 10
     session = os.getsid(0)
@@ -30,18 +31,18 @@ def lower_priority(yes: bool = True) -> None:
         os.setpriority(os.PRIO_PROCESS, 0, niceness)
     for pid in family(os.getpid()):
         for thread in _threads(pid):
-            with contextlib.suppress(OSError):  # it has ended, or may not go back
+            with contextlib.suppress(OSError):  # it has ended, or may not restore its priority
                 if sys.platform == "linux":
                     policy = os.SCHED_IDLE if yes else os.SCHED_OTHER
                     os.sched_setscheduler(thread, policy, os.sched_param(0))
                 os.setpriority(os.PRIO_PROCESS, thread, niceness)
-        with contextlib.suppress(OSError):  # it has ended, or there are no such groups
+        with contextlib.suppress(OSError):  # it has ended, or the kernel has no autogroups
             if os.getsid(pid) != session:
                 _write_with_retries(Path(f"/proc/{pid}/autogroup"), "19" if yes else "0")
 
 
 def family(pid: int) -> list[int]:
-    """A process and its descendants; none when it has ended."""
+    """Return the ids of a process and its descendants; none when it has ended."""
     try:
         return [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
     except psutil.NoSuchProcess:
@@ -57,7 +58,7 @@ def _threads(pid: int) -> list[int]:
 
 
 def _write_with_retries(path: Path, text: str) -> None:
-    """Linux takes a niceness of a session once in 0.1 s, from all processes together."""
+    """Write ``text`` to ``path``; Linux accepts one niceness of a session per 0.1 s, from all processes together."""
     for _ in range(20):
         with contextlib.suppress(BlockingIOError):
             path.write_text(text)

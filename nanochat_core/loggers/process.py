@@ -30,7 +30,7 @@ class LoggerProcess:
     """A running logger.
 
     Args:
-        report: called with a line for people.
+        report: prints and logs a line.
     """
 
     job: Job
@@ -56,10 +56,13 @@ class LoggerProcess:
             try:
                 self._process = subprocess.Popen(
                     [sys.executable, "-P", "-m", "nanochat_core.loggers.worker", *numbers],
-                    stdin=stdin, stdout=log, stderr=log, pass_fds=(their_control, their_messages),
-                    process_group=0,  # no Ctrl-C of the terminal reaches it, and it is killed with its children
+                    stdin=stdin,
+                    stdout=log,
+                    stderr=log,
+                    pass_fds=(their_control, their_messages),
+                    process_group=0,  # a Ctrl-C does not reach it, and it is killed with its children
                     env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-                )  # fmt: skip
+                )
             finally:
                 os.close(their_control)
                 os.close(their_messages)
@@ -73,14 +76,14 @@ class LoggerProcess:
         return self._process.pid
 
     def look(self) -> bool:
-        """Report its messages. Returns whether it is alive. Takes microseconds."""
+        """Report its messages. Returns whether it runs. Takes microseconds."""
         self._read_messages()
         if self._process.poll() is None:
             return True
         self._read_messages()
         self.kill()
         code = self._process.returncode
-        if code not in (0, INCOMPLETE, CANT_START):  # it has reported these itself; the watchdog's code is 1
+        if code not in (0, INCOMPLETE, CANT_START):  # it reports those itself; the watchdog exits with 1
             how = f"took longer than {self.job.timeout:g} s {_DOING[self._phase]}" if code == 1 else f"died ({code})"
             self.report(f"logger {self.name} {how} and is ended; see {self._relative('.log')}")
         self._account(complete=code == 0)
@@ -89,7 +92,7 @@ class LoggerProcess:
         return False
 
     def end(self, status: str) -> None:
-        """Tell it how the run ended. From now on it has the entry's ``timeout`` to send the rest."""
+        """Pass it the status of the run. From now on it has the entry's ``timeout`` to send the rest."""
         with contextlib.suppress(OSError):
             os.write(self._control, f"{status}\n".encode())
 
@@ -121,7 +124,7 @@ class LoggerProcess:
                 self.report(f"logger {self.name}: {message['report']}")
 
     def _account(self, complete: bool) -> None:
-        """Report the records that a logger which has ended did not get."""
+        """Report the records that a logger which has ended did not receive."""
         context = self.job.context
         progress = Progress.read(progress_file(context.directory, self.name))
         if complete and not progress.failures:
@@ -132,11 +135,11 @@ class LoggerProcess:
         if complete:
             self.report(f"logger {self.name} {failures} and recovered: it has every record")
         elif self.name.startswith("observer-"):
-            self.report(f"{self.name} {failures}, it has not got {missed} records")
+            self.report(f"{self.name} {failures}, it did not receive {missed} records")
         else:
             self.report(
-                f"logger {self.name} {failures}, so far it misses {missed} records; send them when the run has ended: "
-                f"nanochat log-sync {run.name}/{run.id} --to {self.name}"
+                f"logger {self.name} {failures}, it has missed {missed} records so far; send them when the run has "
+                f"ended: nanochat log-sync {run.name}/{run.id} --to {self.name}"
             )
 
     def _relative(self, suffix: str) -> str:

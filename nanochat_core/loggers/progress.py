@@ -35,9 +35,9 @@ class Progress:
     """The progress of a logger, as kept in ``loggers/<name>.json``.
 
     Args:
-        offset: bytes of the ledger that it has got; ``last_line``: digest of the line that ends there.
-        steps: last step that it has got, by stream: "" for training steps, else the evaluator's entry.
-        failures: times it raised.
+        offset: bytes of the ledger that it has received; ``last_line``: digest of the line that ends there.
+        steps: last step that it has received, by stream: "" for training steps, else the evaluator's entry.
+        failures: number of exceptions it raised.
         status: of the run, once the logger has it; "" before.
     """
 
@@ -49,7 +49,7 @@ class Progress:
 
     @classmethod
     def read(cls, path: Path) -> Progress:
-        """Read the file; without one, a fresh start."""
+        """Read the file; without one, return the progress of a new logger."""
         try:
             return cls(**json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):

@@ -34,16 +34,16 @@ class Logs:
 
     run_dir: RunDirectory
     _text: IO[str] | None = attrs.field(default=None, init=False)
-    _tells: bool = attrs.field(default=False, init=False)  # people
+    _prints: bool = attrs.field(default=False, init=False)  # to the terminal
     _ledger: Ledger | None = attrs.field(default=None, init=False)
     _loggers: list[tuple[Choice, Logger]] = attrs.field(factory=list, init=False)  # in this process
     _processes: list[LoggerProcess] = attrs.field(factory=list, init=False)
-    _looked: float = attrs.field(default=0.0, init=False)  # when the processes were last looked at
+    _looked: float = attrs.field(default=0.0, init=False)  # when the processes were last polled
 
     def open(self) -> None:
         """Open the log of rank 0, which also prints to the terminal."""
         self._text = self.run_dir.log.open("a", encoding="utf-8")
-        self._tells = True
+        self._prints = True
 
     def open_rank(self, rank: int) -> IO[str]:
         """Open the log of another rank: from now on everything that this process prints, libraries included, goes
@@ -75,7 +75,7 @@ class Logs:
     def start_loggers(self, choices: tuple[Choice, ...], context: LoggerContext) -> None:
         """Start the experiment's loggers, each in a process of its own unless its entry says otherwise.
 
-        One that raises is reported, and the run goes on without it.
+        One that raises is reported, and the run continues without it.
         """
         for choice in choices:
             try:
@@ -88,11 +88,11 @@ class Logs:
                     raise PluginError("its factory must return a nanochat_core.Logger")
                 self._loggers.append((choice, logger))
             except Exception as error:
-                self.report(f"logger {choice.name} can't start, the run goes on without it: {error}")
+                self.report(f"logger {choice.name} can't start, the run continues without it: {error}")
 
     def report(self, line: str) -> None:
         """Print a line to stdout and ``log.txt``; on other ranks, to their log."""
-        if self._tells:
+        if self._prints:
             with contextlib.suppress(OSError):  # the terminal or the reader of the pipe is gone: no reason to stop
                 tqdm.write(line)  # goes around a progress bar
                 sys.stdout.flush()
@@ -123,7 +123,7 @@ class Logs:
                 logger.log(record)
             except Exception as error:
                 self._loggers.remove((choice, logger))
-                self.report(f"logger {choice.name} failed at step {step}, the run goes on without it: {error!r}")
+                self.report(f"logger {choice.name} failed at step {step}, the run continues without it: {error!r}")
                 self.note(traceback.format_exc())
         now = time.monotonic()
         if self._processes and now > self._looked + LOOK_SECONDS:
@@ -135,13 +135,13 @@ class Logs:
         try:
             self.run_dir.write_status(status, step, num_iterations)
         except OSError as error:
-            self.report(f"status.json can't be written, the run goes on: {error}")
+            self.report(f"status.json can't be written, the run continues: {error}")
 
     def ledger_bytes(self) -> int:
         return self._ledger.bytes if self._ledger is not None else 0
 
     def finish(self, status: Status) -> None:
-        """Close the ledger and tell the loggers how the run ended; each has its ``timeout`` to finish."""
+        """Close the ledger, and pass the status of the run to the loggers; each has its ``timeout`` to finish."""
         if self._ledger is not None:
             self._ledger.close()
             if self._ledger.problem:
@@ -163,4 +163,4 @@ class Logs:
     def close(self) -> None:
         if self._text is not None:
             self._text.close()
-            self._text, self._tells = None, False
+            self._text, self._prints = None, False

@@ -4,7 +4,7 @@ It builds the logger, passes it every new line of the ledger, and records its pr
 pipes connect it with the training process; neither process waits for the other:
 
 - one brings a line when the run ends, or closes when the training process dies, which ends the run as failed;
-- the other carries messages for people.
+- the other carries messages to print.
 
 A watchdog, which works even when Python itself is stuck, ends the process when the logger takes longer than the entry's
 ``timeout``.
@@ -40,12 +40,12 @@ if TYPE_CHECKING:
     from filelock import AcquireReturnProxy
 
 POLL_SECONDS = 1.0  # seconds between reads of the ledger; new records are passed on together, which costs least
-LONGEST_PAUSE = 60.0  # between two tries of a record that the logger raises on
+LONGEST_PAUSE = 60.0  # seconds between attempts at a record on which the logger raises
 INCOMPLETE, CANT_START = 3, 4  # exit codes
 
 
 class LoggerWorker:
-    """Passes the ledger's records to a logger.
+    """The follower of a ledger, which passes its records to a logger.
 
     Args:
         say: sends a message to the training process: ``say(report="...")``, ``say(phase="...")``.
@@ -114,14 +114,14 @@ class LoggerWorker:
             try:
                 self.logger.log(record)
             except Exception as error:
-                self._failed(f"failed at step {record['step']}, training goes on: {type(error).__name__}: {error}")
+                self._failed(f"failed at step {record['step']}, training continues: {type(error).__name__}: {error}")
                 raise
             self.progress.note(record)
         self.progress.offset += len(line)
         self.progress.last_line = _digest(line)
         self.progress.write(
             self.progress_file
-        )  # at once: a record that is not noted before the process is killed would be passed twice
+        )  # at once: a record that was not noted when the process is killed would be passed twice
 
     def _new_lines(self) -> Iterator[bytes]:
         """Whole lines from the offset to the current end of the ledger."""
@@ -191,8 +191,8 @@ def _digest(line: bytes) -> str:
 
 
 class _Ended(threading.Thread):
-    """Waits for the end of the run: a status through the pipe, or the end of the pipe when the training process has
-    died."""
+    """A thread that waits for the end of the run: a status through the pipe, or the end of the pipe when the training
+    process has died."""
 
     def __init__(self, pipe: IO[bytes], parent: int) -> None:
         super().__init__(daemon=True)
@@ -204,7 +204,7 @@ class _Ended(threading.Thread):
         self.event.set()
 
     def wait(self, seconds: float) -> bool:
-        """Whether the run has ended, after at most so many seconds. A process that the training process forked may
+        """Whether the run has ended, after at most ``seconds``. A process that the training process forked may
         hold the pipe open after its death, but can't be this one's parent."""
         return self.event.wait(seconds) or os.getppid() != self.parent
 
@@ -243,8 +243,8 @@ class _Speaker:
 
 
 def main() -> int:
-    """The job is read from stdin; arguments are the file descriptors of the pipes and the parent's process id. Output
-    goes to the logger's log."""
+    """Run the worker. The job is read from stdin; arguments are the file descriptors of the pipes and the parent's
+    process id. Output goes to the logger's log."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # meant for the training process, which will report how the run ended
     for number in (signal.SIGTTIN, signal.SIGTTOU):
@@ -265,7 +265,7 @@ def main() -> int:
     except Exception as error:
         traceback.print_exc()
         reason = str(error).splitlines()[0] if isinstance(error, NanochatError) else repr(error)
-        say(report=f"can't start, training goes on without it: {reason}")
+        say(report=f"can't start, training continues without it: {reason}")
         return CANT_START
     if job.context.live:
         lower_priority()

@@ -14,15 +14,18 @@ from nanochat_core.plugins.options import above, at_least, finite, option, plain
 from nanochat_core.plugins.registry import Entry, Kind
 
 PLUGIN_TABLES: Mapping[str, Kind] = {
-    "tokenizer": "tokenizer", "data": "data_source", "model": "model", "optimizer": "optimizer",
-}  # fmt: skip
+    "tokenizer": "tokenizer",
+    "data": "data_source",
+    "model": "model",
+    "optimizer": "optimizer",
+}
 PLUGIN_LISTS: Mapping[str, Kind] = {"evaluators": "evaluator", "loggers": "logger"}
 
 
 def _entry_name(_: Any, attribute: Any, value: str) -> None:
     plain_name(_, attribute, value)
     if not value or "." in value:
-        raise ValueError(f"must be a name without dots, so that keys can hold it, not {value!r}")
+        raise ValueError(f"must be a name without dots, because it becomes part of keys, not {value!r}")
 
 
 @attrs.frozen
@@ -45,8 +48,8 @@ class LoggerKeys(NamedKeys):
 
     timeout: float = option(
         60.0,
-        "seconds that a logger may take to start, over one record, and to send the rest at the end; then it is ended, "
-        "and nanochat log-sync can send what it missed",
+        "seconds that a logger may take to start, to handle one record, and to send the rest at the end; after that "
+        "it is terminated, and nanochat log-sync can send the records it missed",
         validator=finite,
     )
 
@@ -55,11 +58,11 @@ class LoggerKeys(NamedKeys):
 class EvaluatorKeys(NamedKeys):
     """Keys the core reserves on ``[[evaluators]]``."""
 
-    every: int = option(0, "evaluate every so many steps; 0 is off", validator=at_least(0))
+    every: int = option(0, "number of steps from one evaluation to the next; 0 is off", validator=at_least(0))
     at_start: bool = option(False, "evaluate before the first step")
     at_end: bool = option(True, "evaluate after the last step")
     time_budget: float | None = option(
-        None, "seconds an evaluation may take; what it found until then is marked as partial", validator=above(0)
+        None, "seconds an evaluation may take; its result up to then is marked as partial", validator=above(0)
     )
 
 
@@ -69,23 +72,28 @@ class DataSourceKeys(EntryKeys):
 
     packing: Literal["stream", "best_fit"] = option(
         "stream",
-        "rows of tokens: stream cuts documents laid end to end; best_fit starts every row with a document, and crops "
-        "what fits nowhere",
+        "how documents fill rows of tokens: stream concatenates documents and cuts them into rows; best_fit starts "
+        "every row with a document, and crops documents that fit nowhere",
     )
-    packing_window: int = option(64, "documents that best_fit packs together", validator=at_least(1))
+    packing_window: int = option(64, "number of documents that best_fit packs together", validator=at_least(1))
     epochs: int | Literal["repeat", "error"] = option(
         "repeat",
         "when the training data are used up: repeat reads them again, error ends the run after saving, a number ends "
-        "it after so many passes",
-        validator=at_least(1), on_resume="free",
-    )  # fmt: skip
-    cache: bool = option(False, "keep the tokens on disk, so that they are made only once", on_resume="free")
-    threads: int = option(1, "threads of each process that read and tokenize", validator=at_least(1), on_resume="free")
+        "it after that many passes",
+        validator=at_least(1),
+        on_resume="free",
+    )
+    cache: bool = option(False, "keep the tokens on disk, so that text is tokenized only once", on_resume="free")
+    threads: int = option(
+        1, "number of threads per process that read and tokenize", validator=at_least(1), on_resume="free"
+    )
 
 
 RESERVED: Mapping[str, type[EntryKeys]] = {
-    "data_source": DataSourceKeys, "evaluator": EvaluatorKeys, "logger": LoggerKeys,
-}  # fmt: skip
+    "data_source": DataSourceKeys,
+    "evaluator": EvaluatorKeys,
+    "logger": LoggerKeys,
+}
 
 
 @attrs.frozen
@@ -94,9 +102,10 @@ class Choice:
 
     Args:
         keys: the values of the keys that the core reserves on the table.
-        entry: None when no installed plugin has it (``nanochat show`` goes on then).
+        entry: the registered entry; None when no installed plugin has it, which ``nanochat show`` allows.
         config: the plugin's own typed config; without an entry the raw options.
-        places: ``file:line`` or the like of each option, by dotted key; of one that is not given, that of the table.
+        places: where each option is set, as ``file:line`` or similar, by dotted key; for an option that is not set, the
+            place of the table.
     """
 
     keys: EntryKeys
@@ -121,7 +130,7 @@ class Choice:
         return f"{table}.{self.name}" if table in PLUGIN_LISTS else table
 
     def metric_name(self, metric: str) -> str:
-        """What the ledger calls a metric of an evaluator: an entry renamed in TOML leads it with its name."""
+        """Return the ledger's name of an evaluator's metric: an entry renamed in TOML prefixes it with its name."""
         return metric if self.name == self.plugin else f"{self.name}/{metric}"
 
     def build(self, context: Any) -> Any:
@@ -129,7 +138,7 @@ class Choice:
 
         Raises:
             PluginError: with the original traceback, when the factory can't be imported or raises.
-            NanochatError: what the factory says of its options or of the data, with the options' whole keys and places.
+            NanochatError: from the factory, about its options or the data; with full keys and places of the options.
         """
         assert self.entry is not None, "load() refuses experiments with unknown plugins"
         factory = self.entry.load()
@@ -146,7 +155,7 @@ class Choice:
 
     @contextlib.contextmanager
     def naming_options(self) -> Iterator[None]:
-        """Complete what the plugin says about its options in here: ``path`` becomes ``FILE:LINE: data.path``."""
+        """Return a context that completes keys in errors of the plugin: ``path`` becomes ``FILE:LINE: data.path``."""
         try:
             yield
         except NanochatError as error:

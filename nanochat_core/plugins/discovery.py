@@ -1,4 +1,4 @@
-"""Discovery of plugins through entry points. A broken plugin costs one line, not the run."""
+"""Discovery of plugins through entry points. A broken plugin is reported in one line and does not stop the run."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class ObserverPlugin:
 
 @attrs.define
 class Plugins:
-    """All registries, and what became of each plugin."""
+    """All registries, and the plugins that were loaded or failed to load."""
 
     registries: dict[Kind, Registry] = attrs.field(factory=lambda: {kind: Registry(kind) for kind in KINDS})
     loaded: list[LoadedPlugin] = attrs.field(factory=list)
@@ -70,11 +70,11 @@ class Plugins:
         return self.registries[kind]
 
     def versions(self) -> dict[str, str]:
-        """Version of each distribution that brought a plugin."""
+        """Return the version of each distribution that provides a plugin, by name."""
         return {p.distribution: p.version for p in self.loaded}
 
     def explain_failure(self, name: str) -> str:
-        """Why ``name`` may be missing: failed plugins, with the traceback of the one that goes by that name."""
+        """Explain why ``name`` may be missing: all failed plugins, with the tracebacks of those whose name matches."""
         if not self.failures:
             return ""
         culprits = [f for f in self.failures if name in (f.plugin, f.distribution) or name in f.plugin]
@@ -88,14 +88,15 @@ def load_plugins(only: str | None = None) -> Plugins:
     Args:
         only: comma-separated entry-point names to load, instead of the environment's ``NANOCHAT_PLUGINS``.
     """
-    wanted_text = os.environ.get("NANOCHAT_PLUGINS", "") if only is None else only
-    wanted = [name.strip() for name in wanted_text.split(",") if name.strip()]
+    names = os.environ.get("NANOCHAT_PLUGINS", "") if only is None else only
+    selected = [name.strip() for name in names.split(",") if name.strip()]
     plugins = Plugins()
     manager = pluggy.PluginManager("nanochat")
     manager.add_hookspecs(hookspecs)
-    points = {(e.name, e.value): e for e in importlib.metadata.entry_points(group=GROUP)}  # a clone may list twice
+    # The same entry may be listed twice when nanochat runs in a clone.
+    points = {(e.name, e.value): e for e in importlib.metadata.entry_points(group=GROUP)}
     for point in sorted(points.values(), key=lambda e: (e.name, e.value)):
-        if wanted and point.name not in wanted:
+        if selected and point.name not in selected:
             continue
         distribution, version = identify(point.dist)
         start = time.perf_counter()
@@ -106,7 +107,7 @@ def load_plugins(only: str | None = None) -> Plugins:
             _register(manager, plugins, module, point.name, distribution, version)
         except KeyboardInterrupt:
             raise
-        except BaseException as error:  # sys.exit too
+        except BaseException as error:  # a plugin may call sys.exit
             for registry in plugins.registries.values():
                 registry.discard(point.name, distribution)
             plugins.commands = [c for c in plugins.commands if (c.plugin, c.distribution) != (point.name, distribution)]
@@ -114,10 +115,10 @@ def load_plugins(only: str | None = None) -> Plugins:
             plugins.failures.append(PluginFailure(point.name, distribution, reason, traceback.format_exc()))
         else:
             plugins.loaded.append(LoadedPlugin(point.name, distribution, version, time.perf_counter() - start))
-    for name in wanted:
+    for name in selected:
         if name not in {p.plugin for p in plugins.loaded} | {f.plugin for f in plugins.failures}:
             plugins.failures.append(
-                PluginFailure(name, "no distribution", "NANOCHAT_PLUGINS names it, nothing has it", "")
+                PluginFailure(name, "no distribution", "NANOCHAT_PLUGINS names it, but no package has it", "")
             )
     return plugins
 
@@ -125,7 +126,7 @@ def load_plugins(only: str | None = None) -> Plugins:
 def _register(
     manager: pluggy.PluginManager, plugins: Plugins, module: Any, name: str, distribution: str, version: str
 ) -> None:
-    """Validate a plugin's hooks and call them. Raises whatever is wrong with it."""
+    """Validate a plugin's hooks and call them. An invalid plugin raises an exception."""
     api = getattr(module, "NANOCHAT_HOOK_API", hookspecs.HOOK_API)
     if api != hookspecs.HOOK_API:
         raise PluginError(
@@ -160,14 +161,12 @@ def _register(
 
 
 def _check_keys(entry: Entry) -> None:
-    """Refuse defaults of keys that the core does not reserve, and aliases of options that are not there."""
+    """Refuse defaults of keys that the core does not reserve, and aliases of options that do not exist."""
     own, reserved = set(fields_of(entry.config)), set(fields_of(RESERVED.get(entry.kind, EntryKeys)))
     for key in sorted(set(entry.defaults) - (reserved - {"plugin", "name"})):
-        raise PluginError(f"{entry.kind} {entry.name!r}: defaults names {key!r}, which is no key of the core")
+        raise PluginError(f"{entry.kind} {entry.name!r}: defaults names {key!r}, which is not a key of the core")
     if entry.limit_option and entry.limit_option not in own:
-        raise PluginError(f"{entry.kind} {entry.name!r}: limit_option {entry.limit_option!r} is no option of it")
+        raise PluginError(f"{entry.kind} {entry.name!r}: limit_option {entry.limit_option!r} is not one of its options")
     for old, new in entry.aliases.items():
         if new not in own | reserved or old in own | reserved:
-            raise PluginError(
-                f"{entry.kind} {entry.name!r}: alias {old!r} must be a new name of an option, not {new!r}"
-            )
+            raise PluginError(f"{entry.kind} {entry.name!r}: alias {old!r} must be a new name, and {new!r} an option")

@@ -1,7 +1,7 @@
 """The distribution that the core and the default plugins come in: ``nanochat-core``, at first called ``nanochat``.
 
-``nanochat`` on the public package index belongs to another project. Old checkpoints and old plugin packages mean this
-distribution by that name; an installed package of that name may be either.
+``nanochat`` on the public package index belongs to another project. Old checkpoints and old plugin packages use
+that name for this distribution; an installed package of that name may be either.
 """
 
 from __future__ import annotations
@@ -53,24 +53,24 @@ def check_core_version(package: Distribution) -> None:
     """Refuse a plugin package that requires another version of the core, under either name.
 
     Raises:
-        PluginError: saying which versions fit.
+        PluginError: names the versions that fit.
     """
     if identify(package)[0] == NAME:
         return
     for requirement in _core_requirements(package):
         if not requirement.specifier.contains(__version__, prereleases=True):
             raise PluginError(
-                f"{package.name} {package.version} fits nanochat {requirement.specifier}, this is {__version__}: "
+                f"{package.name} {package.version} requires nanochat {requirement.specifier}, this is {__version__}: "
                 f"pip install '{NAME}{requirement.specifier}', or another version of {package.name}"
             )
 
 
 def outdated_requirements() -> list[str]:
-    """What to say of each installed plugin package that requires the core by its first name."""
+    """Return a message for each installed plugin package that requires the core by its first name."""
     packages = {identify(point.dist)[0]: point.dist for point in entry_points(group=GROUP) if point.dist is not None}
     return [
         f"{name} {package.version} requires {str(requirement)!r}, which on the package index is another "
-        f"project's package; this one is called {NAME} now. {_how_to_mend(package, requirement)}"
+        f"project's package; this one is called {NAME} now. {_remedy(package, requirement)}"
         for name, package in sorted(packages.items())
         for requirement in _core_requirements(package)
         if canonicalize_name(requirement.name) == FIRST_NAME and name != NAME
@@ -78,7 +78,7 @@ def outdated_requirements() -> list[str]:
 
 
 def installed_by_first_name() -> str:
-    """What to say of an installed package ``nanochat``; empty when there is none."""
+    """Return a message about an installed package ``nanochat``; empty when there is none."""
     try:
         package = distribution(FIRST_NAME)
     except PackageNotFoundError:
@@ -92,19 +92,19 @@ def installed_by_first_name() -> str:
 
 
 def _core_requirements(package: Distribution) -> list[Requirement]:
-    """A package's requirements of this distribution that hold in this environment."""
-    found = []
+    """Return a package's requirements of this distribution that apply in this environment."""
+    requirements = []
     for text in package.requires or ():
-        with suppress(InvalidRequirement):  # for pip to complain about
+        with suppress(InvalidRequirement):  # pip reports it
             requirement = Requirement(text)
             here = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
             if here and canonicalize_name(requirement.name) in (NAME, FIRST_NAME):
-                found.append(requirement)
-    return found
+                requirements.append(requirement)
+    return requirements
 
 
-def _how_to_mend(package: Distribution, requirement: Requirement) -> str:
-    """Which line to edit, when the package was installed from a directory that is still there."""
+def _remedy(package: Distribution, requirement: Requirement) -> str:
+    """Return the remedy, with the line to edit if the package was installed from a directory that still exists."""
     renamed = Requirement(str(requirement))
     renamed.name = NAME
     url = json.loads(package.read_text("direct_url.json") or "{}").get("url", "")
@@ -114,11 +114,11 @@ def _how_to_mend(package: Distribution, requirement: Requirement) -> str:
         line = _find_requirement(source / "pyproject.toml", requirement)
         if line is not None:
             return f'Write "{renamed}" in {source / "pyproject.toml"}:{line} and install {source} again'
-    return f'Write "{renamed}" under dependencies in its pyproject.toml, or install a version of it that has that'
+    return f'Write "{renamed}" under dependencies in its pyproject.toml, or install a version that requires it'
 
 
 def _find_requirement(pyproject: Path, requirement: Requirement) -> int | None:
-    """Number of the first line, from 1, that has the requirement in quotes; None when there is none."""
+    """Return the number of the first line, from 1, with the requirement in quotes; None when there is none."""
     try:
         lines = pyproject.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):

@@ -1,6 +1,6 @@
-"""The hooks a plugin may implement: one a kind, one for commands, and those that observe a run.
+"""The hooks a plugin may implement: one per kind, one for commands, and those that observe a run.
 
-HOOK_API grows when a hook changes incompatibly. A plugin module may say ``NANOCHAT_HOOK_API = 1``, the one
+HOOK_API increases when a hook changes incompatibly. A plugin module may set ``NANOCHAT_HOOK_API`` to the version that
 it was written for.
 """
 
@@ -25,67 +25,67 @@ hookimpl = pluggy.HookimplMarker("nanochat")
 
 @hookspec
 def nanochat_register_tokenizers(registry: Registrar) -> None:
-    """Add tokenizers: ``registry.add(name, config=..., factory="module:attribute", summary=...)``."""
+    """Register tokenizers: ``registry.add(name, config=..., factory="module:attribute", summary=...)``."""
 
 
 @hookspec
 def nanochat_register_data_sources(registry: Registrar) -> None:
-    """Add data sources."""
+    """Register data sources with ``registry.add``."""
 
 
 @hookspec
 def nanochat_register_models(registry: Registrar) -> None:
-    """Add models."""
+    """Register models with ``registry.add``."""
 
 
 @hookspec
 def nanochat_register_optimizers(registry: Registrar) -> None:
-    """Add optimizers."""
+    """Register optimizers with ``registry.add``."""
 
 
 @hookspec
 def nanochat_register_evaluators(registry: Registrar) -> None:
-    """Add evaluators."""
+    """Register evaluators with ``registry.add``."""
 
 
 @hookspec
 def nanochat_register_loggers(registry: Registrar) -> None:
-    """Add loggers."""
+    """Register loggers with ``registry.add``."""
 
 
 @hookspec
 def nanochat_register_commands(cli: CommandRegistrar) -> None:
-    """Add commands: ``cli.add(name, module="my_plugin.command", summary=...)``."""
+    """Register commands: ``cli.add(name, module="my_plugin.command", summary=...)``."""
 
 
-# Observers. Called in a process of the plugin's own, soon after the event, in order; what they raise is reported once.
+# Observers: called in a separate process of the plugin, in order, soon after the event. An exception is reported once.
 
 
 @hookspec
 def nanochat_run_started(context: LoggerContext) -> None:
-    """Training starts or goes on; the context says what the run is."""
+    """Called when training starts or is resumed; the context describes the run."""
 
 
 @hookspec
 def nanochat_step_finished(context: LoggerContext, step: int, metrics: Mapping[str, float]) -> None:
-    """An optimizer step is done; ``step`` counts from 0."""
+    """Called after an optimizer step; ``step`` counts from 0."""
 
 
 @hookspec
 def nanochat_evaluation_finished(
     context: LoggerContext, step: int, evaluator: str, metrics: Mapping[str, float], texts: Mapping[str, str]
 ) -> None:
-    """An evaluator has looked at the model after ``step`` steps; ``evaluator`` is its entry's name."""
+    """Called after an evaluation of the model after ``step`` steps; ``evaluator`` is the name of its entry."""
 
 
 @hookspec
 def nanochat_checkpoint_saved(context: LoggerContext, step: int, path: Path) -> None:
-    """A checkpoint was saved."""
+    """Called after a checkpoint was saved at ``path``."""
 
 
 @hookspec
 def nanochat_run_ended(context: LoggerContext, status: str) -> None:
-    """The run is finished, failed (or was killed), or preempted."""
+    """Called when the run ends; the status is "finished", "failed" (also when it was killed), or "preempted"."""
 
 
 HOOKS = tuple(name for name, value in list(globals().items()) if hasattr(value, f"{hookspec.project_name}_spec"))

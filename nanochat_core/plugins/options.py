@@ -20,15 +20,15 @@ def option(
     on_resume: OnResume | None = None,
     unverified: str = "",
 ) -> Any:
-    """A field of an attrs config class, with the text that ``nanochat plugins KIND/NAME`` prints for it.
+    """Return a field of an attrs config class, with the text that ``nanochat plugins KIND/NAME`` prints for it.
 
     Args:
-        default: value when a TOML file says nothing; without one the option is required.
+        default: value when a TOML file does not set the option; without a default the option is required.
         help: one line: what it does, its unit, what its special values mean.
         validator: attrs validator(s) ``(instance, attribute, value)`` that raise ``ValueError`` with a remedy.
         on_resume: whether a run may be resumed with another value; None takes the rule of the option's table.
-        unverified: one line, for an option whose code never ran on the hardware it is for: what never ran where. Said
-            in the option's help, and of an experiment that gives it another value than the default.
+        unverified: one line, for an option whose code has never run on the hardware it is meant for: what has not run
+            where. Shown in the option's help, and for an experiment whose value differs from the default.
     """
     metadata = {"help": help, "on_resume": on_resume, "unverified": unverified}
     if isinstance(default, list | dict | set):

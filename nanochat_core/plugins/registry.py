@@ -33,12 +33,12 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 @attrs.frozen
 class ModelVersion:
-    """Which checkpoints of a model its plugin can load.
+    """The version of a model's checkpoints, and the upgrade from older versions.
 
     Args:
-        number: grows when options or parameters of older checkpoints mean something else.
+        number: increases when options or parameters of older checkpoints change their meaning.
         upgrade: ``module:function``, imported for a checkpoint of an older version; called with (version, options,
-            tensors), the options as plain data and the tensors by name, it returns both as they are today.
+            tensors), the options as plain data and the tensors by name, it returns both in the current version.
     """
 
     number: int = 1
@@ -47,25 +47,26 @@ class ModelVersion:
 
 @attrs.frozen
 class Entry:
-    """One thing a plugin offers.
+    """A tokenizer, data source, model, optimizer, evaluator or logger that a plugin offers.
 
     Args:
-        kind, name: what TOML files call it.
+        kind: kind of the entry.
+        name: its name in TOML files.
         config: attrs class of its options.
         factory: ``module:attribute``, imported when an experiment picks it; called with (config, context).
         summary: one line for ``nanochat plugins``.
         requires: top-level modules that must be importable.
-        install: what to type when one of them is missing.
+        install: command that installs them; by default pip with their names.
         defaults: values of the options that the core reserves on entries of this kind, such as ``every``.
         aliases: other names of options, accepted in TOML files: old to new.
-        in_process: a logger that must run in the training process, as one that writes to the terminal; others have a
-            process of their own.
+        in_process: of a logger: whether it must run in the training process, as one that writes to the terminal;
+            other loggers have a process of their own.
         model_version: of a model; of other kinds it has no meaning.
-        default: of a data source: whether ``nanochat eval`` takes it for a model that comes without data.
-        limit_option: of a data source: its option that ``nanochat data -n`` sets, how much of the data to take.
+        default: of a data source: whether ``nanochat eval`` uses it for a model that comes without data.
+        limit_option: of a data source: the option that limits the amount of data, which ``nanochat data -n`` sets.
         from_name: of a tokenizer: ``module:function``, called with the name of a well-known tokenizer, such as gpt2; it
             returns a config, or None when it doesn't know the name.
-        best_metric: of an evaluator: the metric that ``[checkpoint] best_metric`` stands for when it is not given.
+        best_metric: of an evaluator: the metric that ``[checkpoint] best_metric`` defaults to.
         plugin: entry-point name of the plugin; ``distribution`` and ``version``: the package it came in.
     """
 
@@ -93,11 +94,11 @@ class Entry:
         return [m for m in self.requires if not _importable(m)]
 
     def how_to_install(self) -> str:
-        """What to type to get the missing modules."""
+        """Return the command that installs the missing modules."""
         return self.install or f"pip install {' '.join(self.missing())}"
 
     def load(self) -> Callable[[Any, Any], Any]:
-        """The factory.
+        """Import and return the factory.
 
         Raises:
             PluginError: with the original traceback, when it can't be imported.
@@ -105,7 +106,7 @@ class Entry:
         return self._import(self.factory)
 
     def load_upgrade(self) -> Callable[[int, dict[str, Any], dict[str, Any]], Any]:
-        """What brings older checkpoints up to date.
+        """Import and return the function that upgrades older checkpoints.
 
         Raises:
             PluginError: with the original traceback, when it can't be imported.
@@ -113,7 +114,7 @@ class Entry:
         return self._import(self.model_version.upgrade)
 
     def load_from_name(self) -> Callable[[str], Any]:
-        """What knows well-known tokenizers by name.
+        """Import and return the function that returns configs of well-known tokenizers by name.
 
         Raises:
             PluginError: with the original traceback, when it can't be imported.
@@ -135,7 +136,7 @@ class Entry:
 def _importable(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):  # a parent package is missing or odd
+    except (ImportError, ValueError):  # a parent package is missing or broken
         return False
 
 
@@ -150,7 +151,7 @@ class Registry:
         self.entries.append(entry)
 
     def discard(self, plugin: str, distribution: str) -> None:
-        """Forget what a plugin added before it failed."""
+        """Remove the entries that a plugin added before it failed."""
         self.entries = [e for e in self.entries if (e.plugin, e.distribution) != (plugin, distribution)]
 
     def claims(self, name: str) -> list[Entry]:
@@ -166,7 +167,7 @@ class Registry:
         return claims[0] if len(claims) == 1 else None
 
     def default(self) -> Entry | None:
-        """The entry to take when nobody names one; None unless exactly one plugin offers itself."""
+        """The entry to use when none is named; None unless exactly one entry is a default."""
         found = [e for e in self.entries if e.default]
         return found[0] if len(found) == 1 else None
 
@@ -174,7 +175,7 @@ class Registry:
         return iter(sorted(self.entries, key=lambda e: e.name))
 
     def explain_clash(self, name: str) -> str:
-        """What to say about a name that several distributions claim."""
+        """Return the error message for a name that several distributions claim."""
         owners = " and ".join(f"{e.distribution} {e.version} (plugin {e.plugin!r})" for e in self.claims(name))
         return (
             f"{self.kind} {name!r} is claimed by {owners}: uninstall one, "
@@ -182,7 +183,7 @@ class Registry:
         )
 
     def suggest(self, name: str) -> str:
-        """ " (did you mean ...?)" or what there is."""
+        """Return " (did you mean ...?)" or the list of installed names, to append to an error message."""
         return (
             did_you_mean(name, [e.name for e in self]) or f" (installed: {', '.join(e.name for e in self) or 'none'})"
         )
@@ -190,7 +191,7 @@ class Registry:
 
 @attrs.frozen
 class Registrar:
-    """A plugin's own view of one registry: it adds entries in the plugin's name."""
+    """A plugin's view of one registry, which adds entries in the plugin's name."""
 
     _registry: Registry
     plugin: str
@@ -216,10 +217,10 @@ class Registrar:
         from_name: str = "",
         best_metric: str = "",
     ) -> None:
-        """Offer ``name``. See ``Entry`` for the arguments; ``version`` and ``upgrade`` are those of ``ModelVersion``.
+        """Register an entry. Arguments are those of ``Entry``; ``version`` and ``upgrade`` are of its ``ModelVersion``.
 
         Raises:
-            PluginError: when an argument is not what ``Entry`` says.
+            PluginError: when an argument is malformed, or does not apply to this kind.
         """
         for what, target in (("factory", factory), ("upgrade", upgrade or ":"), ("from_name", from_name or ":")):
             if ":" not in target:
@@ -262,7 +263,7 @@ class Command:
 
     Args:
         module: imported when the command is called; has ``add_arguments(parser)`` and ``main(options, arguments)``,
-            which returns the exit code. What it raises as a NanochatError is printed without a traceback.
+            which returns the exit code. A NanochatError is printed without a traceback.
     """
 
     name: str
@@ -274,19 +275,19 @@ class Command:
 
 @attrs.frozen
 class CommandRegistrar:
-    """A plugin's own view of the commands."""
+    """A plugin's view of the commands, which adds commands in the plugin's name."""
 
     _commands: list[Command]
     _plugin: str
     _distribution: str
 
     def add(self, name: str, *, module: str, summary: str) -> None:
-        """Offer ``nanochat <name>``. See ``Command``.
+        """Register the command ``nanochat <name>``. The arguments are those of ``Command``.
 
         Raises:
             PluginError: when another plugin has the name.
         """
         for other in self._commands:
             if other.name == name:
-                raise PluginError(f"command {name!r} is one of {other.distribution} (plugin {other.plugin!r}) already")
+                raise PluginError(f"{other.distribution} (plugin {other.plugin!r}) has a command {name!r} already")
         self._commands.append(Command(name, module, summary, self._plugin, self._distribution))

@@ -40,7 +40,7 @@ def type_name(tp: Any) -> str:
 
 
 def _strict(tp: Any) -> Callable[[Any, Any], Any]:
-    """Hook for one plain type: no coercion, but whole numbers are fine where a float is wanted."""
+    """Hook for one plain type: no coercion, except that a float accepts whole numbers."""
 
     def structure(value: Any, _: Any) -> Any:
         if tp is float and isinstance(value, int) and not isinstance(value, bool):
@@ -57,7 +57,7 @@ def _strict(tp: Any) -> Callable[[Any, Any], Any]:
 
 def _union_hook(tp: Any) -> Callable[[Any, Any], Any]:
     def structure(value: Any, _: Any) -> Any:
-        if value is None and type(None) in get_args(tp):  # of a checkpoint; TOML has none
+        if value is None and type(None) in get_args(tp):  # from a checkpoint; TOML has no None
             return None
         for member in get_args(tp):
             if member is type(None):
@@ -160,8 +160,10 @@ def fields_of(cls: type) -> dict[str, Any]:
 
 
 def to_plain(config: Any, keep_none: bool = False) -> dict[str, Any]:
-    """A config as plain data for TOML or JSON: lists for tuples, str for paths. TOML has no None: absence is the
-    default."""
+    """Return a config as plain data for TOML or JSON: lists for tuples, str for paths.
+
+    Options that are None are left out unless ``keep_none``, because TOML has no None.
+    """
     if isinstance(config, Mapping):
         return dict(config)
 
@@ -189,10 +191,10 @@ def _typable(tp: Any) -> bool:
 
 
 def check_config_class(kind: str, name: str, config: type) -> None:
-    """Refuse a config class that TOML could not fill.
+    """Refuse a config class that a TOML table can't fill.
 
     Raises:
-        PluginError: naming the class, the field, and what would do.
+        PluginError: names the class, the field, and a remedy.
     """
     where = f"config class {config!r} of {kind} {name!r}"
     if not (isinstance(config, type) and attrs.has(config)):

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 ID_FORMAT = "%Y%m%d-%H%M%S-%f"
 LOCK = "lock"
 EXPERIMENT = "experiment.toml"
-EVALUATIONS = "evaluations"  # also beside models that are no run's
+EVALUATIONS = "evaluations"  # also beside models that belong to no run
 
 
 @attrs.frozen
 class RunDirectory:
-    """Names of what lies in a run directory."""
+    """A run directory, and the names of its files."""
 
     path: Path
 
@@ -67,22 +67,22 @@ class RunDirectory:
 
     @property
     def evaluations(self) -> Path:
-        """A directory per evaluation, see ``evaluation/results.py``."""
+        """Directory of ``nanochat eval``: one directory per evaluation; see ``evaluation/results.py``."""
         return self.path / EVALUATIONS
 
     @property
     def samples(self) -> Path:
-        """Texts that evaluators found, a file per evaluation."""
+        """Directory of the evaluators' texts, one file per evaluation."""
         return self.path / "samples"
 
     @property
     def loggers(self) -> Path:
-        """How far each logger has got, and what it printed."""
+        """Directory of each logger's progress and output."""
         return self.path / "loggers"
 
     @property
     def profile(self) -> Path:
-        """Traces that ``train.profile`` asks for."""
+        """Directory of the traces of ``train.profile``."""
         return self.path / "profile"
 
     @classmethod
@@ -91,14 +91,14 @@ class RunDirectory:
         return cls(checkpoint.parents[1])
 
     def diverged(self, step: int) -> Path:
-        """What is known of the batch with which training diverged at ``step``."""
+        """File that describes the batch with which training diverged at ``step``."""
         return self.path / f"diverged_step_{step:06d}.json"
 
     def rank_log(self, rank: int) -> Path:
         return self.path / rank_log_name(rank)
 
     def read_status(self) -> dict[str, Any]:
-        """``status`` (running, finished, failed, preempted, killed), ``step``, ``num_iterations``; or nothing."""
+        """Return ``status`` (running, finished, failed, preempted, killed), ``step`` and ``num_iterations``; or {}."""
         try:
             status: dict[str, Any] = json.loads(self.status.read_text())
         except (OSError, ValueError):
@@ -112,13 +112,13 @@ class RunDirectory:
         write_atomic(self.status, json.dumps(content) + "\n")
 
     def lock(self) -> AcquireReturnProxy:
-        """Keep what is returned as long as this process trains here; see ``files.lock_file``.
+        """Lock the run. Keep the returned lock as long as this process trains here; see ``files.lock_file``.
 
         Raises:
-            CheckpointError: when another process does, or the directory can't be written.
+            CheckpointError: when another process trains the run, or the directory can't be written.
         """
         try:
-            self.path.stat()  # a lock would make a directory that has been removed meanwhile anew
+            self.path.stat()  # locking would create a directory again that was removed meanwhile
             return lock_file(self.path / LOCK, timeout=0)
         except TimeoutError:
             who = (self.path / LOCK).read_text(encoding="utf-8").strip()
@@ -127,12 +127,12 @@ class RunDirectory:
             ) from None
         except OSError as error:
             raise CheckpointError(
-                f"{self.path} can't be written ({error.strerror}): make it writable, or copy it to where it is and "
-                f"name that with --runs-dir"
+                f"{self.path} can't be written ({error.strerror}): make it writable, or copy it to a writable "
+                f"directory and name that with --runs-dir"
             ) from error
 
     def remove_leftovers(self) -> list[str]:
-        """Delete what processes left that were killed while they wrote the run's files; see ``write_atomic``. Returns
+        """Delete files of processes that were killed while they wrote the run's files; see ``write_atomic``. Returns
         the names. Call under the lock."""
         names = (self.experiment, self.provenance, self.tokenizer, self.status)
         found = sorted(path for name in names for path in self.path.glob(f".{name.name}.*"))
@@ -152,8 +152,9 @@ def _stamp(id: str) -> datetime.datetime | None:
 
 
 def create_run(runs_dir: Path, name: str) -> tuple[RunDirectory, AcquireReturnProxy]:
-    """A new directory of its own under ``runs_dir/name``, and its lock; see ``RunDirectory.lock``. What starts left
-    that were killed before they had anything to show is deleted.
+    """Create a run directory under ``runs_dir/name``, and lock it; see ``RunDirectory.lock``.
+
+    Directories of runs that were killed before they recorded anything are deleted.
 
     Raises:
         ConfigError: when it can't be written.
@@ -203,10 +204,10 @@ def all_runs(runs_dir: Path, name: str | None = None) -> list[RunDirectory]:
 
 
 def find_run(reference: str, runs_dir: Path) -> RunDirectory:
-    """The run that ``reference`` means: a run directory, ``name/id``, an id, or a name (its newest run).
+    """The run that ``reference`` refers to: a run directory, ``name/id``, an id, or a name (its newest run).
 
     Raises:
-        CheckpointError: when there is none, naming what there is.
+        CheckpointError: when there is none; names the runs that exist.
     """
     direct = Path(reference)
     for candidate in (direct, runs_dir / reference):

@@ -14,8 +14,8 @@ from nanochat_core.files import read_ledger as read_ledger  # loggers' contexts,
 
 
 class Ledger:
-    """Appends records to a ledger, each at once. Records that can't be written, such as on a full disk, are kept and
-    written before the next one."""
+    """A writer that appends records to a ledger, each at once. Records that can't be written, such as on a full disk,
+    are kept and written before the next one."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("ab", buffering=0)
@@ -44,7 +44,7 @@ class Ledger:
         return self._file.tell() + len(self._unwritten)
 
     def close(self) -> None:
-        """Try once more to write everything, and close the file. ``problem`` says whether lines are lost."""
+        """Try once more to write everything, and close the file. ``problem`` is not empty if lines are lost."""
         self._write()
         self._file.close()
 
@@ -70,7 +70,7 @@ def rewind_ledger(path: Path, keep_bytes: int, step: int) -> list[dict[str, Any]
     Lines of steps that a resume repeats are moved to ``metrics.rewound.jsonl``; evaluations of ``step`` itself stay,
     also those made after the checkpoint. Returns their records. A process killed at any moment in here can repeat it.
     """
-    path.touch()  # somebody may have removed it
+    path.touch()  # it may have been removed
     with path.open("rb+") as file:
         size = file.seek(0, 2)
         if size < keep_bytes:  # a power cut took its end: continue after the last whole line
@@ -91,10 +91,12 @@ def rewind_ledger(path: Path, keep_bytes: int, step: int) -> list[dict[str, Any]
             if rewound:
                 _append_new(path.with_name("metrics.rewound.jsonl"), rewound)
             file.seek(keep_bytes)
-            file.truncate()  # killed here, the evaluations are made again
+            file.truncate()  # if killed here, the evaluations are repeated
             file.writelines(kept)
         file.seek(0)
-        own = [json.loads(line) for line in file if line.startswith(b'{"step": %d,' % step)]  # as write() starts it
+        own = [
+            json.loads(line) for line in file if line.startswith(b'{"step": %d,' % step)
+        ]  # the beginning that write() writes
     return [record for record in own if "evaluator" in record]
 
 

@@ -1,4 +1,4 @@
-"""What a run records about itself: code, packages, machine, and where every value came from. Imports no torch."""
+"""The provenance of a run: code, packages, machine, and the origin of every value. Imports no torch."""
 
 from __future__ import annotations
 

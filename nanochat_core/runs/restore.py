@@ -104,7 +104,7 @@ def newest_checkpoint(run: RunDirectory) -> Path:
     """
     checkpoint = sound_checkpoint(run)
     if checkpoint is None:
-        raise CheckpointError(f"{run.path} has no sound checkpoint; set checkpoint.save_every to save on the way")
+        raise CheckpointError(f"{run.path} has no sound checkpoint; set checkpoint.save_every to save during training")
     return checkpoint
 
 

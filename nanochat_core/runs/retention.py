@@ -1,4 +1,4 @@
-"""Which checkpoints are kept."""
+"""The choice of the checkpoints that are kept."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def steps_to_delete(steps: Iterable[int], scores: Mapping[int, float], options: 
     While none has a score, nothing is deleted, because any might turn out best.
 
     Args:
-        steps: of the checkpoints there are.
-        scores: ``options.best_metric`` by step.
+        steps: steps of the existing checkpoints.
+        scores: value of ``options.best_metric`` by step.
     """
     newest_first = sorted(steps, reverse=True)
     if options.keep_last is options.keep_every is options.keep_best is None:

@@ -1,4 +1,4 @@
-"""Writes the checkpoints of a run, at once or in the background, and deletes those that are not kept."""
+"""Writing the checkpoints of a run, at once or in the background, and deleting those that are not kept."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from nanochat_core.runs.retention import steps_to_delete
 
 @attrs.define
 class Saver:
-    """Saves the checkpoints of a run and deletes those that are not kept. Used on rank 0.
+    """The writer of a run's checkpoints, which also deletes those that are not kept. Used on rank 0.
 
     Args:
         directory: of the checkpoints.
         options: ``[checkpoint]``.
-        report: called with a line for people, in the thread that writes if there is one.
+        report: prints and logs a line; called in the thread that writes if there is one.
         ledger: synced to the disk before each checkpoint.
         sound: step of the newest checkpoint that is known to be sound; it is never deleted.
-        scores: ``options.best_metric`` by step, of evaluations so far.
+        scores: value of ``options.best_metric`` by step, of evaluations so far.
     """
 
     directory: Path
@@ -40,7 +40,7 @@ class Saver:
     scores: dict[int, float] = attrs.field(factory=dict)
     _thread: ThreadPoolExecutor | None = attrs.field(default=None, init=False)  # runs one task after the other
     _tasks: list[Future[None]] = attrs.field(factory=list, init=False)
-    _told: bool = attrs.field(default=False, init=False)
+    _keep_best_reported: bool = attrs.field(default=False, init=False)
 
     def save(self, content: CheckpointContent) -> None:
         """Write a checkpoint, or copy it off the device and write it in the background. A failure is reported.
@@ -88,23 +88,28 @@ class Saver:
         try:
             path = save_checkpoint(self.directory, content)
         except CheckpointError as error:
-            self.report(f"{error}; the run goes on, the last good checkpoint stays")
+            self.report(f"{error}; the run continues, the last good checkpoint stays")
         else:
             self.sound = content.state.step
             self.report(f"saved {path}")
 
     def _retain(self, step: int, scores: Mapping[int, float]) -> None:
-        found = {int(path.name[5:]): path for path in list_checkpoints(self.directory)}
-        steps = [each for each in found if each <= step]
+        paths = {int(path.name[5:]): path for path in list_checkpoints(self.directory)}
+        steps = [each for each in paths if each <= step]
         doomed = [each for each in steps_to_delete(steps, scores, self.options) if each != self.sound]
         for each in doomed:
             try:
-                remove_checkpoint(found[each])
+                remove_checkpoint(paths[each])
             except OSError as error:
-                self.report(f"checkpoint {found[each]} can't be deleted: {error}")
+                self.report(f"checkpoint {paths[each]} can't be deleted: {error}")
         options, unscored = self.options, not any(each in scores for each in steps)
-        if options.keep_best is not None and unscored and not self._told and len(steps) > (options.keep_last or 1):
-            self._told = True
+        if (
+            options.keep_best is not None
+            and unscored
+            and not self._keep_best_reported
+            and len(steps) > (options.keep_last or 1)
+        ):
+            self._keep_best_reported = True
             self.report(
                 f"checkpoint.keep_best: no saved step has an evaluation with {self.options.best_metric!r}, so all "
                 f"checkpoints stay: evaluate at steps that are saved, or set checkpoint.best_metric to one of the "

@@ -12,22 +12,26 @@ from torch import Tensor
 
 EMA_DECAY = 0.9
 SPREAD_DECAY = 0.98  # of the squared distance between losses and the EMA before them
-# A loss spike: so many standard deviations above the EMA, and by so much of it; the first steps only gather figures.
+# A loss is a spike if it is above the EMA by this many standard deviations and by this fraction of the EMA, after the
+# first steps, which only collect statistics.
 SPIKE_DEVIATIONS, SPIKE_PART, SPIKE_AFTER = 6.0, 0.1, 50
-# As torch.amp.GradScaler: 2^16 for the mean of a micro-batch, doubled after so many good steps, halved after a bad one.
+# As torch.amp.GradScaler: 2^16 for the mean of a micro-batch, doubled after this many finite steps in a row, halved
+# after any other.
 FIRST_LOSS_SCALE, GROWTH_STEPS = 2.0**16, 2000
 
 
 @attrs.define
 class TrainState:
-    """Args:
+    """The state of a run besides parameters and optimizer state.
+
+    Args:
     step: optimizer steps done.
     tokens: target tokens trained on.
     lanes: number of data lanes, pinned for the run's life.
     cursors: lane to its data cursor (three integers), after ``step`` steps.
     loss_ema: EMA of the loss, not yet debiased.
     loss_spread: EMA of the squared distance of losses from the EMA before them, not yet debiased.
-    loss_scale: factor on the loss for float16 gradients; 0 until it is known.
+    loss_scale: factor on the loss for float16 gradients; 0 until it is set.
     scaled_steps: finite steps since the loss scale last changed.
     training_time: seconds of steps, excluding the first 10 after each start.
     skipped: steps skipped for a loss or gradient that was not finite.
@@ -62,8 +66,8 @@ class TrainState:
         return self.loss_ema / (1 - EMA_DECAY**count)
 
     def spike(self, loss: float) -> tuple[float, float] | None:
-        """When ``loss`` is a spike: the EMA of the losses so far, and how many standard deviations ``loss`` is above
-        it. Call before ``smooth``, with ``step`` advanced."""
+        """Return, if ``loss`` is a spike, the EMA of the losses so far, and how many standard deviations ``loss`` is
+        above it; None otherwise. Call before ``smooth``, with ``step`` advanced."""
         count = self.step - self.skipped - 1
         if count < SPIKE_AFTER:
             return None
@@ -73,7 +77,7 @@ class TrainState:
         return (mean, (loss - mean) / deviation) if stands_out else None
 
     def begin_loss_scale(self, tokens: int) -> None:
-        """Set the initial scale for summed losses of micro-batches of ``tokens``, unless one is known."""
+        """Set the initial scale for summed losses of micro-batches of ``tokens``, unless one is set."""
         if not self.loss_scale:
             self.loss_scale = FIRST_LOSS_SCALE / 2 ** round(math.log2(tokens))
 

@@ -1,5 +1,4 @@
-"""Checkpoints of older versions: manifests in today's format, models as the current version of their plugin has
-them."""
+"""Upgrades of older checkpoints: manifests to the current format, models to the current version of their plugin."""
 
 from __future__ import annotations
 
@@ -70,13 +69,13 @@ def upgrade_model(record: ModelRecord, entry: Entry, tensors: dict[str, Tensor],
     package = f"{entry.distribution} {entry.version}"
     if have > want:
         raise CheckpointError(
-            f"{source} has version {have} of model {entry.name!r}, {package} knows versions up to {want}: "
+            f"{source} has version {have} of model {entry.name!r}, {package} supports versions up to {want}: "
             f"install a newer {entry.distribution}"
         )
     if not entry.model_version.upgrade:
         raise CheckpointError(
             f"{source} has version {have} of model {entry.name!r}, {package} has version {want} and can't read older "
-            f"ones: install the {entry.distribution} it was made with (its manifest.json says which)"
+            f"ones: install the {entry.distribution} it was made with (see its manifest.json)"
         )
     upgrade = entry.load_upgrade()
     try:
@@ -84,6 +83,6 @@ def upgrade_model(record: ModelRecord, entry: Entry, tensors: dict[str, Tensor],
         return dict(options), dict(upgraded)
     except Exception as error:
         raise PluginError(
-            f"{package} can't bring version {have} of model {entry.name!r} in {source} to version {want}: "
+            f"{package} can't upgrade version {have} of model {entry.name!r} in {source} to version {want}: "
             f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
         ) from error

@@ -1,4 +1,4 @@
-"""What the contract checks of all kinds share."""
+"""The class that the contract checks of all kinds use to collect broken rules."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 
 
 class Check:
-    """Collects everything that doesn't hold."""
+    """The broken rules that a contract check has found, which ``finish`` raises together."""
 
     def __init__(self, what: str) -> None:
         self.what, self.wrong = what, list[str]()

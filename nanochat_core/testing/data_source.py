@@ -15,14 +15,14 @@ from nanochat_core.testing.checks import Check
 def check_data_source(factory: Callable[[Any, DataContext], DataSource], config: Any) -> DataSource:
     """Check that a data source keeps its contract.
 
-    Both splits have documents; they can be read by index and slice, in any order; built again, with an empty cache, it
-    has the same documents and fingerprints, without which no run could be resumed.
+    Both splits have documents; they can be read by index and slice, in any order; a second instance, with an empty
+    cache, has the same documents and fingerprints, without which no run could be resumed.
 
     Returns:
         The data source.
 
     Raises:
-        AssertionError: with a line for everything that doesn't hold.
+        AssertionError: with a line for every rule that is broken.
     """
     check = Check("data source")
     with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
@@ -49,20 +49,21 @@ def _check_split(check: Check, source: DataSource, again: DataSource, split: Spl
     some = sorted({0, count // 3, count // 2, count - 1})
     texts = {i: documents[i] for i in some}
     for i, text in texts.items():
-        check.expect(isinstance(text, str), f"document {i} of {split} is no str")
+        check.expect(isinstance(text, str), f"document {i} of {split} is not a str")
     backwards = {i: documents[i] for i in reversed(some)}
-    check.expect(backwards == texts, f"documents of {split} are others when read in another order")
+    check.expect(backwards == texts, f"documents of {split} differ when they are read in a different order")
     check.expect(
         list(documents[0:count:7]) == [documents[i] for i in range(0, count, 7)], f"slices of {split} are wrong"
     )
     check.expect(list(documents[count:]) == [], f"a slice past the end of {split} is not empty")
     try:
         documents[count]
-        check.expect(False, f"{split} has a document past its end; raise IndexError")
+        check.expect(False, f"{split} has a document past its end: raise IndexError")
     except IndexError:
         pass
     others = again.documents(split)
     same = len(others) == count and all(others[i] == text for i, text in texts.items())
-    check.expect(same, f"built again it has other documents in {split}")
-    check.expect(source.fingerprint(split) == again.fingerprint(split), f"built again {split} has another fingerprint")
-    int(source.fingerprint(split), 16)
+    check.expect(same, f"a second instance has different documents in {split}")
+    fingerprint = source.fingerprint(split)
+    check.expect(fingerprint == again.fingerprint(split), f"a second instance has a different fingerprint of {split}")
+    int(fingerprint, 16)

@@ -18,7 +18,7 @@ from nanochat_core.testing.optimizer import TinyModel
 
 
 class _Bytes(Tokenizer):
-    """Bytes as tokens, so that checks need no plugin."""
+    """A tokenizer whose tokens are bytes, so that checks need no plugin."""
 
     vocab_size = 257
     special_tokens: Mapping[str, int] = {"<|bos|>": 256}  # type: ignore[assignment]
@@ -40,13 +40,14 @@ class _Bytes(Tokenizer):
 def check_evaluator(factory: Callable[[Any, EvaluatorContext], Evaluator], config: Any) -> Evaluation:
     """Check that an evaluator keeps its contract, with a tiny model of bytes.
 
-    It finds something, of types that the ledger can hold; it finds the same again; it leaves the model as it was.
+    It returns metrics or texts, of types that the ledger can hold; a second evaluation returns the same; the model is
+    left as it was.
 
     Returns:
-        What it found.
+        The first evaluation.
 
     Raises:
-        AssertionError: with a line for everything that doesn't hold.
+        AssertionError: with a line for every rule that is broken.
     """
     check = Check("evaluator")
     torch.manual_seed(3)
@@ -76,14 +77,14 @@ def check_evaluator(factory: Callable[[Any, EvaluatorContext], Evaluator], confi
             check.expect(False, problem)
         if not isinstance(evaluation, Evaluation):
             check.finish()
-        check.expect(bool(evaluation.metrics or evaluation.texts), "it finds neither metrics nor texts")
-    check.expect(set(first.metrics) == set(second.metrics), "it gives other metrics the second time")
+        check.expect(bool(evaluation.metrics or evaluation.texts), "it returns neither metrics nor texts")
+    check.expect(set(first.metrics) == set(second.metrics), "a second evaluation has different metrics")
     if not check.wrong:
         same = all(
             value == second.metrics[name] or (value != value and second.metrics[name] != second.metrics[name])
             for name, value in first.metrics.items()
         )
-        check.expect(same, "the same model gives other metrics the second time: seed what is random")
+        check.expect(same, "a second evaluation of the same model has different values: seed random numbers")
     after = model.state_dict()
     check.expect(all(torch.equal(before[name], after[name]) for name in before), "it changes the model's parameters")
     check.expect(all(p.grad is None for p in model.parameters()), "it leaves gradients behind")

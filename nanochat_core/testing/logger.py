@@ -27,11 +27,11 @@ def check_logger(
 
     Args:
         factory, config: as in the registration.
-        read: reads back what the logger wrote for the run in this directory: metric name to step to value. With it,
-            the check sees that no step is lost or doubled, and that values are exact (to float32).
+        read: returns what the logger wrote for the run in a directory, as metric name to step to value. With it, the
+            check covers that no step is lost or doubled, and that values are exact (to float32).
 
     Raises:
-        AssertionError: with a line for everything that doesn't hold.
+        AssertionError: with a line for every rule that is broken.
     """
     check = Check("logger")
     with tempfile.TemporaryDirectory() as name:
@@ -59,9 +59,17 @@ def _log_a_run(
     first = [*map(training, range(4)), evaluation, *map(training, range(4, 8)), sample]
     rewound = [*map(training, range(4)), evaluation, *map(training, range(4, 8)), sample, training(8)]
     context = LoggerContext(
-        directory, "checked", "run-1", "nanochat", "group", ("a", "b"), {"model": {"plugin": "tiny"}}, 9, 0,
+        directory,
+        "checked",
+        "run-1",
+        "nanochat",
+        "group",
+        ("a", "b"),
+        {"model": {"plugin": "tiny"}},
+        9,
+        0,
         report=lambda line: None,
-    )  # fmt: skip
+    )
     ledger = RunDirectory(directory).ledger
     ledger.write_text("".join(json.dumps(r) + "\n" for r in first))
     logger = factory(config, context)
@@ -77,14 +85,14 @@ def _log_a_run(
     resumed.finish("finished")
     if read is None:
         return
-    found = read(directory)
+    logged = read(directory)
     expected: dict[str, dict[int, float]] = {}
     for line in rewound:
         for key, value in line.items():
             if key not in ("step", "time", "evaluator") and not isinstance(value, str):
                 expected.setdefault(key, {})[line["step"]] = value
     for key, series in expected.items():
-        have = dict(found.get(key, {}))
+        have = dict(logged.get(key, {}))
         check.expect(have.keys() == series.keys(), f"{key} has steps {sorted(have)}, not {sorted(series)}")
         close = all(math.isclose(have[step], series[step], rel_tol=1e-6) for step in series if step in have)
-        check.expect(close, f"{key} has other values than it was told")
+        check.expect(close, f"{key} has values that differ from those it was given")

@@ -1,4 +1,4 @@
-"""The contract check of models, and what the checks of other kinds share; authors import ``nanochat_core.testing``."""
+"""The contract check of models; plugin authors import it from ``nanochat_core.testing``."""
 
 from __future__ import annotations
 
@@ -26,19 +26,21 @@ def check_model(
 ) -> Model:
     """Check that a model keeps its contract, on the CPU in float32.
 
-    Shapes and dtypes; position t sees nothing after t, a row nothing of other rows; the loss is the cross-entropy of
-    the logits; the same seed gives the same weights; what is saved and loaded goes on exactly. A cache, and activations
-    that are computed again, change nothing, where a model has them.
+    Shapes and dtypes are right; position t does not depend on tokens after t, nor a row on other rows; the loss is the
+    cross-entropy of the logits; the same seed gives the same weights; a model that is saved and loaded gives the same
+    logits. A cache, and checkpointed activations, where a model has them, don't change results.
 
     Args:
-        factory, config: as in the registration; a small config will do.
-        tolerance: how far results may differ that only differ in shape.
+        factory, config: as in the registration; a small config is enough.
+        vocab_size: number of tokens of the tokenizer.
+        max_seq_len: tokens per row.
+        tolerance: relative and absolute difference allowed between results that are computed in different shapes.
 
     Returns:
         The model.
 
     Raises:
-        AssertionError: with a line for everything that doesn't hold.
+        AssertionError: with a line for every rule that is broken.
     """
     context = ModelContext(vocab_size, max_seq_len, torch.device("cpu"), torch.float32)
 
@@ -50,9 +52,18 @@ def check_model(
     assert isinstance(model, Model), f"the factory must return a nanochat_core.Model, not {model!r}"
     check = _ModelCheck(model, build, vocab_size, max_seq_len, tolerance)
     parts = (
-        check.shapes, check.loss, check.causality, check.rows, check.gradients, check.roles, check.seed, check.meta,
-        check.saved_and_loaded, check.cache, check.checkpointed_activations,
-    )  # fmt: skip
+        check.shapes,
+        check.loss,
+        check.causality,
+        check.rows,
+        check.gradients,
+        check.roles,
+        check.seed,
+        check.meta,
+        check.saved_and_loaded,
+        check.cache,
+        check.checkpointed_activations,
+    )
     for part in parts:
         check.run(part)
     check.finish()
@@ -66,7 +77,7 @@ class _ModelCheck(Check):
         generator = torch.Generator().manual_seed(1)
         tokens_BT = torch.randint(vocab, (3, length + 1), generator=generator)
         self.ids_BT, self.targets_BT = tokens_BT[:, :-1].contiguous(), tokens_BT[:, 1:].contiguous()
-        # A fresh model may give every token the same chance, which would hide a lot: a few steps make it its own.
+        # A fresh model may give all tokens the same probability, which would hide errors; a few steps change that.
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         for _ in range(3):
             model(self.ids_BT, self.targets_BT).backward()
@@ -109,7 +120,7 @@ class _ModelCheck(Check):
             self._close(each_BT.flatten(), expected_N), 'forward(..., "none") is not the cross-entropy of logits'
         )
         self.expect(self._close(total, expected_N.sum()), "forward is not the sum of the cross-entropies")
-        self.expect(not each_BT[0, :3].any(), "ignored targets have a loss")
+        self.expect(not each_BT[0, :3].any(), "ignored targets have a loss other than 0")
 
     def causality(self) -> None:
         before_BTV = self._logits(self.model, self.ids_BT)
@@ -126,7 +137,7 @@ class _ModelCheck(Check):
         self.expect(self._close(together_BTV, alone_BTV), "a row depends on the other rows of its batch")
         again_BTV = self._logits(self.model, self.ids_BT)
         self.expect(
-            torch.equal(together_BTV, again_BTV), "the same input gives other logits the second time (eval mode)"
+            torch.equal(together_BTV, again_BTV), "the same input gives different logits the second time (in eval mode)"
         )
 
     def gradients(self) -> None:
@@ -146,7 +157,7 @@ class _ModelCheck(Check):
     def roles(self) -> None:
         model, roles = self.model, dict(self.model.parameter_roles())
         names = {name for name, _ in model.named_parameters()}
-        self.expect(set(roles) == names, f"parameter_roles misses or invents {sorted(set(roles) ^ names)[:3]}")
+        self.expect(set(roles) == names, f"parameter_roles and the model differ in {sorted(set(roles) ^ names)[:3]}")
         for name, parameter in model.named_parameters():
             role = roles.get(name, "scalar")
             self.expect(
@@ -155,7 +166,7 @@ class _ModelCheck(Check):
             self.expect(base_role(role) != "matrix" or parameter.ndim == 2, f"parameter {name} is a matrix but not 2-D")
         counts = dict(model.parameter_counts())
         total = sum(p.numel() for p in model.parameters())
-        self.expect(counts.get("total") == total, f"parameter_counts says {counts.get('total')} in total, not {total}")
+        self.expect(counts.get("total") == total, f"parameter_counts gives {counts.get('total')} in total, not {total}")
         parts = sum(count for role, count in counts.items() if role != "total")
         self.expect(parts == total, "the counts of parameter_counts do not add up to total")
         flops = model.flops_per_token(self.length)
@@ -164,13 +175,13 @@ class _ModelCheck(Check):
     def seed(self) -> None:
         first, second = self.build().state_dict(), self.build().state_dict()
         same = first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-        self.expect(same, "the same seed gives other weights: draw them from torch's default generator")
+        self.expect(same, "the same seed gives different weights: draw them from torch's default generator")
 
     def meta(self) -> None:
         with torch.device("meta"):
             counts = dict(self.build().parameter_counts())
         expected = dict(self.model.parameter_counts())
-        self.expect(counts == expected, "built on the meta device it counts other parameters")
+        self.expect(counts == expected, "built on the meta device, it has different parameter_counts")
 
     def saved_and_loaded(self) -> None:
         state = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
@@ -178,7 +189,7 @@ class _ModelCheck(Check):
         other.load_state_dict(state)
         other.eval()
         same = torch.equal(self._logits(self.model, self.ids_BT), self._logits(other, self.ids_BT))
-        self.expect(same, "saved and loaded it gives other logits: something it needs is in no parameter or buffer")
+        self.expect(same, "saved and loaded, it gives different logits: keep all it needs in parameters and buffers")
 
     def cache(self) -> None:
         model = self.model
@@ -192,8 +203,8 @@ class _ModelCheck(Check):
             for size in (5, 1, 1, self.length - 7):
                 chunks.append(model.hidden(self.ids_BT[:, at : at + size], cache))
                 at += size
-                self.expect(cache.length == at, f"after {at} tokens the cache says {cache.length}")
-        self.expect(self._close(torch.cat(chunks, 1), whole_BTD), "with a cache the states are others than without")
+                self.expect(cache.length == at, f"after {at} tokens the length of the cache is {cache.length}")
+        self.expect(self._close(torch.cat(chunks, 1), whole_BTD), "hidden states differ with a cache")
 
     def checkpointed_activations(self) -> None:
         again = self.build()
@@ -213,8 +224,8 @@ class _ModelCheck(Check):
             model.zero_grad(set_to_none=True)
             model.eval()
         (loss, kept), (same_loss, computed_again) = found
-        self.expect(self._close(loss, same_loss), "with checkpoint_activations the loss is another")
+        self.expect(self._close(loss, same_loss), "checkpoint_activations changes the loss")
         for name, gradient in kept.items():
             other = computed_again[name]
             same = gradient is other or (gradient is not None and other is not None and self._close(gradient, other))
-            self.expect(same, f"with checkpoint_activations parameter {name} gets another gradient")
+            self.expect(same, f"checkpoint_activations changes the gradient of parameter {name}")

@@ -15,7 +15,7 @@ from nanochat_core.testing.checks import ALONE, Check
 
 
 class TinyModel(Model):
-    """Predicts a token from the one before: a parameter of every role, and nothing else."""
+    """A model that predicts a token from the one before, with a parameter of every role."""
 
     def __init__(self, vocab_size: int = 32, width: int = 16) -> None:
         super().__init__()
@@ -38,18 +38,19 @@ def check_optimizer(
 ) -> Optimizer:
     """Check that an optimizer keeps its contract, on the CPU with one rank.
 
-    ``reduce`` gives the norm of the gradients, zero without any; ``scale`` and the learning-rate factor are honoured;
-    ``discard`` touches nothing; the loss falls; a state that is saved and loaded goes on exactly.
+    ``reduce`` returns the norm of the gradients, 0 without gradients; ``scale`` and the learning-rate multiplier are
+    applied; ``discard`` changes neither parameters nor state; the loss falls; training continues exactly from a state
+    that is saved and loaded.
 
     Args:
         factory, config: as in the registration.
-        steps: in which the loss of a tiny model must fall.
+        steps: number of steps in which the loss of a tiny model must fall.
 
     Returns:
         The optimizer, after some steps.
 
     Raises:
-        AssertionError: with a line for everything that doesn't hold.
+        AssertionError: with a line for every rule that is broken.
     """
     check = _OptimizerCheck(factory, config, steps)
     optimizer = check.build(check.model())
@@ -79,7 +80,7 @@ class _OptimizerCheck(Check):
         return self.factory(self.config, context)
 
     def step(self, model: TinyModel, optimizer: Optimizer, step: int, lr: float = 1.0, factor: float = 1.0) -> float:
-        """One step on the mean loss, which is returned; gradients are ``factor`` times too large and scaled back."""
+        """Run one step and return the mean loss; ``scale`` undoes ``factor``, by which the gradients are multiplied."""
         optimizer.begin_reduce()
         loss = model(self.ids_BT, self.targets_BT)
         (loss * factor).backward()
@@ -123,7 +124,7 @@ class _OptimizerCheck(Check):
             results.append(self._parameters(model))
         close = all(torch.allclose(results[0][n], results[1][n], rtol=1e-4, atol=1e-6) for n in results[0])
         self.expect(
-            close, "gradients times 64 and a scale of 1/64 give another update: scale is not applied to gradients"
+            close, "gradients times 64 and a scale of 1/64 give a different update: apply scale to the gradients"
         )
 
     def learning_rate(self) -> None:
@@ -131,11 +132,11 @@ class _OptimizerCheck(Check):
         optimizer = self.build(model)
         before = self._parameters(model)
         self.step(model, optimizer, 0, lr=0.0)
-        self.expect(self._same(before, self._parameters(model)), "a learning-rate factor of 0 changes parameters")
+        self.expect(self._same(before, self._parameters(model)), "a learning-rate multiplier of 0 changes parameters")
         self.step(model, optimizer, 1)
         after = self._parameters(model)
         still = [name for name in before if torch.equal(before[name], after[name])]
-        self.expect(not still, f"update leaves {', '.join(still)} as they are")
+        self.expect(not still, f"update does not change {', '.join(still)}")
 
     def discard(self) -> None:
         model = self.model()
@@ -171,11 +172,11 @@ class _OptimizerCheck(Check):
         self.step(model, optimizer, 0)
         names = set(self._parameters(model))
         for key, tensor in optimizer.state_dict().items():
-            self.expect(isinstance(tensor, Tensor), f"state_dict()[{key!r}] is no tensor")
+            self.expect(isinstance(tensor, Tensor), f"state_dict()[{key!r}] is not a tensor")
             name, slash, what = key.rpartition("/")
             known = bool(slash and what) and (name in names or not name)
             self.expect(known, f"state_dict key {key!r} is not <parameter name>/<what>")
-        self.expect(optimizer.state_bytes() == before, "state_bytes says something else after the first update")
+        self.expect(optimizer.state_bytes() == before, "state_bytes changes after the first update")
 
     def resume(self) -> None:
         whole = self.model()
@@ -192,12 +193,13 @@ class _OptimizerCheck(Check):
             self.step(whole, optimizer, step)
             self.step(part, resumed, step)
         same = self._same(self._parameters(whole), self._parameters(part))
-        self.expect(same, "a resumed optimizer goes on differently: its state is not complete")
+        self.expect(same, "a resumed optimizer makes different updates: its state is not complete")
 
     def learns(self) -> None:
         model = self.model()
         optimizer = self.build(model)
         losses = [self.step(model, optimizer, step) for step in range(self.steps)]
         self.expect(
-            losses[-1] < losses[0] - 0.05, f"in {self.steps} steps the loss goes from {losses[0]} to {losses[-1]}"
+            losses[-1] < losses[0] - 0.05,
+            f"in {self.steps} steps the loss goes from {losses[0]} to {losses[-1]}: it must fall by 0.05 at least",
         )

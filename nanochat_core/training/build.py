@@ -1,4 +1,4 @@
-"""Building the parts of a run on one rank, in the order in which they need each other."""
+"""Building the parts of a run on one rank, in the order of their dependencies."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from nanochat_core.training.parts import Parts
 from nanochat_core.training.prepare import Setup
 from nanochat_core.training.run_files import rewind_run, write_run_files
 
-MOST_TO_COUNT = 2**31  # bytes of text that are read only to count them
+MAX_BYTES_TO_COUNT = 2**31  # a larger text is not read only to count its bytes
 
 
 def build_parts(
@@ -51,23 +51,23 @@ def build_parts(
 ) -> Parts:
     """Build all parts of a run on this rank, in an order that matters. Collective.
 
-    1. Data and tokenizer: rank 0 first, because it fetches what is not here, and so that a mistake is told once.
-    2. The run's files, which have the fingerprints of both: a run that may not go on with them ends here. Then what
-       ``state`` knew of other data is dropped, before anything is built from it.
-    3. Model, optimizer, loader, evaluators. The optimizer is built from parameters on their device, and has its
-       state before the model is compiled.
+    1. Data and tokenizer: rank 0 first, because it downloads what is missing, and so that an error is reported once.
+    2. The run's files, which record the fingerprints of both: a run that may not continue with them ends here. Then
+       the parts of ``state`` that refer to different data are dropped, before anything is built from it.
+    3. Model, optimizer, loader, evaluators. The optimizer is built from parameters on their device, and its state is
+       loaded before the model is compiled.
     4. The ledger is rewound last: a run that can't be built leaves it as it was.
 
     Building may draw random numbers. Call ``seed`` when everything is built.
 
     Args:
-        content: of the checkpoint that is resumed, None for a fresh run.
-        state: of the checkpoint, or a fresh one; it becomes that of the run.
-        stop: tells evaluations that this rank was asked to stop.
-        heartbeat: called with what begins, before each evaluation.
+        content: content of the checkpoint that is resumed; None for a fresh run.
+        state: training state of the checkpoint, or a fresh one; it becomes the state of the run.
+        stop: ends evaluations when this rank is asked to stop.
+        heartbeat: called before each evaluation, with a description of it.
 
     Raises:
-        NanochatError: when the user has to mend something.
+        NanochatError: for an error that the user can correct.
     """
     planned, run_dir = setup.planned, setup.run_dir
     plan, experiment = planned.plan, planned.experiment
@@ -77,9 +77,9 @@ def build_parts(
     train, val = source.fingerprint("train"), source.fingerprint("val")
     fingerprints = {"tokenizer": tokenizer.fingerprint, "train": train, "val": val}
 
-    others = world.on_main(lambda: write_run_files(setup, state, fingerprints, logs.report))
+    changed = world.on_main(lambda: write_run_files(setup, state, fingerprints, logs.report))
     state.fingerprints = fingerprints
-    if "train" in others:  # cursors mean documents that are no longer there
+    if "train" in changed:  # cursors refer to documents of the previous data
         state.lanes, state.cursors = 0, {}
 
     model = _build_model(setup, content, tokenizer, world, logs.report)
@@ -95,13 +95,13 @@ def build_parts(
     evaluations = Evaluations(evaluators, steps, dtype, guarded, run_dir.path, logs.report, heartbeat)
 
     evaluated: list[str] = world.on_main(lambda: rewind_run(run_dir, state)) if content is not None else []
-    if "val" in others:  # what was measured on the old set compares with nothing
+    if "val" in changed:  # results on the previous data are not comparable
         state.minimum, state.comparable_from, evaluated = {}, state.step, []
     return Parts(model, optimizer, source, loader, evaluations, state, evaluated)
 
 
 def seed(content: CheckpointContent | None, start: int, state: TrainState, world: World) -> None:
-    """Set this rank's random generators: to those of the checkpoint, or for a rank that it does not have to fresh ones.
+    """Restore this rank's random generators from the checkpoint, or seed them if it has no states for this rank.
 
     Args:
         start: ``train.seed``.
@@ -115,7 +115,7 @@ def seed(content: CheckpointContent | None, start: int, state: TrainState, world
 
 
 def build_saver(setup: Setup, state: TrainState, world: World, report: Callable[[str], None]) -> Saver:
-    """What writes the run's checkpoints, with what evaluations of a resumed run have found so far."""
+    """Return the writer of the run's checkpoints, which knows the earlier evaluations of a resumed run."""
     options, run_dir = setup.planned.experiment.checkpoint, setup.run_dir
     saver = Saver(run_dir.checkpoints, options, report, run_dir.ledger)
     if setup.checkpoint is not None:
@@ -131,7 +131,7 @@ def build_saver(setup: Setup, state: TrainState, world: World, report: Callable[
 
 
 def _prepare_data(planned: Planned, run_dir: RunDirectory, report: Callable[[str], None]) -> None:
-    """See that there are documents, and that the run has its tokenizer."""
+    """Check that there are training documents, and make the run's tokenizer if it has none."""
     choice = planned.experiment.data
     source = build_source(choice)
     if not len(source.documents("train")):
@@ -144,7 +144,7 @@ def _load_tokenizer(planned: Planned, run_dir: RunDirectory) -> Tokenizer:
     tokenizer = load_tokenizer(planned.experiment.tokenizer, run_dir.tokenizer)
     if tokenizer.vocab_size != planned.plan.vocab_size:
         message = (
-            f"the tokenizer has {tokenizer.vocab_size} tokens, planned were {planned.plan.vocab_size}: "
+            f"the tokenizer has {tokenizer.vocab_size} tokens, but the plan assumes {planned.plan.vocab_size}: "
             f"set it to {tokenizer.vocab_size}"
         )
         raise ConfigError([Problem("tokenizer.vocab_size", message)])
@@ -157,7 +157,7 @@ def _load_tokenizer(planned: Planned, run_dir: RunDirectory) -> Tokenizer:
 def _build_model(
     setup: Setup, content: CheckpointContent | None, tokenizer: Tokenizer, world: World, report: Callable[[str], None]
 ) -> Model:
-    """The model with its weights, on the device, the same on every rank."""
+    """Return the model on the device, with its weights, which are the same on every rank."""
     experiment = setup.planned.experiment
     torch.manual_seed(experiment.train.seed)
     model = build_model(experiment.model, experiment.train, tokenizer.vocab_size, world.device, for_training=True)
@@ -171,18 +171,18 @@ def _build_model(
         world.broadcast(parameter.data)
     if type(model).parameter_roles is Model.parameter_roles:
         roles = ", ".join(sorted(set(model.parameter_roles().values())))
-        report(f"model {experiment.model.plugin} declares no parameter roles; by shape it has: {roles}")
+        report(f"model {experiment.model.plugin} declares no parameter roles; roles derived from shapes: {roles}")
     return model
 
 
 def _copy_weights(model: Model, weights: Path, choice: Choice, tokenizer: Tokenizer) -> None:
-    """Start from the weights of another run's checkpoint, which must have the same tokenizer."""
+    """Copy the weights of another run's checkpoint into the model; that run must have the same tokenizer."""
     run = weights.parents[1]
     theirs = json.loads(RunDirectory(run).provenance.read_text(encoding="utf-8"))["fingerprints"]["tokenizer"]
     if theirs != tokenizer.fingerprint:
         message = (
-            f"the tokenizer of {run} is another one, its weights mean other tokens: use its "
-            f"[tokenizer] and [data], or start from random weights"
+            f"the tokenizer of {run} differs from that of this experiment, so its weights do not fit: use the "
+            f"[tokenizer] and [data] of that run, or start from random weights"
         )
         raise ConfigError([Problem("train.init_from", message)])
     assert choice.entry is not None
@@ -200,17 +200,20 @@ def _build_optimizer(planned: Planned, content: CheckpointContent | None, model:
 
 
 def allowed_epochs(keys: DataSourceKeys) -> int | None:
-    """Passes over the training data that a run may make, None for any number."""
+    """Return the number of passes over the training data that a run may make; None means any number."""
     if keys.epochs == "repeat":
         return None
     return 1 if keys.epochs == "error" else keys.epochs
 
 
 def _check_epochs(keys: DataSourceKeys, plan: Plan, source: DataSource) -> None:
-    """Refuse a run that is sure to use the data up: a token has at least one byte. The source knows its bytes only
-    roughly, so where they seem too few, and aren't too many to look at, they are counted."""
+    """Refuse a run that is certain to need more data than there are: a token has at least one byte.
+
+    The source knows the size of its text only roughly. Where that seems too small, and is not too large to read, the
+    bytes are counted.
+    """
     epochs, estimate = allowed_epochs(keys), source.describe().get("text_bytes")
-    if epochs is None or not isinstance(estimate, int) or estimate > MOST_TO_COUNT:
+    if epochs is None or not isinstance(estimate, int) or estimate > MAX_BYTES_TO_COUNT:
         return
     documents = source.documents("train")
     needed = -(-plan.total_tokens // epochs) - len(documents)  # one token of each document is bos
@@ -223,7 +226,7 @@ def _check_epochs(keys: DataSourceKeys, plan: Plan, source: DataSource) -> None:
             return
     raise DataError(
         f"the run needs {plan.total_tokens:,} tokens, more than there are in {counted:,} bytes of training text read "
-        f'{epochs} times: give more data, train for fewer steps, or set data.epochs to "repeat" or a higher number',
+        f'{epochs} times: provide more data, train for fewer steps, or set data.epochs to "repeat" or a higher number',
         key="data.epochs",
     )
 
@@ -231,10 +234,10 @@ def _check_epochs(keys: DataSourceKeys, plan: Plan, source: DataSource) -> None:
 def build_loader(
     choice: Choice, source: DataSource, tokenizer: Tokenizer, plan: Plan, state: TrainState, world: World
 ) -> TrainLoader:
-    """This rank's training steps from ``state`` on; pins the number of lanes in a fresh state.
+    """Return the loader of this rank's training data from ``state`` on; sets the number of lanes in a fresh state.
 
     Raises:
-        DataError: when the data can't be enough for the plan; see ``[data] epochs``.
+        DataError: when there are too few data for the plan; see ``[data] epochs``.
     """
     keys, documents = choice.keys, source.documents("train")
     assert isinstance(keys, DataSourceKeys)

@@ -1,4 +1,4 @@
-"""Saving a run in progress: every rank hands in its part of a checkpoint, rank 0 has it written."""
+"""Saving a run in progress: rank 0 collects the parts of a checkpoint from all ranks and writes it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Checkpoints:
     """The checkpoints of a run on this rank. ``save``, ``save_unless_saved`` and ``finish_saving`` are collective.
 
     Args:
-        saver: writes on the main rank.
+        saver: writes the checkpoints, on rank 0.
     """
 
     saver: Saver
@@ -30,7 +30,7 @@ class Checkpoints:
     planned: Planned
     world: World
     logs: Logs
-    _saved: int | None = attrs.field(init=False)  # step of the last checkpoint, or of the attempt
+    _saved: int | None = attrs.field(init=False)  # step of the last checkpoint that was saved or attempted
 
     def __attrs_post_init__(self) -> None:
         self._saved = self.saver.sound
@@ -58,24 +58,24 @@ class Checkpoints:
         world.barrier()
 
     def save_unless_saved(self) -> None:
-        """Save the current step, if that was not done or tried already."""
+        """Save a checkpoint of the current step, unless that was done or attempted already."""
         if self._saved != self.parts.state.step:
             self.save()
 
     def note(self, metrics: Mapping[str, float | str]) -> None:
-        """Take in what an evaluation found at the current step."""
+        """Record the metrics of an evaluation of the current step, by which the best checkpoints are chosen."""
         self.saver.note(self.parts.state.step, metrics)
 
     def retain(self) -> None:
-        """Delete checkpoints that are not kept, after a step that was saved and evaluated."""
+        """Delete checkpoints that are not kept, if the current step was saved. Call it after evaluating the step."""
         if self.world.is_main and self._saved == self.parts.state.step:
             self.saver.retain(self.parts.state.step)
 
     def finish_saving(self) -> None:
-        """Wait until the main rank has written everything: no rank ends before, which would end the others."""
+        """Wait on every rank until rank 0 has written everything, because a rank that ends may end the others."""
         self.saver.wait()
         self.world.barrier()
 
     def wait(self) -> None:
-        """Wait until everything that this rank writes is written."""
+        """Wait until this rank has written everything."""
         self.saver.wait()

@@ -1,4 +1,4 @@
-"""Why a run diverged: what was in the batch of the last step that went wrong."""
+"""Diagnosis of a run that diverged: the contents of the batch of its last skipped step."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from nanochat_core.runs.directory import RunDirectory
 from nanochat_core.training.parts import Parts
 from nanochat_core.training.step import StepOutcome
 
-BEGINNING = 300  # characters of a document that are shown
+BEGINNING = 300  # number of characters shown of a document
 
 
 class TrainingDiverged(NanochatError):
@@ -37,10 +37,12 @@ class Divergence:
     """The last of too many steps in a row that were skipped.
 
     Args:
-        number: of the step, from 0; ``outcome``: what became of it; ``batch``: this rank's data.
-        cursors: where the lanes of this rank stood before the step.
+        number: index of the step, from 0.
+        outcome: result of the step.
+        batch: this rank's data.
+        cursors: positions of this rank's lanes before the step.
         lr_multiplier: factor on every learning rate.
-        skipped: how many steps in a row.
+        skipped: number of steps that were skipped in a row.
     """
 
     number: int
@@ -54,7 +56,7 @@ class Divergence:
 def diagnose(
     divergence: Divergence, parts: Parts, dtype: torch.dtype, world: World, run_dir: RunDirectory
 ) -> TrainingDiverged:
-    """Write what was in the batch, row by row and with its documents, to a file of the run. Collective.
+    """Write the contents of the batch, the loss of each row and the documents, to a file of the run. Collective.
 
     Args:
         dtype: of matrix products.
@@ -88,10 +90,12 @@ def diagnose(
 def describe_batch(
     model: Model, dtype: torch.dtype, step: Step, documents: Sequence[str], indices: Sequence[int]
 ) -> dict[str, Any]:
-    """This rank's part of a batch, as JSON holds it: the mean loss of each row, computed anew, and its documents.
+    """Describe this rank's part of a batch for JSON: the recomputed mean loss of each row, and the documents.
 
     Args:
-        documents: of the training split; ``indices``: those that the batch is made of.
+        dtype: of matrix products.
+        documents: all documents of the training split.
+        indices: indices of the documents in the batch.
     """
     device = next(model.parameters()).device
     losses: list[float] = []
@@ -106,15 +110,15 @@ def describe_batch(
 def _beginning(documents: Sequence[str], index: int) -> str:
     try:
         return documents[index][:BEGINNING]
-    except (NanochatError, OSError) as error:  # it is told besides something worse
+    except (NanochatError, OSError) as error:  # the divergence is the error to report
         return f"can't be read: {error}"
 
 
 def summarize(parts: Sequence[dict[str, Any]]) -> str:
-    """What all ranks' parts have in common, in a line.
+    """Summarize the batch of all ranks in one line.
 
     Args:
-        parts: of ``describe_batch``, by rank.
+        parts: results of ``describe_batch``, by rank.
     """
     indices = sorted({entry["document"] for part in parts for entry in part["documents"]})
     bad = [
@@ -124,10 +128,10 @@ def summarize(parts: Sequence[dict[str, Any]]) -> str:
         if isinstance(row["loss"], str)
     ]
     rows = f"rows with a loss that is not finite: {first_few(bad)}" if bad else "the loss of each row alone is finite"
-    return f"its batch is of the training documents {first_few(_ranges(indices))}; {rows}"
+    return f"its batch holds the training documents {first_few(_ranges(indices))}; {rows}"
 
 
 def _ranges(numbers: Sequence[int]) -> list[str]:
-    """Rising numbers as ``3-7``, ``12``."""
+    """Format increasing numbers as ranges such as ``3-7`` and ``12``."""
     runs = [[n for _, n in group] for _, group in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
     return [f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs]

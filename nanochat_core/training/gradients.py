@@ -1,4 +1,4 @@
-"""Gradients summed over ranks in fixed buckets, and any torch optimizer behind the core's two-part contract."""
+"""Gradients summed over ranks in fixed buckets, and an adapter for torch optimizers."""
 
 from __future__ import annotations
 
@@ -15,36 +15,36 @@ from nanochat_core.interfaces.optimizer import Multipliers, Optimizer
 
 
 class GradientMessage(Protocol):
-    """Gradients that travel together."""
+    """Gradients that are summed over ranks in one collective."""
 
     @property
     def parameters(self) -> Sequence[nn.Parameter]: ...
 
     def send(self) -> None:
-        """Start the collective that sums the gradients. A gradient that is None counts as zeros."""
+        """Start the collective. A gradient that is None counts as zeros."""
 
     def wait(self) -> None:
-        """Return when the sums have arrived."""
+        """Wait for the sums."""
 
 
 class GradientExchange:
-    """Sends messages of gradients while the backward pass still runs: each as soon as the pass has completed it.
+    """The messages of a step's gradients, each sent while the backward pass still runs, once it is complete.
 
-    Collectives must start in one order on every rank, so a message waits for those before it: at first in the order of
-    ``messages``; with ``learn_order``, from the second exchange on in that in which rank 0's first backward pass
-    completed them. How gradients are laid out and summed is the messages' affair.
+    Collectives must start in the same order on every rank, so a message waits for those before it. The first exchange
+    uses the order of ``messages``; with ``learn_order``, later ones use the order in which rank 0's first backward pass
+    completed them. The messages define how gradients are laid out and summed.
 
     Args:
         messages: the same on every rank.
         world: the ranks.
-        learn_order: whether to learn the order, with one broadcast.
+        learn_order: whether to learn that order, which takes one broadcast.
     """
 
     def __init__(self, messages: Sequence[GradientMessage], world: World, learn_order: bool = False) -> None:
         self.messages, self.world = list(messages), world
         self._order = list(range(len(self.messages)))
         self._completed: list[int] | None = [] if learn_order else None  # None once the order is learnt
-        self._missing: list[set[int]] = []  # of each message the ids of parameters whose gradient has not come yet
+        self._missing: list[set[int]] = []  # per message: ids of parameters without a gradient so far
         self._sent = 0
         self._too_late = False
         self._handles: list[Any] = []
@@ -55,8 +55,8 @@ class GradientExchange:
         return bool(self._handles)
 
     def begin(self) -> None:
-        """The next backward pass is the step's last: send each message once the pass has completed it."""
-        assert not self.started, "finish ends a step"
+        """Prepare for the last backward pass of the step, which sends each message once it is complete."""
+        assert not self.started, "call finish before the next begin"
         self._missing = [{id(p) for p in message.parameters} for message in self.messages]
         for index, message in enumerate(self.messages):
             hook = self._hook(index)
@@ -80,10 +80,10 @@ class GradientExchange:
         self._sent += 1
 
     def finish(self) -> None:
-        """Send what the backward pass did not, and wait for all. Collective, also without ``begin``.
+        """Send the messages that the backward pass did not send, and wait for all. Collective, also without ``begin``.
 
         Raises:
-            PluginError: when a gradient came after its message was sent.
+            PluginError: when a gradient was accumulated after its message was sent.
         """
         started, too_late = self.started, self._too_late
         for handle in self._handles:
@@ -98,8 +98,8 @@ class GradientExchange:
             self._learn_order(self._completed)
         if too_late:
             raise PluginError(
-                "a parameter got more gradient after its first in one backward pass, which several ranks can't sum: "
-                "checkpoint activations with use_reentrant=False"
+                "the gradient of a parameter was accumulated in several parts in one backward pass, which is not "
+                "supported with several ranks: checkpoint activations with use_reentrant=False"
             )
 
     def _learn_order(self, completed: list[int]) -> None:
@@ -109,7 +109,7 @@ class GradientExchange:
 
 
 class _Bucket:
-    """A flat run of gradients of one dtype that travels as one message."""
+    """Gradients of one dtype in a flat tensor, which are summed over ranks in one collective."""
 
     def __init__(self) -> None:
         self.parameters: list[nn.Parameter] = []
@@ -117,7 +117,7 @@ class _Bucket:
         self._work: dist.Work | None = None
 
     def views(self) -> list[Tensor]:
-        """Of the sums, shaped like the parameters."""
+        """Return views of the sums, shaped like the parameters."""
         assert self._flat is not None
         pieces = self._flat.split([p.numel() for p in self.parameters])
         return [piece.view_as(p) for piece, p in zip(pieces, self.parameters, strict=True)]
@@ -139,15 +139,15 @@ class _Bucket:
 
 
 class GradientReducer:
-    """Sums gradients over ranks in flat buckets, sent while the backward pass still runs.
+    """The sum of gradients over ranks, in flat buckets that are sent while the backward pass still runs.
 
-    The layout is decided here, from the parameters alone, and buckets are sent in one order, so that every step of
-    every run sums alike. With one rank nothing is copied.
+    The layout depends on the parameters alone, and buckets are sent in a fixed order, so that every step of every run
+    sums in the same way. With one rank nothing is copied.
 
     Args:
         parameters: trainable parameters by name, in the model's order, the same on every rank.
         world: the ranks.
-        bucket_bytes: size of a message, in bytes; a larger parameter has a message of its own.
+        bucket_bytes: size of a bucket, in bytes; a larger parameter has a bucket of its own.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], world: World, bucket_bytes: float = 25e6) -> None:
@@ -156,12 +156,12 @@ class GradientReducer:
         self.exchange = GradientExchange(self.buckets, world)
 
     def begin(self) -> None:
-        """The next backward pass is the step's last: send each bucket once the pass has completed it."""
+        """Prepare for the last backward pass of the step, which sends each bucket once it is complete."""
         self.exchange.begin()
 
     @torch.no_grad()
     def finish(self) -> Tensor:
-        """Wait for the sums and put them into ``grad``; a gradient missing everywhere becomes zeros.
+        """Wait for the sums and put them into ``grad``; a gradient that no rank has becomes zeros.
 
         Returns:
             L2 norm of all gradients together, float32 (), the same on every rank.
@@ -179,7 +179,7 @@ class GradientReducer:
         return global_norm([p.grad for p in self.parameters if p.grad is not None])
 
     def discard(self) -> None:
-        """Clear the gradients. Between ``begin`` and ``finish`` it is collective: what one rank sent all must send."""
+        """Clear the gradients. Collective between ``begin`` and ``finish``, as every rank must send all messages."""
         if self.exchange.started:
             self.exchange.finish()
         for parameter in self.parameters:
@@ -201,7 +201,7 @@ def _lay_out(parameters: Sequence[nn.Parameter], bucket_bytes: float) -> list[_B
 
 
 def global_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """L2 norm of all tensors together: float32 (). A norm that is to be squared and summed over ranks wants float64."""
+    """Return the L2 norm of all tensors together: float32 (). Sum squared norms over ranks in float64."""
     if not tensors:
         return torch.zeros(())
     norms = torch._foreach_norm(list(tensors), 2, dtype=torch.float32)
@@ -209,16 +209,16 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
 
 
 class TorchOptimizer(Optimizer):
-    """Any ``torch.optim.Optimizer`` behind the two-part contract.
+    """An adapter of any ``torch.optim.Optimizer`` to the core's ``Optimizer``.
 
-    Each parameter group's ``lr`` is its base learning rate; the schedule multiplies it. A parameter stored in 16 bits
-    is updated through a float32 copy, ``<name>/master`` in the state: it would round small updates away.
+    Each parameter group's ``lr`` is its base learning rate; the schedule multiplies it. A parameter stored in 16 bits,
+    which would round small updates away, is updated through a float32 copy, ``<name>/master`` in the state.
 
     Args:
-        optimizer: built over the parameters below, and not used yet.
+        optimizer: built over ``parameters``, and not used yet.
         parameters: trainable parameters by name, in the model's order.
         world: the ranks.
-        state_tensors: state tensors of a parameter's size that the optimizer keeps (AdamW: 2).
+        state_tensors: number of state tensors per parameter, each of its size (AdamW: 2).
     """
 
     def __init__(
@@ -253,7 +253,7 @@ class TorchOptimizer(Optimizer):
         torch._foreach_mul_([p.grad for p in self._updated.values() if p.grad is not None], scale)
         for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = base * multipliers.lr
-        if not any(p.is_meta for p in self._updated.values()):  # where memory is planned there is nothing to compute
+        if not any(p.is_meta for p in self._updated.values()):  # on the meta device only memory is planned
             self.optimizer.step()
         for parameter, master in self._copies():
             parameter.copy_(master)
@@ -281,12 +281,12 @@ class TorchOptimizer(Optimizer):
         for key, value in state.items():
             name, _, what = key.rpartition("/")
             if name not in self.parameters:
-                raise KeyError(f"optimizer state for {name!r}, which is no parameter of the model")
+                raise KeyError(f"optimizer state for {name!r}, which is not a parameter of the model")
             updated = self._updated[name]
             if what == "master":
                 updated.copy_(value)
                 continue
-            # Steps stay where torch wants them (the CPU, unless fused); moments live beside their parameter.
+            # Step counts stay where torch expects them (the CPU, unless fused); moments are on the parameter's device.
             device = updated.device if value.shape == updated.shape or self._fused(updated) else "cpu"
             restored.setdefault(updated, {})[what] = value.to(device, copy=True)
         self.optimizer.state.clear()
@@ -298,10 +298,10 @@ class TorchOptimizer(Optimizer):
 
     def state_bytes(self) -> int:
         masters = sum(master.nbytes for _, master in self._copies())
-        messages = sum(p.nbytes for bucket in self.reducer.buckets for p in bucket.parameters)  # they are kept
+        messages = sum(p.nbytes for bucket in self.reducer.buckets for p in bucket.parameters)  # kept between steps
         return masters + messages + sum(self.state_tensors * p.nbytes for p in self._updated.values())
 
 
 def _float32_copy(parameter: nn.Parameter) -> nn.Parameter:
-    """The parameter, or a float32 copy of one with 16 bits."""
+    """Return the parameter, or a float32 copy if it is stored in 16 bits."""
     return nn.Parameter(parameter.detach().float()) if parameter.dtype.itemsize < 4 else parameter

@@ -1,4 +1,4 @@
-"""The ledger row of a step, and what people are told of it."""
+"""The ledger row of a step, and the remarks that are printed about it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from nanochat_core.training.step import StepOutcome
 
 @attrs.define
 class StepTimer:
-    """Measures a step from when it is made.
+    """A timer of one step, which starts when it is created.
 
     Args:
-        data_wait: seconds of it that the loop waited for data.
+        started: time at which the step began, in seconds of ``time.perf_counter``.
+        data_wait: seconds that the loop waited for data.
     """
 
     started: float = attrs.field(factory=time.perf_counter)
@@ -26,23 +27,23 @@ class StepTimer:
 
     @contextlib.contextmanager
     def waiting_for_data(self) -> Iterator[None]:
-        """What is done in here is waiting for data."""
+        """Return a context whose duration is counted as waiting for data."""
         started = time.perf_counter()
         yield
         self.data_wait = time.perf_counter() - started
 
     def seconds(self) -> float:
-        """Seconds since the step began."""
+        """Return the seconds since the step began."""
         return time.perf_counter() - self.started
 
 
 @attrs.frozen
 class StepRow:
-    """What is written of a step.
+    """The record of a step.
 
     Args:
-        values: of its ledger row, by metric.
-        remarks: lines for people.
+        values: values of its ledger row, by metric name.
+        remarks: lines to print and log.
     """
 
     values: dict[str, float | str]
@@ -51,13 +52,14 @@ class StepRow:
 
 @attrs.frozen
 class Measured:
-    """What was measured around a step.
+    """Measurements of a step.
 
     Args:
-        seconds: of the step, waiting for data included; ``data_wait``: seconds of that.
+        seconds: duration of the step, including the wait for data.
+        data_wait: seconds of waiting for data.
         lr_multiplier: factor on every learning rate.
-        peak_flops: FLOPs per second that a device can do at most.
-        peak_memory: MiB.
+        peak_flops: peak FLOPs per second of a device.
+        peak_memory: peak memory of this process, in MiB.
     """
 
     seconds: float
@@ -68,11 +70,11 @@ class Measured:
 
 
 def step_row(outcome: StepOutcome, state: TrainState, plan: Plan, measured: Measured, *, crops: bool) -> StepRow:
-    """The row of a step that is done. Takes its loss into the state's running averages, so call it once per step.
+    """Return the row of a completed step. Updates the running averages in ``state``, so call it once per step.
 
     Args:
         state: already advanced by the step.
-        crops: whether the packing crops documents, so that it is told how much.
+        crops: whether the packing crops documents; if so, the row has ``train/cropped``.
     """
     step, loss, norm = state.step - 1, outcome.loss, outcome.grad_norm
     values: dict[str, float | str] = {"train/loss": loss}

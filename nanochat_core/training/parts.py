@@ -1,4 +1,4 @@
-"""The parts of a run on one rank, as the training loop gets them."""
+"""The parts of a run on one rank, which the training loop uses."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from nanochat_core.runs.state import TrainState
 
 @attrs.frozen
 class Parts:
-    """What a run is made of, built on this rank; see ``build.build_parts``.
+    """The parts of a run on this rank, which ``build.build_parts`` builds.
 
     Args:
         model: on its device, with its weights, the same on every rank.
         optimizer: of the model, with its state.
         source: the data source.
-        loader: this rank's training steps.
+        loader: this rank's training data, step by step.
         evaluations: the evaluators of the run.
-        state: where the run stands; it changes with every step.
-        evaluated: names of entries that evaluated the step at which the run starts, before it was interrupted.
+        state: progress of the run; it changes with every step.
+        evaluated: names of evaluator entries that had evaluated the first step before the run was interrupted.
     """
 
     model: Model

@@ -1,4 +1,4 @@
-"""What rank 0 decides before a run is built: the plan, the run directory, and what to resume from."""
+"""Decisions of rank 0 before a run is built: the plan, the run directory, and the checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from nanochat_core.training.resume import (
 
 @attrs.frozen
 class Setup:
-    """What rank 0 decided, and tells the others.
+    """The decisions of rank 0, which it sends to the other ranks.
 
     Args:
-        checkpoint: where to resume from; None for a fresh start.
-        weights: checkpoint of ``[train] init_from``.
-        distributions: version of each distribution that brought a plugin.
+        checkpoint: checkpoint to resume from; None for a fresh run.
+        weights: checkpoint that ``[train] init_from`` refers to; None without one.
+        distributions: version of each distribution that provides a plugin, by name.
         observers: entry-point name and distribution of each plugin that observes runs.
-        allow_other_data: whether a resumed run may go on with data of other fingerprints.
+        allow_other_data: whether a resumed run may continue with data of different fingerprints.
     """
 
     planned: Planned
@@ -55,20 +55,20 @@ class Setup:
 def prepare(
     request: RunRequest, plugins: Plugins, loaded: LoadedExperiment, world: World, exit_stack: ExitStack
 ) -> Setup | None:
-    """Plan the run, print the plan, and choose the run directory. None when there is nothing left to do.
+    """Plan the run, print the plan, and choose the run directory. Return None when there is nothing left to do.
 
     Args:
-        exit_stack: keeps the run directory's lock, from before its checkpoints are looked at.
+        exit_stack: holds the lock of the run directory, which is taken before its checkpoints are read.
 
     Raises:
-        NanochatError: when the user has to mend something.
+        NanochatError: for an error that the user can correct.
     """
     for failure in plugins.failures:
         print(failure, file=sys.stderr)
-    found = find_resume(request.resume, loaded.experiment.run.name, request.runs_dir, exit_stack)
+    resumed = find_resume(request.resume, loaded.experiment.run.name, request.runs_dir, exit_stack)
     old = None
-    if found is not None:
-        run_dir, checkpoint = found
+    if resumed is not None:
+        run_dir, checkpoint = resumed
         check_version(checkpoint, plugins)
         old = load_experiment(run_dir, checkpoint, plugins)
         loaded = _as_it_began(loaded, old, run_dir, world)
@@ -77,7 +77,7 @@ def prepare(
         raise ConfigError(planned.problems)
     print(f"nanochat run {request.file}: experiment {planned.experiment.run.name}\n{format_plan(planned)}", flush=True)
     distributions, observers = plugins.versions(), tuple((o.plugin, o.distribution) for o in plugins.observers)
-    if found is None or old is None:
+    if resumed is None or old is None:
         weights = _initial_weights(planned, request.runs_dir)
         run_dir, lock = create_run(request.runs_dir, planned.experiment.run.name)
         exit_stack.enter_context(lock)
@@ -90,7 +90,7 @@ def prepare(
 
 
 def _as_it_began(loaded: LoadedExperiment, old: Experiment, run_dir: RunDirectory, world: World) -> LoadedExperiment:
-    """The experiment with what "auto" became when the run began, where another choice would give other bits."""
+    """Return the experiment with the values that "auto" had when the run began, where others would change results."""
     kept: dict[str, object] = {}
     if loaded.experiment.train.compile == "auto":
         kept["train.compile"] = old.train.compile
@@ -101,7 +101,7 @@ def _as_it_began(loaded: LoadedExperiment, old: Experiment, run_dir: RunDirector
 
 
 def _initial_weights(planned: Planned, runs_dir: Path) -> Path | None:
-    """The checkpoint that ``[train] init_from`` means."""
+    """Return the checkpoint that ``[train] init_from`` refers to; None without one."""
     reference = planned.experiment.train.init_from
     if reference is None:
         return None
@@ -111,7 +111,7 @@ def _initial_weights(planned: Planned, runs_dir: Path) -> Path | None:
 
 
 def _is_done(planned: Planned, run_dir: RunDirectory, checkpoint: Path) -> bool:
-    """Whether the run is already at its horizon; says so."""
+    """Whether the run is already at its horizon; if so, print that."""
     step, horizon = load_state(checkpoint).step, planned.plan.num_iterations
     if step < horizon or (step == horizon and run_dir.read_status().get("status") != "finished"):
         return False
@@ -123,12 +123,12 @@ def _is_done(planned: Planned, run_dir: RunDirectory, checkpoint: Path) -> bool:
 
 
 def _explain_resume(old: Experiment, planned: Planned, run_dir: RunDirectory, checkpoint: Path) -> None:
-    """Say what is resumed, and what differs from before."""
+    """Print what is resumed, and what differs from before."""
     print(f"resuming {run_dir.path} from {checkpoint.name}")
     before, now = devices_of(run_dir), (planned.plan.world_size, planned.plan.device)
     if before != now:
         print(
-            f"it was trained on {before[0]} x {before[1]}, goes on with {now[0]} x {now[1]}: the data and the global "
-            f"batch stay the same, sums may be taken in another order, so that numbers agree within rounding"
+            f"it was trained on {before[0]} x {before[1]} and continues on {now[0]} x {now[1]}: the data and the "
+            f"global batch stay the same; the order of sums may change, so that results agree within rounding"
         )
     explain_horizon(old, planned, run_dir, load_state(checkpoint).step)

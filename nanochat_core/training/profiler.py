@@ -1,4 +1,4 @@
-"""``[train] profile``: a trace of some optimizer steps, of every rank."""
+"""``[train] profile``: a trace of some optimizer steps on every rank."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 from nanochat_core.distributed.world import World
 
-ROWS = 40  # of a table
+ROWS = 40  # of each table in the summary
 
 
 class Profiler:
-    """A context around the training loop, which calls ``step`` after each optimizer step. Numbers don't change by it.
+    """A context around the training loop, which calls ``step`` after each optimizer step. It does not change results.
 
     The trace goes to ``directory/trace_rank<N>.json.gz``, rank 0's tables of operations to ``directory/summary.txt``.
 
     Args:
-        steps: how many are traced, one after the other; 0: none, and nothing is done.
-        after: steps to leave out first, as long as enough come after them.
-        ahead: steps that the loop will do.
-        report: tells people a line.
+        steps: number of consecutive steps to trace; 0 turns the profiler off.
+        after: number of steps to skip first; fewer are skipped if not enough would follow.
+        ahead: number of steps that the loop will run.
+        report: prints and logs a line.
     """
 
     def __init__(
@@ -37,8 +37,8 @@ class Profiler:
             activities = [ProfilerActivity.CPU]
             if world.device.type == "cuda":
                 activities.append(ProfilerActivity.CUDA)
-            warmup = min(self.first, 1)  # the step before, in which the profiler gets ready
-            with warnings.catch_warnings(action="ignore"):  # a run that is traced from its first step on has none
+            warmup = min(self.first, 1)  # the profiler warms up in the step before
+            with warnings.catch_warnings(action="ignore"):  # torch warns when there is no warmup step
                 steps_of = schedule(
                     wait=self.first - warmup, warmup=warmup, active=self.last + 1 - self.first, repeat=1
                 )
@@ -53,32 +53,32 @@ class Profiler:
         if self._torch is not None:
             self._torch.stop()
             if self.done <= self.first:
-                self.report(f"no profile: it was to begin after {self.first} steps, and {self.done} were done")
+                self.report(f"no profile was written: it starts after {self.first} steps, {self.done} were run")
 
     def step(self) -> None:
-        """An optimizer step is done."""
+        """Count a completed optimizer step."""
         self.done += 1
         if self._torch is not None:
             self._torch.step()
 
-    def _write(self, found: profile) -> None:
+    def _write(self, profiled: profile) -> None:
         steps = min(self.done, self.last + 1) - self.first
-        if steps <= 0:  # the run is stopped
+        if steps <= 0:  # the run stopped before the first step to trace
             return
         trace = self.directory / f"trace_rank{self.world.rank}.json.gz"
         try:
             self.directory.mkdir(exist_ok=True)
-            found.export_chrome_trace(str(trace))
+            profiled.export_chrome_trace(str(trace))
             if self.world.is_main:
-                (self.directory / "summary.txt").write_text(self._summary(found), encoding="utf-8")
+                (self.directory / "summary.txt").write_text(self._summary(profiled), encoding="utf-8")
         except (OSError, RuntimeError) as error:
-            self.report(f"the profile can't be written, the run goes on: {error}")
+            self.report(f"the profile can't be written, the run continues: {error}")
         else:
             many = f"{steps} step{'s' * (steps > 1)}"
-            self.report(f"profile of {many}: {trace}, to be opened at ui.perfetto.dev, and summary.txt beside it")
+            self.report(f"profile of {many}: {trace} (open it at ui.perfetto.dev), and summary.txt beside it")
 
-    def _summary(self, found: profile) -> str:
-        averages = found.key_averages()
+    def _summary(self, profiled: profile) -> str:
+        averages = profiled.key_averages()
         tables = {"CPU": "self_cpu_time_total"}
         if self.world.device.type == "cuda":
             tables = {"CUDA": "self_device_time_total", **tables}

@@ -1,4 +1,4 @@
-"""What ``nanochat run`` is asked to do. Imports no torch, so that a mistake in an experiment is reported at once."""
+"""The arguments of ``nanochat run``. Imports no torch, so that an error in an experiment is reported at once."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from nanochat_core.plugins.discovery import Plugins, load_plugins
 
 @attrs.frozen
 class RunRequest:
-    """What ``nanochat run`` is asked to do.
+    """The arguments of ``nanochat run``.
 
     Args:
-        file: the experiment.
-        overrides: ``key=value`` texts that lie over it.
-        runs_dir: where run directories are.
+        file: TOML file of the experiment.
+        overrides: ``key=value`` texts that override its keys.
+        runs_dir: directory of all runs.
         resume: None for a fresh run, "newest", "auto", or a reference to a run.
-        allow_other_data: whether a resumed run may go on with data of other fingerprints.
+        allow_other_data: whether a resumed run may continue with data of different fingerprints.
     """
 
     file: Path
@@ -30,7 +30,7 @@ class RunRequest:
     allow_other_data: bool = False
 
     def load(self) -> tuple[Plugins, LoadedExperiment]:
-        """What is installed, and the experiment.
+        """Load the installed plugins and the experiment.
 
         Raises:
             ConfigError: with every problem found.

@@ -1,4 +1,4 @@
-"""What a resumed run may change, and which run is resumed."""
+"""Resuming a run: which run and checkpoint, and which changes of the experiment are allowed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from nanochat_core.runs.restore import newest_checkpoint, sound_checkpoint
 
 
 def devices_of(run: RunDirectory) -> tuple[int, str]:
-    """How many devices of which kind a run was last trained on."""
+    """Return the number and the name of the devices that a run was last trained on."""
     plan = json.loads(run.provenance.read_text(encoding="utf-8"))["plan"]
     return plan["world_size"], plan["device"]
 
@@ -28,7 +28,10 @@ def devices_of(run: RunDirectory) -> tuple[int, str]:
 def find_resume(
     resume: str | None, name: str, runs_dir: Path, exit_stack: ExitStack
 ) -> tuple[RunDirectory, Path] | None:
-    """The run and checkpoint that ``--resume`` means. The run is locked first: who trains it makes others."""
+    """Return the run and the checkpoint that ``--resume`` refers to; None for a fresh run.
+
+    The run is locked first, because a process that trains it would write further checkpoints.
+    """
     if resume is None:
         return None
     if resume not in ("auto", "newest"):
@@ -41,32 +44,34 @@ def find_resume(
         checkpoint = sound_checkpoint(newest)
         if checkpoint is not None:
             return newest, checkpoint
-        newest.remove_leftovers()  # nobody goes on there
+        newest.remove_leftovers()  # no run continues there
         remove_leftovers(newest.checkpoints)
         why = f"{newest.path} has no sound checkpoint"
     if resume == "newest":
-        raise CheckpointError(f"{why}: leave --resume out to start a fresh run, or name an older one")
+        raise CheckpointError(f"{why}: omit --resume to start a fresh run, or name an older run")
     print(f"{why}: starting a fresh run")
     return None
 
 
 def check_version(checkpoint: Path, plugins: Plugins) -> None:
-    """Refuse to resume from an older version of the model: the optimizer's state is that of its parameters."""
+    """Refuse to resume from an older version of the model: the optimizer's state belongs to the old parameters."""
     record = read_model(checkpoint)
     entry = plugins["model"].get(record.plugin)
     if entry is not None and record.version < entry.model_version.number:
         run = checkpoint.parents[1]
         raise CheckpointError(
             f"{checkpoint} has version {record.version} of model {entry.name!r}, {entry.distribution} {entry.version} "
-            f"has version {entry.model_version.number}, and a run can't go on with another: install the "
-            f"{entry.distribution} it was made with (its manifest.json says which), or start a fresh run from its "
+            f"has version {entry.model_version.number}, and a run can't continue with a different version: install "
+            f"the {entry.distribution} that it was made with (see its manifest.json), or start a fresh run from its "
             f"weights, without --resume and with --set train.init_from={run}"
         )
 
 
 def compare_options(weights: Path, planned: Planned) -> None:
-    """Name options of the model that are others than those its weights were trained with; refuse one that nobody chose:
-    defaults change, weights don't."""
+    """Print the options of the model that differ from those that its weights were trained with.
+
+    Refuse an option that differs because a default has changed, which nobody chose.
+    """
     choice, problems = planned.experiment.model, []
     assert choice.entry is not None
     if read_model(weights).plugin != choice.plugin:
@@ -81,19 +86,19 @@ def compare_options(weights: Path, planned: Planned) -> None:
             print(f"changed from {weights}: {key} was {old!r}, is {new!r}")
             continue
         values = " or ".join(f"--set '{key}={json.dumps(value)}'" for value in (old, new) if value is not None)
-        problems.append(Problem(key, f"was {old!r} in {weights}, the default is {new!r}: say which, with {values}"))
+        problems.append(Problem(key, f"was {old!r} in {weights}, the default is {new!r}: choose one with {values}"))
     if problems:
         raise ConfigError(problems)
 
 
 def check_changes(old: Experiment, planned: Planned, run_dir: RunDirectory, allow_other_data: bool) -> None:
-    """Refuse to resume with options that would make it another run; name other changes."""
+    """Refuse changes of options that a resumed run must keep; print other changes that matter."""
     problems = []
     for key, before, now, rule in changed_options(old, planned.experiment):
         if rule == "refuse" and allow_other_data and key.startswith("data.") and not key.startswith("data.packing"):
             rule = "warn"
         if rule == "refuse":
-            keep = "keep it (leave it out)"
+            keep = "keep it (omit it)"
             if before is not None:
                 keep = f"keep it (--set '{key}={json.dumps(before)}')"
             elif planned.origins.get(key) == DEFAULT:
@@ -109,7 +114,7 @@ def check_changes(old: Experiment, planned: Planned, run_dir: RunDirectory, allo
 
 
 def explain_horizon(old: Experiment, planned: Planned, run_dir: RunDirectory, step: int) -> None:
-    """Say what the learning rate does when a run goes on with another horizon or schedule."""
+    """Print how the learning rate continues when a run is resumed with a different horizon or schedule."""
     new, schedule = planned.plan, planned.experiment.schedule
     old_horizon = run_dir.read_status().get("num_iterations", new.num_iterations)
     if old_horizon == new.num_iterations and old.schedule == schedule:

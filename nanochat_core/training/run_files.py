@@ -1,4 +1,4 @@
-"""The files that a run writes about itself when it starts, and what they say of the start before."""
+"""The files that a run writes when it starts, and the comparison with those of its previous start."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ def write_run_files(
     """Write ``experiment.toml`` and ``provenance.json``.
 
     Args:
-        state: of the checkpoint that is resumed.
-        fingerprints: of ``tokenizer``, ``train`` and ``val``, as they are now.
-        report: tells people a line.
+        state: training state of the checkpoint that is resumed, or a fresh one.
+        fingerprints: current fingerprints of ``tokenizer``, ``train`` and ``val``.
+        report: prints and logs a line.
 
     Returns:
-        Which data ("train", "val") differ from those that a resumed run had.
+        The splits ("train", "val") whose data differ from those of a resumed run.
 
     Raises:
-        CheckpointError: when some do and that was not allowed, or the tokenizer differs.
+        CheckpointError: when data differ and that was not allowed, or the tokenizer differs.
     """
     run_dir, planned = setup.run_dir, setup.planned
     earlier: dict[str, Any] = {}
@@ -46,54 +46,60 @@ def write_run_files(
     if setup.checkpoint is not None:
         earlier = json.loads(run_dir.provenance.read_text())
         before = state.fingerprints or earlier["fingerprints"]
-    others = {what: before.get(what, "none") for what in fingerprints if before.get(what) != fingerprints[what]}
-    if others:
-        _accept(others, fingerprints, setup, state.step, report)
+    changed = {what: before.get(what, "none") for what in fingerprints if before.get(what) != fingerprints[what]}
+    if changed:
+        _accept(changed, fingerprints, setup, state.step, report)
     facts = provenance(planned.origins, setup.distributions, fingerprints, attrs.asdict(planned.plan))
-    facts["packages"]["torch"] = torch.__version__  # with its build
-    if others:
-        facts["other_data"] = {"from_step": state.step, "before": others}
+    facts["packages"]["torch"] = torch.__version__  # includes the build
+    if changed:
+        facts["other_data"] = {"from_step": state.step, "before": changed}
     if earlier:
         facts["earlier"] = [*earlier.pop("earlier", []), earlier]
     write_atomic(run_dir.experiment, HEADER + dump(planned.experiment))
     write_atomic(run_dir.provenance, json.dumps(facts, indent=1) + "\n")
-    return list(others)
+    return list(changed)
 
 
 def _accept(
-    others: Mapping[str, str],
+    changed: Mapping[str, str],
     fingerprints: Mapping[str, str],
     setup: Setup,
     step: int,
     report: Callable[[str], None],
 ) -> None:
-    """Report which fingerprints differ from before, or refuse to go on.
+    """Report which fingerprints differ from those of the checkpoint, or refuse to continue.
 
     Args:
-        others: what they were.
+        changed: previous value of each fingerprint that differs.
     """
     run_dir = setup.run_dir
-    if "tokenizer" in others:
+    if "tokenizer" in changed:
         raise CheckpointError(
-            f"{run_dir.tokenizer} holds another tokenizer than the run was trained with (fingerprint "
-            f"{fingerprints['tokenizer'][:12]}, was {others['tokenizer'][:12]}): the weights mean other tokens; "
-            f"put it back, or start a fresh run without --resume"
+            f"{run_dir.tokenizer} differs from the tokenizer that the run was trained with (fingerprint "
+            f"{fingerprints['tokenizer'][:12]}, was {changed['tokenizer'][:12]}), so the weights do not fit: "
+            f"restore it, or start a fresh run without --resume"
         )
-    for what, was in others.items():
-        change = f"the {what} data are not those it was trained with (fingerprint {fingerprints[what][:12]}, "
+    for what, was in changed.items():
+        change = f"the {what} data differ from those it was trained with (fingerprint {fingerprints[what][:12]}, "
         change += f"was {was[:12]})"
         if not setup.allow_other_data:
             raise CheckpointError(
                 f"{run_dir.path}: {change}: point [data] at the same documents, start a fresh run without "
-                f"--resume, or go on with these all the same: --allow-other-data"
+                f"--resume, or continue with the new documents: --allow-other-data"
             )
-        goes_on = "they are read from their start" if what == "train" else "earlier results don't compare"
-        report(f"allowed: from step {step} on {change}; {goes_on}")
+        consequence = "they are read from their start" if what == "train" else "earlier results are not comparable"
+        report(f"allowed: from step {step} on {change}; {consequence}")
 
 
 def rewind_run(run_dir: RunDirectory, state: TrainState) -> list[str]:
-    """Rewind the ledger to the checkpoint that is resumed. Evaluations of its very step, which were made after it was
-    saved, stay, and count for the smallest values in ``state``. Returns the names of their entries."""
+    """Rewind the ledger to the checkpoint that is resumed.
+
+    Evaluations of its step, which were recorded after it was saved, are kept, and update the smallest values in
+    ``state``.
+
+    Returns:
+        The names of the evaluator entries that made them.
+    """
     records = rewind_ledger(run_dir.ledger, state.ledger_bytes, state.step)
     for record in records:
         state.note_minimum({k: v for k, v in record.items() if k not in ("step", "time")})
@@ -101,7 +107,7 @@ def rewind_run(run_dir: RunDirectory, state: TrainState) -> list[str]:
 
 
 def logger_context(planned: Planned, run_dir: RunDirectory, start_step: int) -> LoggerContext:
-    """What the loggers of a run are told when they start."""
+    """Return the description of a run that its loggers receive when they start."""
     run = planned.experiment.run
     return LoggerContext(
         directory=run_dir.path,
@@ -117,7 +123,7 @@ def logger_context(planned: Planned, run_dir: RunDirectory, start_step: int) -> 
 
 
 def remove_run(run_dir: RunDirectory) -> None:
-    """Remove a run's directory, and those above it that are empty then."""
+    """Remove a run's directory, and the directories above it if they are empty then."""
     shutil.rmtree(run_dir.path, ignore_errors=True)
     for parent in (run_dir.path.parent, run_dir.path.parents[1]):
         try:

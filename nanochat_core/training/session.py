@@ -1,4 +1,4 @@
-"""A run on one rank: what happens in which order, what happens when it fails, and how it ends."""
+"""A run on one rank: the order of its phases, the handling of failures, and its end."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from nanochat_core.training.request import RunRequest
 from nanochat_core.training.run_files import logger_context, remove_run
 from nanochat_core.training.trainer import Trainer
 
-LAST_SECONDS = 5.0  # what a run that was told to stop, and is saved, waits for reads in progress
+LAST_SECONDS = 5.0  # how long a stopped and saved run waits for reads in progress
 
 
 def run_experiment(
@@ -46,13 +46,13 @@ def run_experiment(
     """Run an experiment on this rank of the world that the environment describes. Returns the exit code.
 
     Args:
-        stop: listens for signals.
-        loaded: what ``request.load`` gave, if this process has called it already; else rank 0 calls it.
+        stop: receives the signals that request a stop.
+        loaded: result of ``request.load``, if this process has called it already; otherwise rank 0 calls it.
 
     Raises:
-        NanochatError: when the user has to mend something. With several ranks nothing is raised: the first failure is
-            shown, and all ranks return its exit code.
-        Stopped: when a stop is asked for before training has begun.
+        NanochatError: for an error that the user can correct. With several ranks nothing is raised: the first failure
+            is shown, and all ranks return its exit code.
+        Stopped: when a stop is requested before training has begun.
     """
     with stop.interruptible():
         world = join_world()
@@ -85,7 +85,7 @@ def run_experiment(
 
 
 class Session:
-    """One rank's side of a run: opens it, has it built and trained, and closes it, whatever happens."""
+    """One rank's part of a run: it opens, builds and trains the run, and closes it whatever happens."""
 
     def __init__(self, setup: Setup, world: World, failures: Failures, watchdog: Watchdog, stop: StopRequest) -> None:
         self.planned, self.plan, self.experiment = setup.planned, setup.planned.plan, setup.planned.experiment
@@ -122,16 +122,16 @@ class Session:
                 self.watchdog.stop_watching()
                 self.close(status)
             code = PREEMPTED_EXIT_CODE if status == "preempted" else 0
-            self.world.barrier()  # what started the ranks may end all of them when the first has ended
+            self.world.barrier()  # the launcher may end all ranks once the first has ended
             if code:
                 self.watchdog.end_within(LAST_SECONDS, code)
         return code
 
     def open(self) -> None:
-        """On rank 0: open the log, and clear away what a process left that was killed."""
+        """Open the log, and remove temporary files that a killed process left. Called on rank 0."""
         self.logs.open()
         for name in (*self.run_dir.remove_leftovers(), *remove_leftovers(self.run_dir.checkpoints)):
-            self.logs.note(f"removed {name}, which a process left that was killed")
+            self.logs.note(f"removed {name}, which a killed process left")
         self.logs.note(format_plan(self.planned))
 
     def build(self) -> Trainer:
@@ -143,10 +143,10 @@ class Session:
         parts = build_parts(self.setup, content, self.state, world, logs, self.stop, self.watchdog.heartbeat)
         peak, how = peak_flops(world.device, self.plan.torch_dtype)
         logs.report(
-            f"peak {peak / 1e12:.3g} TFLOP/s a device ({how}); {self.state.lanes} data lanes; "
+            f"peak {peak / 1e12:.3g} TFLOP/s per device ({how}); {self.state.lanes} data lanes; "
             f"validation data {self.state.fingerprints['val'][:12]}"
         )
-        world.barrier()  # a run that some rank can't build leaves nothing behind
+        world.barrier()  # a run that a rank can't build leaves no files
         if world.is_main:
             logs.open_ledger()
             logs.status("running", self.state.step, self.plan.num_iterations)
@@ -157,7 +157,7 @@ class Session:
         self.watchdog.report_stalls(self.experiment.train.stall_warning, packages, logs.report, logs.note)
         saver = build_saver(self.setup, self.state, world, logs.report)
         checkpoints = Checkpoints(saver, parts, self.planned, world, logs)
-        seed(content, self.experiment.train.seed, self.state, world)  # last: all that was built may have drawn numbers
+        seed(content, self.experiment.train.seed, self.state, world)  # last: building may have drawn random numbers
         return Trainer(
             planned=self.planned,
             world=world,
@@ -170,20 +170,20 @@ class Session:
         )
 
     def close(self, status: Status) -> None:
-        """Tell loggers and people how the run ended. Does nothing on other ranks than 0."""
+        """Record and print how the run ended. Does nothing on ranks other than 0."""
         if not self.world.is_main:
             return
         if self.logs.has_ledger:
             self.logs.status(status, self.state.step, self.plan.num_iterations)
-            self.logs.finish(status)  # waits for loggers, so that it comes after what others want to know
+            self.logs.finish(status)  # after the status is recorded, because it waits for loggers
             if status == "finished":
-                self._say_goodbye()
+                self._print_summary()
         self.logs.close()
         if self.setup.checkpoint is None and not self.run_dir.ledger.exists():
-            remove_run(self.run_dir)  # it failed before it had anything to show
+            remove_run(self.run_dir)  # it failed before it recorded anything
 
     def _failed(self, error: Exception) -> Exception:
-        """Note why the run fails, before anything is waited for or closed. Returns what to raise."""
+        """Log why the run fails, before waiting for or closing anything. Returns the exception to raise."""
         self.watchdog.stop_watching()
         if isinstance(error, OtherRankFailed):
             return error
@@ -199,13 +199,13 @@ class Session:
         return error
 
     def _report_data_problems(self, trainer: Trainer) -> None:
-        found = self.world.all_gather_object(list(trainer.parts.source.problems()))
-        problems = sorted({line for lines in found for line in lines})
+        by_rank = self.world.all_gather_object(list(trainer.parts.source.problems()))
+        problems = sorted({line for lines in by_rank for line in lines})
         if problems:
             text = "places in the data could not be read and were skipped; see log.txt"
             self.logs.report(f"{len(problems)} {text}")
 
-    def _say_goodbye(self) -> None:
+    def _print_summary(self) -> None:
         report, state, runs_dir = self.logs.report, self.state, self.run_dir.path.parents[1]
         report(f"Peak memory usage: {peak_memory_mib(self.world.device):.2f} MiB")
         report(f"Total training time: {state.training_time / 60:.2f} min")

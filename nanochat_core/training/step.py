@@ -21,20 +21,20 @@ from nanochat_core.runs.state import restore_rng, rng_state
 
 @attrs.frozen
 class StepOutcome:
-    """What became of a step, the same on every rank but for ``memory_error``.
+    """The result of a step, the same on every rank except for ``memory_error``.
 
-    A step that is not ``done`` changed nothing: a rank had no data or no memory for it, and its other numbers mean
-    nothing.
+    A step that is not ``done`` changed nothing, because a rank had no data or no memory for it; its loss, norm and
+    counts are not valid.
 
     Args:
         stop_requested: whether any rank was asked to stop.
         data_missing: whether any rank was asked to stop while it waited for data.
         out_of_memory: whether any rank ran out of memory.
-        memory_error: what torch said when this rank did; empty otherwise.
+        memory_error: torch's message when this rank ran out of memory; empty otherwise.
         data_ended: whether any rank has no data left for another step.
         loss: mean cross-entropy, nats per token.
         grad_norm: L2 norm of the gradient of that mean, before clipping.
-        tokens: targets of all ranks.
+        tokens: number of targets on all ranks.
         lost_tokens: tokens of all ranks that packing cut off or dropped.
         epoch: passes over the data so far, the mean of all ranks.
         finite: whether loss and gradient are finite; otherwise the update was skipped.
@@ -54,23 +54,23 @@ class StepOutcome:
 
     @property
     def done(self) -> bool:
-        """Whether the step counts."""
+        """Whether every rank had data and memory for the step."""
         return not (self.data_missing or self.out_of_memory)
 
 
 @attrs.frozen
 class StepTotals:
-    """What is summed over ranks in a step: one rank's part before the exchange, the sums afterwards.
+    """The numbers that are summed over ranks in a step: one rank's part before the exchange, the sums afterwards.
 
     Args:
-        loss: summed cross-entropy, nats. A rank's own stays on the device, see ``pack``.
-        tokens: targets.
-        stop_requested: ranks that were asked to stop.
-        data_missing: ranks that have no data for this step.
-        out_of_memory: ranks that ran out of memory.
-        data_ended: ranks that have no data left for another step.
-        lost_tokens: tokens that packing cut off or dropped.
-        epoch: passes over the data, over the number of ranks.
+        loss: summed cross-entropy, nats. A rank's own part stays on the device, as the argument of ``pack``.
+        tokens: number of targets.
+        stop_requested: number of ranks that were asked to stop.
+        data_missing: number of ranks that have no data for this step.
+        out_of_memory: number of ranks that ran out of memory.
+        data_ended: number of ranks that have no data left for another step.
+        lost_tokens: number of tokens that packing cut off or dropped.
+        epoch: passes over the data, divided by the number of ranks.
     """
 
     loss: float = 0.0
@@ -83,10 +83,10 @@ class StepTotals:
     epoch: float = 0.0
 
     def pack(self, loss_sum: Tensor) -> Tensor:
-        """The numbers as one tensor, without waiting for the device.
+        """Return the numbers as one tensor, without waiting for the device.
 
         Args:
-            loss_sum: this rank's loss, (), which takes the place of ``loss``.
+            loss_sum: this rank's summed loss, (), which is used instead of ``loss``.
 
         Returns:
             float64 [number of fields] on the device of the loss; float32 on MPS, which has no float64.
@@ -97,18 +97,19 @@ class StepTotals:
 
     @classmethod
     def unpack(cls, values: Sequence[float]) -> StepTotals:
-        """From the numbers of a tensor that ``pack`` made, in its order."""
+        """Create totals from the values of a tensor that ``pack`` returned."""
         names = [field.name for field in attrs.fields(cls)]
         return cls(**dict(zip(names, values, strict=True)))
 
 
 @attrs.frozen
 class _Passes:
-    """What the forward and backward passes of a step gave on this rank.
+    """The results of the forward and backward passes of a step on this rank.
 
     Args:
-        loss_sum: (), on the device.
-        memory_error: what torch said when memory ran out; the passes end there.
+        loss_sum: summed cross-entropy in nats, (), on the device.
+        tokens: number of targets.
+        memory_error: torch's message when memory ran out, which ended the passes; empty otherwise.
     """
 
     loss_sum: Tensor
@@ -128,15 +129,15 @@ def run_step(
     loss_scale: float = 1.0,
     stop_requested: bool = False,
 ) -> StepOutcome:
-    """Do one optimizer step. Collective.
+    """Run one optimizer step. Collective.
 
-    Host and device wait for each other once, when the sums over ranks are read. A rank without data, or without
-    memory for them, still does its part of what ranks do together, for which others may wait already.
+    The host waits for the device once, when the sums over ranks are read. A rank without data, or without memory for
+    them, still takes part in the collectives, because other ranks may already wait in them.
 
     Args:
         step: this rank's data; None when it was asked to stop while it waited for them.
         dtype: of matrix products.
-        multipliers: of the learning rate and what else the schedule changes.
+        multipliers: factors of the schedule for this step.
         grad_clip: largest global gradient norm; 0 is off.
         loss_scale: factor on the loss that keeps float16 gradients in range.
         stop_requested: whether this rank was asked to stop.
@@ -186,29 +187,29 @@ def run_step(
 def _forward_backward(
     batches: Sequence[Batch], model: Model, optimizer: Optimizer, world: World, dtype: torch.dtype, loss_scale: float
 ) -> _Passes:
-    """Add up the gradients of the micro-batches, times ``loss_scale``; before the last one the optimizer is told."""
+    """Add up the gradients of the micro-batches, times ``loss_scale``; call ``begin_reduce`` before the last one."""
     loss_sum = torch.zeros((), device=world.device)
-    tokens, told, memory_error = 0, False, ""
+    tokens, reducing, memory_error = 0, False, ""
     for index, batch in enumerate(batches):
         tokens += int((batch.targets_BT != IGNORED).sum())
         if index == len(batches) - 1:
             optimizer.begin_reduce()
-            told = True
+            reducing = True
         try:
             loss_sum += loss_and_gradients(model, batch.to(world.device), dtype, loss_scale)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             memory_error = str(error)
-        if memory_error:  # after the except clause the traceback is gone, and the activations with it
+        if memory_error:  # after the except clause, which frees the traceback and its activations
             break
-    if not told:
+    if not reducing:
         optimizer.begin_reduce()
     return _Passes(loss_sum, tokens, memory_error)
 
 
 def loss_and_gradients(model: Model, batch: Batch, dtype: torch.dtype, loss_scale: float = 1.0) -> Tensor:
-    """Add the gradients of a micro-batch, times ``loss_scale``, to those that are there.
+    """Add the gradients of a micro-batch, times ``loss_scale``, to the accumulated ones.
 
     Args:
         batch: on the model's device.
@@ -224,8 +225,10 @@ def loss_and_gradients(model: Model, batch: Batch, dtype: torch.dtype, loss_scal
 
 
 def _exchange(totals: StepTotals, loss_sum: Tensor, norm: Tensor, world: World) -> tuple[StepTotals, float]:
-    """The sums over all ranks, and the gradient norm, which they have already. The one synchronization of host and
-    device in a step."""
+    """Return the sums over all ranks, and the value of ``norm``, which is the same on every rank.
+
+    This is the only synchronization of host and device in a step.
+    """
     sums = totals.pack(loss_sum)
     world.all_reduce(sums)
     *summed, norm_value = torch.cat([sums, norm.to(sums.dtype).reshape(1)]).tolist()

@@ -1,4 +1,4 @@
-"""The training loop, and nothing but the loop."""
+"""The training loop."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ Status = Literal["finished", "preempted"]
 
 @attrs.define
 class Trainer:
-    """One run, on this rank.
+    """The training loop of a run on this rank.
 
     Args:
-        planned: the plan, and the experiment with every "auto" filled in.
-        parts: what is trained, from what, and where it stands.
+        planned: the plan, and the experiment with every "auto" resolved.
+        parts: the model, the optimizer, the data, the evaluations and the training state.
         checkpoints: saves the run.
-        stop: tells whether this rank was asked to stop.
-        heartbeat: called with what begins, once per step.
+        stop: knows whether this rank was asked to stop.
+        heartbeat: called once per step, with a description of the progress.
     """
 
     planned: Planned
@@ -58,12 +58,12 @@ class Trainer:
     _known_problems: int = attrs.field(default=0, init=False)
 
     def fit(self) -> Status:
-        """Train to the horizon, or to the step at which a signal asks for a stop.
+        """Train to the horizon, or to the step at which a signal requests a stop.
 
         Raises:
             TrainingDiverged: after too many skipped steps in a row.
             DataError: when the data are used up before the horizon, after saving; see ``[data] epochs``.
-            OutOfMemory: after saving what was trained before the step.
+            OutOfMemory: when a step runs out of memory, after saving the steps before it.
         """
         try:
             return self._loop()
@@ -97,14 +97,14 @@ class Trainer:
         return "finished"
 
     def train_step(self, step: Step | None, timer: StepTimer) -> StepOutcome:
-        """One optimizer step and its ledger row. Collective.
+        """Run one optimizer step, and write its ledger row. Collective.
 
         Args:
             step: this rank's data; None when it was asked to stop while it waited for them.
 
         Raises:
             TrainingDiverged: after too many skipped steps in a row.
-            OutOfMemory: after saving what was trained before this step.
+            OutOfMemory: when this step runs out of memory, after saving the steps before it.
         """
         plan, train, state = self.planned.plan, self.planned.experiment.train, self.parts.state
         multipliers, cursors = self.multipliers(), state.cursors
@@ -132,7 +132,7 @@ class Trainer:
                 )
         return outcome
 
-    # -- what the loop asks
+    # -- conditions of the loop
 
     @property
     def _at_horizon(self) -> bool:
@@ -144,16 +144,16 @@ class Trainer:
         return regular or self._at_horizon or outcome.stop_requested or outcome.data_ended
 
     def multipliers(self) -> Multipliers:
-        """What the schedule says of the next step."""
+        """Return the factors of the schedule for the next step."""
         schedule, step = self.planned.experiment.schedule, self.parts.state.step
         steps = self.planned.plan.num_iterations
         lr, warmdown = lr_multiplier(schedule, step, steps), warmdown_progress(schedule, step, steps)
         return Multipliers(step, steps, lr, warmdown)
 
-    # -- what the loop does
+    # -- actions of the loop
 
     def _next_step(self, timer: StepTimer) -> Step | None:
-        """The next step's data; None when a stop was asked for while this rank waited for them."""
+        """Return the next step's data; None when a stop was requested while this rank waited for them."""
         try:
             with timer.waiting_for_data(), self.stop.interruptible():
                 return next(self.parts.loader)
@@ -161,12 +161,12 @@ class Trainer:
             return None
 
     def _advance(self, step: Step, outcome: StepOutcome, timer: StepTimer, lr: float) -> None:
-        """Take a step that is done into the state, and write its ledger row."""
+        """Advance the state by a completed step, and write its ledger row."""
         state, plan = self.parts.state, self.planned.plan
         seconds = timer.seconds()
         state.step += 1
         state.tokens += outcome.tokens
-        state.cursors = dict(step.cursors)  # of this rank; after a resume it had all, and others go on with theirs
+        state.cursors = dict(step.cursors)  # only of this rank; a resumed state has those of all ranks
         self._steps_here += 1
         if self._steps_here > UNTIMED_STEPS:
             state.training_time += seconds
@@ -194,7 +194,7 @@ class Trainer:
         self._known_problems = len(problems)
 
     def _evaluate(self, done: Collection[str] = ()) -> bool:
-        """Run what is due, then delete checkpoints that are not kept. Returns False when a signal cut it short.
+        """Run the evaluations that are due, then delete checkpoints that are not kept. False when a signal ended it.
 
         Args:
             done: names of entries that have evaluated this step already.
@@ -215,23 +215,23 @@ class Trainer:
         ahead = self.planned.plan.num_iterations - self.parts.state.step
         return Profiler(self.run_dir.profile, self.world, steps, UNTIMED_STEPS, ahead, self.logs.report)
 
-    # -- how it ends before the horizon
+    # -- ends before the horizon
 
     def _preempted(self) -> Status:
         self.checkpoints.save_unless_saved()
         self.checkpoints.finish_saving()
         step = self.parts.state.step
-        self.logs.report(f"stopped by a signal after step {step}, saved; run it again with --resume")
+        self.logs.report(f"stopped by a signal after step {step}, saved; continue with --resume")
         return "preempted"
 
     def _end_out_of_memory(self, outcome: StepOutcome) -> NoReturn:
-        """Save what was trained, and raise on the ranks that ran out of memory what torch said."""
+        """Save the completed steps; raise OutOfMemory on ranks without memory, and OtherRankFailed on the others."""
         step = self.parts.state.step
         if self._steps_here:
             self.checkpoints.save_unless_saved()
         self.checkpoints.finish_saving()
         if not outcome.memory_error:
-            self.logs.note(f"another rank is out of memory in step {step}")
+            self.logs.note(f"another rank ran out of memory in step {step}")
             raise OtherRankFailed(OutOfMemory.exit_code)
         raise OutOfMemory(self.planned.plan, f"training step {step}", outcome.memory_error)
 
@@ -241,13 +241,13 @@ class Trainer:
         self.world.raise_on_main(diagnose(divergence, self.parts, dtype, self.world, self.run_dir))
 
     def _end_without_data(self) -> NoReturn:
-        """Called after the step is saved."""
+        """Raise the error for data that ended before the horizon. Call it after saving the step."""
         self.checkpoints.finish_saving()
         step, keys = self.parts.state.step, self.planned.experiment.data.keys
         assert isinstance(keys, DataSourceKeys)
         error = DataError(
             f"the training data are used up after step {step} of {self.planned.plan.num_iterations} "
-            f"(epochs = {keys.epochs!r}), which is saved. To go on: --resume with more epochs, as in "
+            f"(epochs = {keys.epochs!r}), which is saved. To continue: --resume with more epochs, as in "
             f"--set data.epochs=repeat, or with fewer steps, as in --set train.num_iterations={step}",
             key="data.epochs",
         )

@@ -1,5 +1,5 @@
-"""Interrupted or not, a run ends with the same bits: every optimizer, tokenizer and source that nanochat ships, at every
-kind of moment."""
+"""Interrupted or not, a run ends with the same bits: every optimizer, tokenizer and source that nanochat ships, at
+every kind of moment."""
 
 from __future__ import annotations
 

@@ -190,7 +190,7 @@ def stop_and_see(place: Place, *points: Point, more: tuple[str, ...] = ()) -> No
     for point in points:
         launch = stop(place, point, more)
         assert launch.code == 75, (point, launch.err)
-        said = re.findall("stopped by a signal after step ([0-9]+), saved; run it again with --resume", launch.out)
+        said = re.findall("stopped by a signal after step ([0-9]+), saved; continue with --resume", launch.out)
         status = json.loads((place.run() / "status.json").read_text())
         assert [status["step"]] == [int(step) for step in said]
         assert status["status"] == "preempted"

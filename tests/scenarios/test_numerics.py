@@ -181,7 +181,7 @@ def test_the_diagnosis_of_a_divergence_names_rows_and_documents(site: Site, tmp_
     assert [row["loss"] for row in part["rows"]].count("nan") == 1
     (bad,) = [row["row"] for row in part["rows"] if row["loss"] == "nan"]
     assert f"rows with a loss that is not finite: {bad} of rank 0" in result.err
-    assert "its batch is of the training documents " in result.err
+    assert "its batch holds the training documents " in result.err
 
 
 @pytest.mark.parametrize("packing", ["stream", "best_fit"])

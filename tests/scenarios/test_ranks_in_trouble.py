@@ -252,7 +252,7 @@ def test_a_collective_that_waits_for_a_sleeping_rank(job: Job, whole: Path) -> N
         job.file.write_text("1 model stall")
         process.wait_for(job.says("s: rank 1: is at ", "in trouble; rank 0: waits for the other ranks in "))
         job.file.write_text("0 model stall")
-        process.wait_for(job.says("goes on after"))
+        process.wait_for(job.says("continues after"))
         process.wait_for(job.says("s: rank 0: is at ", "in trouble; rank 1: waits for the other ranks in "))
         for worker in process.workers():
             os.kill(worker, signal.SIGKILL)

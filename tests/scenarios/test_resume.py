@@ -220,13 +220,13 @@ def test_other_data_are_refused_unless_they_are_allowed(copy: Trained, trained: 
     there = ("--set", f"data.path={elsewhere}")
     refused = resume(copy, *there)
     assert refused.code == 2
-    assert "the train data are not those it was trained with" in refused.err
+    assert "the train data differ from those it was trained with" in refused.err
     assert "--allow-other-data" in refused.err
     assert (copy.path / "provenance.json").read_text() == provenance
 
     allowed = resume(copy, *there, "--allow-other-data")
     assert allowed.code == 0, allowed.err
-    said = "allowed: from step 8 on the train data are not those it was trained with"
+    said = "allowed: from step 8 on the train data differ from those it was trained with"
     assert said in allowed.out
     assert said in (copy.path / "log.txt").read_text()
     after = load_state(copy.path / "checkpoints" / "step_000012")
@@ -242,7 +242,7 @@ def test_other_data_are_refused_unless_they_are_allowed(copy: Trained, trained: 
 
     # The checkpoint says what it was trained on, whatever a later attempt has noted in the run's directory.
     forget(copy.path, after=8)
-    assert "the train data are not those" in resume(copy, *there).err
+    assert "the train data differ from those" in resume(copy, *there).err
 
 
 def test_another_validation_set_alone_leaves_training_as_it_is(
@@ -253,7 +253,7 @@ def test_another_validation_set_alone_leaves_training_as_it_is(
     started = time.time()
     allowed = resume(copy, "--set", f"data.path={elsewhere}", "--allow-other-data")
     assert allowed.code == 0, allowed.err
-    assert "from step 8 on the val data are not those" in allowed.out
+    assert "from step 8 on the val data differ from those" in allowed.out
     assert losses(copy.path) == losses(trained.path)
     # What was found on the old set, step 8 included, does not count in the list of runs, whatever comes later.
     records = [{**r, "val/bpb": 0.5} if "val/bpb" in r and r["time"] < started else r for r in ledger(copy.path)]
@@ -278,7 +278,7 @@ def test_another_tokenizer_is_never_allowed(copy: Trained) -> None:
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
     result = resume(copy, "--allow-other-data")
     assert result.code == 2
-    assert "the weights mean other tokens" in result.err
+    assert "so the weights do not fit" in result.err
 
 
 def test_allowing_other_data_is_for_resumed_runs(tiny: Path, tmp_path: Path) -> None:
@@ -311,7 +311,7 @@ def test_a_failed_resume_keeps_the_checkpoints_of_a_run_without_a_ledger(
     (copy.path / "metrics.jsonl").unlink()
     (tmp_path / "other").mkdir()
     refused = resume(copy, "--set", f"data.path={write_shards(tmp_path / 'other', train=40)}")
-    assert "the train data are not those it was trained with" in refused.err
+    assert "the train data differ from those it was trained with" in refused.err
     result = resume(copy)
     assert result.code == 0, result.err
     assert losses(copy.path) == {step: loss for step, loss in losses(trained.path).items() if step >= 8}

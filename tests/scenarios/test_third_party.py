@@ -105,7 +105,7 @@ def test_it_trains(alone: Alone) -> None:
 
 
 def test_a_model_without_roles_is_told_which_it_has(alone: Alone) -> None:
-    line = "model gru declares no parameter roles; by shape it has: embedding, head, matrix, scalar\n"
+    line = "model gru declares no parameter roles; roles derived from shapes: embedding, head, matrix, scalar\n"
     assert (alone.run / "log.txt").read_text().count(line) == 1
 
 

@@ -75,7 +75,7 @@ def test_told_to_stop_all_ranks_stop_together_and_one_goes_on(tiny: Path, tmp_pa
     further = call("run", tiny, "--runs-dir", runs, "--resume", *settings)
     assert further.code == 0, further.err
     assert "it was trained on 2 x CPU" in further.out
-    assert "goes on with 1 x CPU" in further.out
+    assert "continues on 1 x CPU" in further.out
     assert list(losses(run)) == list(range(stopped + 5))
     compare(run, only_run(tmp_path / "alone"), 20)  # later steps drift apart
     assert losses(run)[stopped + 4] == pytest.approx(losses(only_run(tmp_path / "alone"))[stopped + 4], rel=0.05)

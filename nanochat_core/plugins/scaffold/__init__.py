@@ -1,4 +1,4 @@
-"""A new plugin package: templates of what an author would write, and writing them out."""
+"""Templates of a new plugin package, and a function that writes a package from them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 
 @attrs.frozen
 class _Kind:
-    """What differs between kinds: the table of a TOML file, the implementation's module and factory, and a summary."""
+    """The values that differ between kinds: the TOML table, the implementation's module and factory, and a summary."""
 
     table: str
     module: str
@@ -31,8 +31,8 @@ _KINDS = {
     "data_source": _Kind("data", "source", "$Class", "lines of a text file", 'path = "lines.txt"\n'),
     "model": _Kind("model", "model", "$Class", "a recurrent network"),
     "optimizer": _Kind("optimizer", "optimizer", "build", "stochastic gradient descent with momentum"),
-    "evaluator": _Kind("evaluators", "evaluator", "$Class", "how often the next token is among the likeliest"),
-    "logger": _Kind("loggers", "logger", "$Class", "one JSON object a line"),
+    "evaluator": _Kind("evaluators", "evaluator", "$Class", "how often the next token is among the most likely ones"),
+    "logger": _Kind("loggers", "logger", "$Class", "one JSON object per line"),
 }
 
 
@@ -40,18 +40,21 @@ def write_package(kind: str, name: str, directory: Path | None) -> Path:
     """Write an installable package with a working plugin.
 
     Args:
-        kind: one of the six.
-        name: what TOML files will call it.
-        directory: where to; default: ``nanochat-<name>`` here. Must not exist, or be empty.
+        kind: kind of the plugin, such as ``data_source``.
+        name: its name in TOML files.
+        directory: directory to write, which must not exist or be empty; by default ``nanochat-<name>`` in the working
+            directory.
 
     Returns:
         The directory.
 
     Raises:
-        ConfigError: when the name or the directory won't do.
+        ConfigError: when the name or the directory can't be used.
     """
     if not re.fullmatch(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*", name):
-        raise ConfigError(f"a plugin's name has small letters, digits, - and _, and starts with a letter, not {name!r}")
+        raise ConfigError(
+            f"{name!r} can't be a plugin's name: use lower-case letters, digits, - and _, with a letter first"
+        )
     distribution = f"nanochat-{name.replace('_', '-')}"
     if distribution == NAME:
         raise ConfigError(f"{distribution} is nanochat's own distribution: choose another name than {name!r}")
@@ -76,10 +79,10 @@ def write_package(kind: str, name: str, directory: Path | None) -> Path:
     }
     for template in sorted([*(HERE / "common").iterdir(), *(HERE / kind).iterdir()]):
         name_of_file = template.name.removesuffix(".txt")  # tools leave .txt files alone
-        place, _, rest = name_of_file.partition("_")
+        prefix, _, rest = name_of_file.partition("_")
         path = directory / name_of_file
-        if place in ("package", "tests"):
-            path = directory / (package if place == "package" else "tests") / rest
+        if prefix in ("package", "tests"):
+            path = directory / (package if prefix == "package" else "tests") / rest
         path.parent.mkdir(parents=True, exist_ok=True)
         text = template.read_text(encoding="utf-8")
         if name_of_file == "experiment.toml":
@@ -89,7 +92,7 @@ def write_package(kind: str, name: str, directory: Path | None) -> Path:
 
 
 def _use(experiment: str, what: _Kind, name: str) -> str:
-    """The experiment with the new plugin in its place."""
+    """Return the experiment with the new plugin in its table."""
     entry = f'plugin = "{name}"\n{what.options}'
     if what.table.endswith("s"):
         every = "every = 25\n" if what.table == "evaluators" else ""

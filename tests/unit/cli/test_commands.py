@@ -252,7 +252,7 @@ def test_plugins_explains_each_option() -> None:
     out = call("plugins", "evaluator/samples").out
     assert re.search(r"top_k \(int, unset by default\)\n +sample among", out)
     assert re.search(r"prompts \(list of str, default \[\"The capital", out)
-    assert re.search(r"every \(int, default 2000\)\n +evaluate every so many steps", out)
+    assert re.search(r"every \(int, default 2000\)\n +number of steps from one evaluation", out)
     assert "sample_every: another name of every" in out
     out = call("plugins", "data_source/parquet").out
     assert re.search(r"path \(.*, required\)\n +\w", out)

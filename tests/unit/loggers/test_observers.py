@@ -45,8 +45,8 @@ def test_an_observer_is_told_what_happens_in_order(tmp_path: Path, shards: Path)
 @pytest.mark.parametrize(
     ("how", "reasons"),
     [
-        ("raise", ["nanochat_step_finished failed, training goes on: RuntimeError: no ink"]),
-        ("die", ["died (7)", "it has not got"]),
+        ("raise", ["nanochat_step_finished failed, training continues: RuntimeError: no ink"]),
+        ("die", ["died (7)", "it did not receive"]),
     ],
 )
 def test_an_observer_that_misbehaves_is_reported_and_left(
@@ -90,7 +90,7 @@ def test_commands_that_clash_are_left_out(site: Site) -> None:
     site.add("ours", COMMAND.format("run"), point="z_ours")
     plugins = load_plugins()
     (failure,) = plugins.failures
-    assert "command 'diary' is one of nanochat-diary (plugin 'diary') already" in str(failure)
+    assert "nanochat-diary (plugin 'diary') has a command 'diary' already" in str(failure)
     result = call("--help")
     assert "command 'run' of ours (plugin 'z_ours') is left out" in result.err
     assert "train an experiment" in result.out

@@ -58,7 +58,7 @@ def test_whatever_a_logger_does_training_goes_on(run: Run, when: str, how: str) 
     reason = {"raise": "don't feel like it", "hang": "took longer than 1 s", "die": "logger moody died (9)"}[how]
     assert len(reasons) == 1, run.said
     assert reason in reasons[0]
-    assert f"misses {missing} records" in hint
+    assert f"missed {missing} records" in hint
     assert "nanochat log-sync mine/1 --to moody" in hint
     if how == "hang":  # the log says where
         assert "in _misbehave" in (run.directory / "loggers" / "moody.log").read_text()
@@ -86,7 +86,7 @@ def test_a_slow_logger_does_not_slow_training_and_is_ended_at_the_end(run: Run) 
     assert run.finish() < 10
     assert 0 < len(run.told) < 50
     assert "took longer than 1 s to send the rest and finish" in run.said[0]
-    assert f"misses {50 - len(run.told)} records" in run.said[1]
+    assert f"missed {50 - len(run.told)} records" in run.said[1]
 
 
 @pytest.mark.parametrize("before", ["", "if os.fork() == 0: time.sleep(30), os._exit(0)  # it keeps the pipe open"])

@@ -25,7 +25,7 @@ REASONS = {
         r"written for hook API 2, nanochat 0\.1\.0 has 1: install a version of nanochat-broken-newer-api for hook API "
         r"1, or a newer nanochat with hook API 2"
     ),
-    "nanochat-broken-newer-core": r"fits nanochat <10,>=9, this is 0\.1\.0: pip install 'nanochat-core<10,>=9'",
+    "nanochat-broken-newer-core": r"requires nanochat <10,>=9, this is 0\.1\.0: pip install 'nanochat-core<10,>=9'",
 }
 
 

@@ -165,7 +165,7 @@ def test_a_checkpoint_that_does_not_fit_says_how_much_is_missing(tmp_path: Path)
     (line,) = said
     assert "step_000005 could not be saved: it needs" in line
     assert "bytes are missing" in line
-    assert "the run goes on" in line
+    assert "the run continues" in line
     assert list((tmp_path / "checkpoints").iterdir()) == []
     ours.save(content(6))
     assert steps(tmp_path / "checkpoints") == [6]

@@ -171,7 +171,7 @@ def test_a_checkpoint_of_the_second_format_goes_on_to_the_same_end(trained: Trai
 @pytest.mark.parametrize(
     ("plugin", "version", "words", "names_the_checkpoint"),
     [
-        (release(), 3, "made-up 1.0 knows versions up to 1: install a newer made-up", True),
+        (release(), 3, "made-up 1.0 supports versions up to 1: install a newer made-up", True),
         (release(more=", version=2"), 1, "made-up 1.0 has version 2 and can't read older ones", True),
         (SECOND, 0, "AssertionError", True),
         (
@@ -223,7 +223,8 @@ def test_a_run_is_not_resumed_across_versions(made: Made) -> None:
     result = made.train("--resume")
     assert result.code == 2
     assert (
-        "has version 1 of model 'bigram', made-up 1.0 has version 2, and a run can't go on with another" in result.err
+        "has version 1 of model 'bigram', made-up 1.0 has version 2, and a run can't continue with a different version"
+        in result.err
     )
     assert f"--set train.init_from={made.path}" in result.err
     assert list(losses(made.path)) == list(range(12))
@@ -235,7 +236,7 @@ def test_weights_of_an_older_version_start_a_new_run(made: Made) -> None:
     result = made.train(*settings)
     assert result.code == 2
     ways = "--set 'model.scale=2.0' or --set 'model.scale=7.0'"
-    assert f"model.scale: was 2.0 in {made.checkpoint}, the default is 7.0: say which, with {ways}" in result.err
+    assert f"model.scale: was 2.0 in {made.checkpoint}, the default is 7.0: choose one with {ways}" in result.err
     assert not (made.runs / "second").exists()
     for scale in (2.0, 7.0):
         result = made.train(*settings, "--set", f"model.scale={scale}", "--set", f"run.name=scale{scale:.0f}")

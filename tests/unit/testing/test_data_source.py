@@ -40,7 +40,7 @@ class Streams(Lines):
     ("source", "reason"),
     [
         (NoValidation, "val has no documents"),
-        (Shuffles, "built again it has other documents"),
+        (Shuffles, "a second instance has different documents"),
         (Streams, "has no len"),
     ],
 )

@@ -122,10 +122,10 @@ def test_a_good_model() -> None:
         (WrongLoss, "is not the cross-entropy"),
         (Unused, "parameter unused gets no gradient"),
         (OwnRoles, "has role 'body'"),
-        (Forgetful, "saved and loaded it gives other logits"),
-        (Unseeded, "the same seed gives other weights"),
-        (LosesGradients, r"with checkpoint_activations parameter embedding\.weight gets another gradient"),
-        (OtherFunction, "with checkpoint_activations the loss is another"),
+        (Forgetful, "saved and loaded, it gives different logits"),
+        (Unseeded, "the same seed gives different weights"),
+        (LosesGradients, r"checkpoint_activations changes the gradient of parameter embedding\.weight"),
+        (OtherFunction, "checkpoint_activations changes the loss"),
     ],
 )
 def test_broken_models(model: Any, reason: str) -> None:

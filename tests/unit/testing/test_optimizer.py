@@ -53,9 +53,9 @@ class NeedsGradients(SGD):
 @pytest.mark.parametrize(
     ("optimizer", "reason"),
     [
-        (LosesMomentum, "a resumed optimizer goes on differently"),
-        (IgnoresScale, "scale is not applied"),
-        (IgnoresRate, "a learning-rate factor of 0 changes parameters"),
+        (LosesMomentum, "a resumed optimizer makes different updates"),
+        (IgnoresScale, "apply scale to the gradients"),
+        (IgnoresRate, "a learning-rate multiplier of 0 changes parameters"),
         (DiscardsNothing, "after discard the gradients are still there"),
         (WrongNorm, "reduce gives"),
         (NeedsGradients, "where are they"),

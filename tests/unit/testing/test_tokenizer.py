@@ -117,17 +117,17 @@ def factory(kind: type[FakeTokenizer]) -> Callable[[FakeConfig, TokenizerContext
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        (Strips, "comes back as"),
+        (Strips, "is decoded as"),
         (Parses, "<|user_start|> in a text becomes the special token"),
-        (Miscounts, "token 65 is b'A', but token_bytes() says 2"),
+        (Miscounts, "token 65 is b'A', but token_bytes() gives 2"),
         (CountsSpecial, "token_bytes() must be 0 for the special token <|bos|>"),
-        (Forgets, "saved and loaded, it gives other tokens"),
-        (NewFingerprints, "built again, it has another fingerprint"),
+        (Forgets, "saved and loaded, it gives different tokens"),
+        (NewFingerprints, "built again, it has a different fingerprint"),
         (NoBos, "special_tokens has no <|bos|>"),
-        (LosesBos, "isn't bos and what encode gives"),
+        (LosesBos, "differs from bos and encode"),
         (NotPicklable, "pickle"),
         (LeadsEmptyText, "the empty text has tokens"),
-        (TextsOnly, "decode_bytes of several tokens isn't those of each"),
+        (TextsOnly, "decode_bytes does not concatenate"),
         (DiesOfSurrogates, "UnicodeEncodeError"),
     ],
 )
@@ -138,7 +138,7 @@ def test_broken_tokenizers_fail(kind: type[FakeTokenizer], message: str) -> None
 
 
 def test_a_fingerprint_that_another_process_does_not_share() -> None:
-    with pytest.raises(AssertionError, match="in another process it has another fingerprint"):
+    with pytest.raises(AssertionError, match="in another process, it has a different fingerprint"):
         check_tokenizer(factory(HashFingerprints), FakeConfig(), list)
 
 

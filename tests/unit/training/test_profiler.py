@@ -51,7 +51,7 @@ def test_a_run_that_ends_too_early_says_so(tiny: Path, tmp_path: Path) -> None:
     assert result.code == 3
     (line,) = [line for line in result.out.splitlines() if line.startswith("no profile")]
     done = len(losses(only_run(tmp_path / "runs")))
-    assert line == f"no profile: it was to begin after 10 steps, and {done - 1} were done"
+    assert line == f"no profile was written: it starts after 10 steps, {done - 1} were run"
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
