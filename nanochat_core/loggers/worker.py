@@ -57,7 +57,7 @@ class LoggerWorker:
         self.progress_file = progress_file(job.context.directory, job.choice.name)
         self.progress = Progress.read(self.progress_file)
         self.known = bool(self.progress.steps)
-        self.told_of_failure = False
+        self.failure_reported = False
         self.logger: Logger
 
     def start(self) -> None:
@@ -156,9 +156,9 @@ class LoggerWorker:
         traceback.print_exc()
         self.progress.failures += 1
         self.progress.write(self.progress_file)
-        if not self.told_of_failure:
+        if not self.failure_reported:
             self.say(report=what)
-        self.told_of_failure = True
+        self.failure_reported = True
 
     _watching = ""
     _armed = 0.0  # when the watchdog began to count
