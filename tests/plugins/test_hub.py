@@ -143,7 +143,7 @@ def test_what_can_not_be_had(server: HubServer, tmp_path: Path, monkeypatch: pyt
     source = make(server, tmp_path, shards=1)
     train = source.documents("train")
     server.faults = ["404"] * 2
-    with pytest.raises(DataError, match=r"shard_00000\.parquet of someone/texts can't be had .* answers 404"):
+    with pytest.raises(DataError, match=r"shard_00000\.parquet of someone/texts can't be fetched .* answers 404"):
         train[0]
     server.faults = []
     assert train[0] == texts_of(0)[0]  # asked again
@@ -169,7 +169,7 @@ def test_wrong_options(server: HubServer, tmp_path: Path) -> None:
         make(server, tmp_path, shards=7).documents("train")
     with pytest.raises(DataError, match=r"^text_column: .* has no column 'words'; set it to one of 'text'"):
         make(server, tmp_path, text_column="words").documents("train")
-    with pytest.raises(DataError, match=r"has no files '\*\.csv'"):
+    with pytest.raises(DataError, match=r"has no files that match '\*\.csv'"):
         make(server, tmp_path, files="*.csv").documents("train")
     for name in ("someone/else", "a b"):
         hub = Hub(name, "main", tmp_path, endpoint=server.url, backoff=10)
@@ -191,7 +191,7 @@ def test_without_the_hub(server: HubServer, tmp_path: Path) -> None:
     ):
         make(server, tmp_path, shards=3).documents("train")
     shutil.rmtree(tmp_path / "state")  # as when another program has filled the hub's cache
-    with pytest.raises(DataError, match="can't be had from the hub"):
+    with pytest.raises(DataError, match="can't be fetched from the hub"):
         make(server, tmp_path, shards=2).documents("train")
 
 
@@ -390,7 +390,7 @@ def test_offline_mode(server: HubServer, tmp_path: Path) -> None:
     before = server.requests.total()
     done = subprocess.run(words, env=env, capture_output=True, text=True, check=True)
     assert done.stdout.startswith(
-        "3\ndata: shard_00001.parquet of someone/texts (1 of 3 files) are not on this machine"
+        "3\nshards: shard_00001.parquet of someone/texts (1 of 3 files) are not on this machine"
     )
     assert "HF_HUB_OFFLINE unset" in done.stdout
     assert server.requests.total() == before
