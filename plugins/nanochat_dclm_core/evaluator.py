@@ -264,7 +264,7 @@ class Core(Evaluator):
 
 
 def centered(accuracy: float, baseline: float) -> float:
-    """Accuracy rescaled to 0 for guessing and 1 for always right. ``accuracy`` is in [0, 1], ``baseline`` in percent."""
+    """Accuracy in [0, 1], rescaled to 0 for guessing and 1 for always right. ``baseline`` is in percent."""
     return (accuracy - 0.01 * baseline) / (1.0 - 0.01 * baseline)
 
 

@@ -284,8 +284,8 @@ class GPT(Model):
         return {n: "embedding.value" if n.startswith("value_embeddings.") else role for n, role in roles.items()}
 
     def flops_per_token(self, max_seq_len: int) -> float:
-        """FLOPs per token: 6 per parameter of a matrix (forward 2, backward 4), and for attention per layer 12 x heads x
-        head size x tokens in the window. Embeddings and scalars are not counted."""
+        """FLOPs per token: 6 per parameter of a matrix (forward 2, backward 4), and for attention per layer 12 x heads
+        x head size x tokens in the window. Embeddings and scalars are not counted."""
         counts = self.parameter_counts()
         attended = sum(min(w, max_seq_len) if w is not None else max_seq_len for w in self.windows)
         attention = 12 * self.shape.heads * self.shape.head_dim * attended

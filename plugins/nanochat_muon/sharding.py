@@ -60,7 +60,7 @@ class Share:
         return full.reshape(-1)[self.start : self.start + self.target.numel()].view(self.target.shape)
 
     def collect(self, own: Tensor) -> Tensor:
-        """The tensor of the parameter's shape, gathered from each rank's ``own``, shaped like ``target``. Collective."""
+        """The whole tensor, gathered from each rank's ``own``, which is shaped like ``target``. Collective."""
         if self.message is None or self.message.part is None:
             return own
         part = own.new_zeros(self.message.part)
@@ -106,7 +106,7 @@ class Message:
         return (self.world.rank + 1) * self.part
 
     def _flat_of(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        """The tensors one after the other, with None as zeros and padded with zeros. A tensor that is all is not copied."""
+        """The tensors one after the other, padded with zeros, with None as zeros. A single tensor is not copied."""
         if len(tensors) == 1 and tensors[0] is not None and self._is_flat(tensors[0]):
             return tensors[0].view(-1)
         like = self.parameters[0]
@@ -242,7 +242,7 @@ class Exchange:
         return square.sqrt().float()
 
     def discard(self) -> None:
-        """Clear the gradients. Between ``begin`` and ``finish`` this is collective: ranks must send the same messages."""
+        """Clear the gradients. Between ``begin`` and ``finish`` this is collective: all ranks must send the same."""
         if self._exchange.started:
             self._exchange.finish()
         for message in self.messages:

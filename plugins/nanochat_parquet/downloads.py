@@ -148,10 +148,7 @@ def download_all(hub: Hub, files: Sequence[HubFile], column: str, workers: int) 
     """
     missing = [file for file in files if not hub.local(file)]
     total, here = sum(file.size for file in missing), len(files) - len(missing)
-    say(
-        f"{hub.repo}: {here} of {len(files)} files are on this machine"
-        + (f", {total / 1e6:,.1f} MB to fetch" if missing else "")
-    )
+    say(f"{hub.repo}: {here} of {len(files)} files are here" + (f", {total / 1e6:,.1f} MB to fetch" if missing else ""))
     if not missing:
         return []
     if hub.offline is not None:

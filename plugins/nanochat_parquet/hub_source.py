@@ -58,9 +58,7 @@ class HubSource(DataSource):
         missing = sum(self._hub.local(file) is None for file in self._files)
         if missing:
             here = len(self._files) - missing
-            say(
-                f"{self._hub.repo}: {here} of {len(self._files)} shards are on this machine, the others are fetched when needed"
-            )
+            say(f"{self._hub.repo}: {here} of {len(self._files)} shards are here, the others are fetched when needed")
         column = self._config.text_column
         with ThreadPoolExecutor(FOOTERS_AT_ONCE) as threads:
             footers = list(threads.map(lambda file: self._hub.footer(file, column), self._files))

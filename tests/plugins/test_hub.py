@@ -159,7 +159,7 @@ def test_a_reader_that_waits_says_so(
     monkeypatch.setattr(downloads, "PATIENCE", 0.1)
     server.speed = 5e5
     make(server, tmp_path, shards=1).documents("train")[0]
-    assert "waiting for shard_00000.parquet of someone/texts since 0 s: 0." in capsys.readouterr().err
+    assert "waiting for shard_00000.parquet of someone/texts for 0 s: 0." in capsys.readouterr().err
 
 
 def test_wrong_options(server: HubServer, tmp_path: Path) -> None:

@@ -333,7 +333,9 @@ def test_damaged_row_group_is_skipped(shards: Path) -> None:
     path = shards / "shard_00001.parquet"
     whole = path.read_bytes()
     path.write_bytes(b"PAR1" + b"\xff" * 400 + whole[404:])
-    with pytest.raises(DataError, match=r"its 4 documents .*; get this file again, or set data\.on_error to skip"):
+    with pytest.raises(
+        DataError, match=r"its 4 documents .*; download or copy this file again, or set data\.on_error to skip"
+    ):
         list(source(shards).documents("train"))
     skipping = source(shards, on_error="skip")
     train = skipping.documents("train")
@@ -359,7 +361,7 @@ def test_file_that_vanishes_is_never_skipped(shards: Path) -> None:
     documents = source(shards, on_error="skip").documents("train")
     assert len(documents) == 42
     (shards / "shard_00001.parquet").unlink()
-    with pytest.raises(DataError, match="put this file back"):
+    with pytest.raises(DataError, match="restore this file"):
         list(documents)
 
 
