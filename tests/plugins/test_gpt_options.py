@@ -278,5 +278,5 @@ def test_what_the_device_lacks_is_said() -> None:
 
     assert problems() == {}
     assert problems(fp8=True) == {"fp8": "it needs a Hopper or newer GPU, this is a CPU device: set it to false"}
-    assert problems(attention="flash3")["attention"].endswith('it needs a Hopper GPU; give "auto"')
-    assert problems(attention="flex")["attention"].endswith('give "auto"')
+    assert problems(attention="flash3")["attention"].endswith('it needs a Hopper GPU; set it to "auto"')
+    assert problems(attention="flex")["attention"].endswith('set it to "auto"')

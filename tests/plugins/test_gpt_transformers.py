@@ -113,7 +113,7 @@ def test_training_gradients_agree(case: tuple[GPTConfig, int]) -> None:
 
 
 def test_options_that_it_lacks_are_named() -> None:
-    beyond = [f.name for f in attrs.fields(GPTConfig) if f.name not in names.SHARED | names.NO_MATTER]
+    beyond = [f.name for f in attrs.fields(GPTConfig) if f.name not in names.SHARED | names.IRRELEVANT]
     config = GPTConfig(depth=1)
     for name in beyond:
         value = getattr(config, name)

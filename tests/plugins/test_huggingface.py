@@ -95,7 +95,7 @@ def test_files_that_are_not_exact(config: HuggingFaceConfig, tmp_path: Path) -> 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"model": {"type": "BPE"}}'])
 def test_files_that_are_no_tokenizer(tmp_path: Path, content: str) -> None:
     (tmp_path / "t.json").write_text(content)
-    with pytest.raises(ConfigError, match=r"^path: no tokenizer\.json"):
+    with pytest.raises(ConfigError, match=r"^path: (it is not a|tokenizers can't read this) tokenizer\.json"):
         make(HuggingFaceConfig(tmp_path / "t.json"))
     with pytest.raises(ValueError, match="is not a file"):
         HuggingFaceConfig(tmp_path / "absent.json")
