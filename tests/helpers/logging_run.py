@@ -1,4 +1,4 @@
-"""A run of which only the logging is real."""
+"""A simulated run with real logging."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nanochat_core.runs.directory import RunDirectory
 
 
 class Run:
-    """Its ledger and one logger."""
+    """Ledger and one logger of a simulated run."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory / "runs" / "mine" / "1"
@@ -55,7 +55,7 @@ class Run:
 
     @property
     def told(self) -> list[tuple[int, str]]:
-        """Step and stream of the records the logger was told."""
+        """Step and evaluator ("" for training steps) of the records that the logger received."""
         return [(line["step"], line.get("evaluator", "")) for line in self.lines if "step" in line]
 
     @property
@@ -75,5 +75,5 @@ class Run:
 def wait_for(holds: Callable[[], bool], seconds: float = 20.0) -> None:
     deadline = time.monotonic() + seconds
     while not holds():
-        assert time.monotonic() < deadline, "it did not happen"
+        assert time.monotonic() < deadline, "the condition did not become true in time"
         time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""Real processes that form a gloo group, for tests of what ranks do together."""
+"""Real processes in a gloo group, for tests of collectives."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from nanochat_core import World
 
 
 def on_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """``function(world, *arguments)`` in ``size`` processes; what each returned, in rank order.
+    """Call ``function(world, *arguments)`` in ``size`` processes. Returns the results in rank order.
 
-    The function must stand at the top of a module, and return what ``torch.load`` reads with ``weights_only``.
+    The function must be defined at module level, and its result must be readable by ``torch.load`` with
+    ``weights_only``.
     """
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as directory:
