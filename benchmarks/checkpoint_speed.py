@@ -1,12 +1,11 @@
-"""What saving costs a run, and how long a resume takes.
+"""Cost of saving checkpoints, and duration of a resume.
 
     python benchmarks/checkpoint_speed.py
 
-Trains the same model without saving, saving every 10 steps, and doing that in the background, in rounds that take
-turns, each in a process of its own. ``steps/s`` counts from the 10th step to the end of the last save, so that what was
-still being written counts too; ``against none`` is the median over rounds of the ratio to the run without saves of the
-same round. ``resume`` is the time to verify and read a checkpoint, by its size; building the model
-is not in it.
+Trains the same model without saves, with a save every 10 steps, and with such saves in the background, in alternating
+rounds, each run in its own process. ``steps/s`` counts from the 10th step to the end of the last save, so that a save
+in progress counts too; ``against none`` is the median over rounds of the ratio to the run without saves in the same
+round. ``resume`` is the time to verify and read a checkpoint, by its size, without building the model.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ ARMS = {
     "every 10": ["checkpoint.save_every=10"],
     "in background": ["checkpoint.save_every=10", "checkpoint.asynchronous=true"],
 }
-# Writes down the clock after the 10th step, and when everything is written: every arm saves the end.
+# Records the time after the 10th step, and when all saves are complete: every variant saves the last step.
 PROBE = """
 import json, sys, time
 from nanochat_core.cli import main
@@ -51,7 +50,7 @@ sys.exit(code)
 
 
 def measure(directory: Path, arm: str, depth: int, steps: int) -> tuple[float, Path]:
-    """(steps a second, the run's directory)."""
+    """Train once. Returns steps per second and the run's directory."""
     file, points = directory / f"depth{depth}.toml", directory / "points.json"
     shape = {"max_seq_len": 256, "device_batch_size": 2, "total_batch_size": 512}
     train = {**shape, "num_iterations": steps, "dtype": "float32"}
@@ -70,19 +69,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=61)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--depths", default="2,4,6", help="models; the cost of saving is measured with the second")
-    parser.add_argument("--directory", type=Path, help="where to write, on the disk to be measured")
+    parser.add_argument(
+        "--depths", default="2,4,6", help="depths of models; the cost of saving is measured with the second"
+    )
+    parser.add_argument("--directory", type=Path, help="directory for runs, on the disk to be measured")
     options = parser.parse_args()
     depths = [int(word) for word in options.depths.split(",")]
-    found: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    speeds: dict[str, list[float]] = {arm: [] for arm in ARMS}
     with tempfile.TemporaryDirectory(dir=options.directory) as name:
         for _ in range(options.rounds):
             for arm in ARMS:
-                found[arm].append(measure(Path(name), arm, depths[1], options.steps)[0])
+                speeds[arm].append(measure(Path(name), arm, depths[1], options.steps)[0])
         print(f"{'saving':14} {'steps/s':>8} {'against none':>13}")
-        for arm, speeds in found.items():
-            ratio = statistics.median(s / none for s, none in zip(speeds, found["none"], strict=True))
-            print(f"{arm:14} {statistics.median(speeds):8.2f} {ratio:12.0%}")
+        for arm, measured in speeds.items():
+            ratio = statistics.median(s / none for s, none in zip(measured, speeds["none"], strict=True))
+            print(f"{arm:14} {statistics.median(measured):8.2f} {ratio:12.0%}")
         print(f"\n{'depth':>5} {'MB':>8} {'resume s':>9} {'MB/s':>7}")
         for depth in depths:
             run = measure(Path(name), "none", depth, 12)[1]

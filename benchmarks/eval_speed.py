@@ -1,8 +1,8 @@
-"""Examples a second of the evaluator ``core`` on a depth-4 model, against a plain implementation in the same run.
+"""Examples per second of the evaluator ``core`` on a depth-4 model, against a plain implementation in the same run.
 
-The plain one works as others do: an example at a time, its choices in one padded forward pass, logits at every
-position, weights cast to the compute dtype in every pass. Both see the same examples, tokenizer and weights (random:
-speed does not depend on them); choices must agree.
+The plain one works like common implementations: one example at a time, its choices in one padded forward pass, logits
+at every position, weights cast to the compute dtype in every pass. Both get the same examples, tokenizer and weights
+(random: speed does not depend on them); their choices should agree, which the last column counts.
 
     python benchmarks/eval_speed.py --bundle DIR [--examples 40] [--seq 512] [--vocab 32768] [--clock cpu] ...
 """
@@ -43,8 +43,10 @@ def plugin(kind: Any, name: str) -> Any:
 
 
 def train_tokenizer(bundle: Any, vocab_size: int) -> Tokenizer:
-    """A BPE of the tasks' own texts, so that prompts have about as many tokens as in a real run. Tasks that are small
-    give fewer tokens than asked for: the model's vocabulary is filled up."""
+    """Train a BPE on the texts of the tasks, so that prompts have about as many tokens as in a real run.
+
+    Small tasks give fewer tokens than ``vocab_size``; the rest of the model's vocabulary is unused.
+    """
     texts = [str(v) for t in bundle.tasks for e in bundle.examples(t)[0] for v in e.values()]
     entry = plugin("tokenizer", "bpe")
     return entry.load()(entry.config(vocab_size=min(vocab_size, 16384)), TokenizerContext(documents=lambda: texts))
@@ -62,8 +64,8 @@ def build(vocab_size: int, T: int, device: torch.device, dtype: torch.dtype, dep
 def plain(
     model: Model, tokenizer: Tokenizer, task: Task, examples: list[dict[str, Any]], limit: int, work: list[int]
 ) -> list[int]:
-    """Chosen index of each example; for language modeling whether it is right."""
-    found = []
+    """Chosen index of each example; for language modeling 1 if greedy decoding is right, else 0."""
+    choices = []
     device = next(model.parameters()).device
     for index, example in enumerate(examples):
         texts = prompts(task, example, shots(examples, index, task.shots))
@@ -84,14 +86,14 @@ def plain(
         best_BT = logits_BTV.argmax(-1)
         if task.type == "language_modeling":
             span = slice(starts[0] - 1, len(rows[0]) - 1)
-            found.append(int(torch.equal(best_BT[0, span], targets_BT[0, span])))
+            choices.append(int(torch.equal(best_BT[0, span], targets_BT[0, span])))
         else:
             means = [
                 float(losses_T[start - 1 : len(row) - 1].mean())
                 for losses_T, start, row in zip(losses_BT, starts, rows, strict=True)
             ]
-            found.append(means.index(min(means)))
-    return found
+            choices.append(means.index(min(means)))
+    return choices
 
 
 def main() -> None:
@@ -99,7 +101,7 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path, required=True)
     parser.add_argument("--tasks", nargs="+", default=["copa", "winograd", "arc_easy", "jeopardy"])
     parser.add_argument(
-        "--examples", type=int, default=40, help="of tasks with shots; zero-shot ones have 2.5 times as many"
+        "--examples", type=int, default=40, help="examples of tasks with shots; tasks without have 2.5 times as many"
     )
     parser.add_argument("--seq", type=int, default=512)
     parser.add_argument("--vocab", type=int, default=32768)
@@ -107,34 +109,40 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument(
-        "--clock", choices=["wall", "cpu"], default="wall", help="cpu: seconds of all threads, for busy machines"
+        "--clock", choices=["wall", "cpu"], default="wall", help="cpu: CPU time of all threads, for busy machines"
     )
-    parser.add_argument("--only", choices=["ours", "plain"], help="to compare peak memory of two processes")
+    parser.add_argument(
+        "--only", choices=["ours", "plain"], help="run only one of them, to compare the peak memory of two processes"
+    )
     options = parser.parse_args()
     clock = time.perf_counter if options.clock == "wall" else time.process_time
     device, dtype = pick_device(0), getattr(torch, options.dtype)
     bundle = open_bundle(options.bundle, Path())
     tokenizer = train_tokenizer(bundle, options.vocab)
     model = build(options.vocab, options.seq, device, dtype, options.depth)
-    print(f"depth {options.depth}, T {options.seq}, {options.dtype}, vocabulary {options.vocab}, {device}, "
-          f"{torch.get_num_threads()} threads, torch {torch.__version__}; "
-          f"medians of {options.rounds} rounds, {options.clock} time")  # fmt: skip
-    print(f"{'task':<12}{'shots':>6}{'plain ex/s':>12}{'ours ex/s':>12}{'scoring only':>14}{'ratio':>8}"
-          f"{'tokens':>10}{'naive':>10}{'logits':>9}  same")  # fmt: skip
+    print(
+        f"depth {options.depth}, T {options.seq}, {options.dtype}, vocabulary {options.vocab}, {device}, "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}; "
+        f"medians of {options.rounds} rounds, {options.clock} time"
+    )
+    print(
+        f"{'task':<12}{'shots':>6}{'plain ex/s':>12}{'ours ex/s':>12}{'scoring only':>14}{'ratio':>8}"
+        f"{'tokens':>10}{'plain':>10}{'logits':>9}  same choices"
+    )
     for label in options.tasks:
         (task,) = [t for t in bundle.tasks if t.label == label]
         count = options.examples if task.shots else options.examples * 5 // 2
         examples = chosen_examples(bundle.examples(task)[0], count)
         context = EvaluatorContext(tokenizer, World(0, 1, device), options.seq, 32, lambda split, tokens: iter(()))
         times: dict[str, list[float]] = {"plain": [], "ours": [], "again": []}
-        naive, same, work = [0], 0, dict[str, int]()
+        plain_tokens, same, work = [0], 0, dict[str, int]()
         for round_ in range(options.rounds):
             theirs: list[int] = []
             if options.only != "ours":
-                naive[0] = 0
+                plain_tokens[0] = 0
                 with torch.no_grad():
                     start = clock()
-                    theirs = plain(model, tokenizer, task, examples, 10 * options.seq, naive)
+                    theirs = plain(model, tokenizer, task, examples, 10 * options.seq, plain_tokens)
                     synchronize(device)
                     times["plain"].append(clock() - start)
             if options.only == "plain":
@@ -143,7 +151,7 @@ def main() -> None:
                 evaluator = Core(CoreConfig(bundle=options.bundle, max_per_task=count, tasks=(label,)), context)
                 evaluator._bundle = bundle
                 start = clock()
-                rows = evaluator.evaluate(model, round_).examples  # tokenizes, as the plain one does
+                rows = evaluator.evaluate(model, round_).examples  # tokenizes, like the plain one
                 synchronize(device)
                 times["ours"].append(clock() - start)
                 start = clock()
@@ -157,9 +165,12 @@ def main() -> None:
         speed = {
             name: len(examples) / statistics.median(all_) if all_ else float("nan") for name, all_ in times.items()
         }
-        print(f"{label:<12}{task.shots:>6}{speed['plain']:>12.2f}{speed['ours']:>12.2f}{speed['again']:>14.2f}"
-              f"{speed['ours'] / speed['plain']:>8.1f}{work.get('tokens', 0):>10,}{naive[0]:>10,}"
-              f"{work.get('head', 0):>9,}  {same} of {len(examples)}", flush=True)  # fmt: skip
+        print(
+            f"{label:<12}{task.shots:>6}{speed['plain']:>12.2f}{speed['ours']:>12.2f}{speed['again']:>14.2f}"
+            f"{speed['ours'] / speed['plain']:>8.1f}{work.get('tokens', 0):>10,}{plain_tokens[0]:>10,}"
+            f"{work.get('head', 0):>9,}  {same} of {len(examples)}",
+            flush=True,
+        )
     print(f"peak memory {peak_memory_mib(device):,.0f} MiB" + (f" (only {options.only})" if options.only else ""))
 
 

@@ -1,17 +1,17 @@
-"""Everything that is measured on one CUDA GPU, in one command. Unverified: it has not run on a GPU yet.
+"""All measurements on one CUDA GPU in one command. Unverified: it has not run on a GPU yet.
 
     python benchmarks/gpu.py                      # writes gpu-report/report.md and .json
     python benchmarks/gpu.py --depths 12 --kinds train attention
-    python benchmarks/gpu.py --smoke              # tiny, on any machine: whether the script works
+    python benchmarks/gpu.py --smoke              # tiny shapes, on any machine, to test the script
 
 Training steps of experiments/dN.toml (classic) and experiments/speedrun.toml at depths 12 and 20, T = 2048, 2^19 tokens
-a step, in bfloat16 and with model.fp8 = true, with each attention backend; attention alone, forward and backward, over
-everything and over a window; and where the time of a step goes. Each is a process of its own: what lacks a library or
-fails becomes a row that says so, and when memory runs out the rows on the device are halved. Started again, it goes on
-after the last result in --out.
+per step, in bfloat16 and with model.fp8 = true, with each attention backend; attention alone, forward and backward,
+over all earlier tokens and over a window; and a profile of a step. Each measurement runs in its own process. If a
+library is missing or a measurement fails, its row has the error; when memory runs out, the rows per device batch are
+halved. A repeated start continues after the last result in --out.
 
-MFU is the model's FLOPs (6 a parameter and token, and those of attention in full, as `nanochat show` prints) over the
-device's dense bfloat16 peak, in fp8 too. Without a GPU it ends with exit code 2.
+MFU is the model's FLOPs (6 per parameter and token, and those of attention, as `nanochat show` prints) over the
+device's dense bfloat16 peak, for fp8 too. Without a GPU the exit code is 2.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ KERNELS = (
 Row = dict[str, Any]
 
 
-# --------------------------------------------------------------------------------- jobs, each in a process of its own
+# -------------------------------------------------------------------------------------- jobs, each in its own process
 
 
 def machine(job: Row) -> Row:
@@ -75,7 +75,7 @@ def open_training(job: Row) -> Any:
         "train.compile": job["compile"],
         "tokenizer.vocab_size": job["vocab"],
     }
-    # Only what differs from the default: an older model plugin may lack the option.
+    # Only values that differ from the default: an older model plugin may lack the option.
     if job["attention"] != "auto":
         overrides["model.attention"] = job["attention"]
     if job["fp8"] or job["recipe"] == "speedrun":
@@ -85,7 +85,7 @@ def open_training(job: Row) -> Any:
 
 
 def train(job: Row) -> Row:
-    """Median of whole steps."""
+    """Measure training steps; times are medians of complete steps."""
     from nanochat_core.hardware.machine import peak_flops, peak_memory_mib
 
     start = time.perf_counter()
@@ -97,7 +97,7 @@ def train(job: Row) -> Row:
     seconds = []
     for _ in range(job["steps"]):
         start = time.perf_counter()
-        losses.append(training.step(ids, targets))  # ends with the loss on the host
+        losses.append(training.step(ids, targets))  # waits for the loss
         synchronize(training.device)
         seconds.append(time.perf_counter() - start)
     rate = job["tokens"] / statistics.median(seconds)
@@ -113,7 +113,7 @@ def train(job: Row) -> Row:
 
 
 def attention(job: Row) -> Row:
-    """Milliseconds of forward and backward, over everything and over a window."""
+    """Measure milliseconds of forward and backward, over all earlier tokens and over a window."""
     import torch
 
     from nanochat_core.hardware.machine import pick_device
@@ -134,7 +134,7 @@ def attention(job: Row) -> Row:
 
 
 def profile(job: Row) -> Row:
-    """Where the time of a micro-batch and of the optimizer goes, by kernel (on a CPU by operation)."""
+    """Profile a step by kernel (on a CPU by operation), and time micro-batches and the rest of the step."""
     import torch
     from torch.profiler import ProfilerActivity
 
@@ -204,8 +204,8 @@ KINDS: dict[str, Callable[[Row], Row]] = {
 }
 
 
-def be_a_job(job: Row) -> None:
-    """Print the result, or that memory ran out, as the last line."""
+def print_result(job: Row) -> None:
+    """Print the result of a job as the last line, a JSON object; ``{"oom": true}`` when memory ran out."""
     try:
         row = KINDS[job["kind"]](job)
     except RuntimeError as error:
@@ -215,7 +215,7 @@ def be_a_job(job: Row) -> None:
     print(json.dumps(row), flush=True)
 
 
-# --------------------------------------------------------------------------------------------------- what is measured
+# ------------------------------------------------------------------------------------------------ list of measurements
 
 
 def jobs(options: argparse.Namespace) -> list[Row]:
@@ -229,32 +229,32 @@ def jobs(options: argparse.Namespace) -> list[Row]:
         small = {"backend": "sdpa", "T": 128, "window": 32, "heads": 1, "batch": 1, "head_dim": 32, "repeats": 3}
         return [
             {"kind": "train", **common},
-            {"kind": "train", **common, "attention": "flash3"},  # it fails on a CPU: a row that says so
+            {"kind": "train", **common, "attention": "flash3"},  # fails on a CPU, which gives a row with an error
             {"kind": "attention", "dtype": "float32", **small},
             {"kind": "profile", **common},
         ]
-    found: list[Row] = []
+    selected: list[Row] = []
     for depth, recipe in itertools.product(options.depths, recipes):
         arm = {"kind": "train", **common, "depth": depth, "recipe": recipe}
-        found += [arm, {**arm, "fp8": True}]
-        found += [{**arm, "attention": backend} for backend in BACKENDS]
+        selected += [arm, {**arm, "fp8": True}]
+        selected += [{**arm, "attention": backend} for backend in BACKENDS]
     for backend in BACKENDS:
         shape = {"T": 4096, "window": 1024, "heads": 10, "batch": 4, "head_dim": 128, "repeats": 20}
-        found.append({"kind": "attention", "dtype": "bfloat16", "backend": backend, **shape})
+        selected.append({"kind": "attention", "dtype": "bfloat16", "backend": backend, **shape})
     for recipe in recipes:
-        found.append({"kind": "profile", **common, "depth": max(options.depths), "recipe": recipe})
-    return [job for job in found if job["kind"] in options.kinds]
+        selected.append({"kind": "profile", **common, "depth": max(options.depths), "recipe": recipe})
+    return [job for job in selected if job["kind"] in options.kinds]
 
 
 def run_job(job: Row) -> Row:
-    """The job with its result, in a process of its own; with half the batch while memory runs out."""
+    """Run a job in its own process, with half the batch as long as memory runs out. Returns the job with its result."""
     while True:
         environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
         command = [sys.executable, __file__, "--job", json.dumps(job)]
         try:
             done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=JOB_SECONDS)
         except subprocess.TimeoutExpired:
-            return {**job, "error": f"not done after {JOB_SECONDS} s"}
+            return {**job, "error": f"not finished after {JOB_SECONDS} s"}
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
             return {**job, "error": lines[-1].strip(), "trace": done.stderr[-4000:]}
@@ -270,12 +270,12 @@ def run_job(job: Row) -> Row:
 
 
 def report(machine: Row, rows: list[Row]) -> str:
-    """Markdown."""
+    """The report in Markdown."""
     text = ["# nanochat on one GPU", "", machine_line(machine), ""]
     by_kind = {kind: [row for row in rows if row["kind"] == kind] for kind in KINDS}
     if by_kind["train"]:
         row = by_kind["train"][0]
-        text += [f"## Training steps, T = {row['T']}, {row['tokens']:,} tokens a step", ""]
+        text += [f"## Training steps, T = {row['T']}, {row['tokens']:,} tokens per step", ""]
         text += table(
             ("recipe", "depth", "precision", "attention", "rows", "tokens/s", "MFU", "peak MiB", "first step s"),
             [train_cells(row) for row in by_kind["train"]],
@@ -303,17 +303,23 @@ def train_cells(row: Row) -> list[str]:
     cells = [row["recipe"], str(row["depth"]), precision, row["attention"]]
     if "error" in row:
         return [*cells, "", row["error"], "", "", ""]
-    return [*cells, str(row["batch"]), f"{row['tokens/s']:,.0f}", f"{row['mfu']:.1%}", f"{row['memory']:,.0f}",
-            f"{row['first']:.0f}"]  # fmt: skip
+    return [
+        *cells,
+        str(row["batch"]),
+        f"{row['tokens/s']:,.0f}",
+        f"{row['mfu']:.1%}",
+        f"{row['memory']:,.0f}",
+        f"{row['first']:.0f}",
+    ]
 
 
 def profile_section(row: Row) -> list[str]:
-    text = [f"## Where the time goes: {row['recipe']}, depth {row['depth']}, {row['dtype']}", ""]
+    text = [f"## Profile of a step: {row['recipe']}, depth {row['depth']}, {row['dtype']}", ""]
     if "error" in row:
         return [*text, row["error"], ""]
     text += [
         f"A step takes {row['step ms']:,.1f} ms: {row['micro-batches']} micro-batches of {row['batch']} rows, "
-        f"{row['micro-batch ms']:,.1f} ms each, and {row['rest ms']:,.1f} ms for the rest, which is the optimizer. "
+        f"{row['micro-batch ms']:,.1f} ms each, and {row['rest ms']:,.1f} ms for the rest, mainly the optimizer. "
         f"In the profiled step kernels are busy for {row['busy ms']:,.1f} of {row['profiled ms']:,.1f} ms.",
         "",
     ]
@@ -347,14 +353,14 @@ def main() -> int:
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.job:
-        be_a_job(options.job)
+        print_result(options.job)
         return 0
     here = run_job({"kind": "machine", "batch": 1})
     if "error" in here:
         print(here["trace"], file=sys.stderr)
         return 1
     if here["device"] != "cuda" and not options.smoke:
-        print("there is no CUDA GPU here: run it where one is (--smoke tries the script without)", file=sys.stderr)
+        print("there is no CUDA GPU: run it on a machine with one (--smoke tests the script without)", file=sys.stderr)
         return 2
     print(machine_line(here), flush=True)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -368,7 +374,7 @@ def main() -> int:
         print(one_line(row), flush=True)
         file.write_text(json.dumps({"machine": here, "rows": rows}, indent=1))
         (options.out / "report.md").write_text(report(here, rows))
-    print(f"the report is {options.out / 'report.md'}")
+    print(f"the report is in {options.out / 'report.md'}")
     return 0
 
 

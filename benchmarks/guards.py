@@ -1,14 +1,14 @@
-"""What the guards of the training loop cost, and how long a run takes to end when it is told to.
+"""Cost of the checks in the training loop, and time from SIGTERM to the end of a run.
 
     python benchmarks/guards.py
 
 The first table compares the trainer's optimizer step with the bare one (forward, backward, gradient norm, clipping,
-update), on the same model. What it has on top are the guards - the agreement of all ranks on skipping and stopping, the
-check for numbers that are not finite, loss spikes, the watch for stalls - and the ledger. Steps take turns, in an order
-that changes; the cost is the median ratio of neighbours.
+update), on the same model. In addition it has the guards - the agreement of all ranks on skipping and stopping, the
+checks for values that are not finite and for loss spikes, the watchdog - and the ledger. Steps of both kinds alternate,
+in changing order; the cost is the median ratio of neighbouring steps.
 
-The second sends SIGTERM at random moments of a step, and tells how long it takes until the process is gone: the step is
-finished, everything saved, and loggers and interpreter end.
+The second table sends SIGTERM at random moments of a step, and has the time until the process ends: the step is
+finished, the run is saved, and loggers and interpreter end.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from nanochat_core.training.trainer import Trainer
 
 
 def bare_step(trainer: Trainer, step: Step) -> float:
-    """Seconds of an optimizer step without anything around it."""
+    """Run an optimizer step without checks and ledger. Returns its seconds."""
     model, optimizer, dtype = trainer.parts.model, trainer.parts.optimizer, trainer.planned.plan.torch_dtype
     started = time.perf_counter()
     loss_sum, tokens = torch.zeros(()), 0
@@ -69,7 +69,7 @@ def guarded_step(trainer: Trainer, step: Step) -> float:
 
 def cost_of_guards(file: Path, runs: Path, steps: int) -> None:
     world = World(0, 1, torch.device("cpu"))
-    found: dict[str, list[float]] = {"bare": [], "guarded": []}
+    times: dict[str, list[float]] = {"bare": [], "guarded": []}
     with contextlib.redirect_stdout(io.StringIO()), contextlib.ExitStack() as stack:
         setup = prepare(file, [], runs, None, world, stack)
         assert setup is not None
@@ -86,19 +86,19 @@ def cost_of_guards(file: Path, runs: Path, steps: int) -> None:
             for name in sorted(arms, reverse=index % 2 == 1):
                 seconds = arms[name](trainer, next(trainer.parts.loader))
                 if index >= 5:
-                    found[name].append(seconds)
-    pairs = zip(found["guarded"], found["bare"], strict=True)
+                    times[name].append(seconds)
+    pairs = zip(times["guarded"], times["bare"], strict=True)
     ratios = sorted(guarded / bare for guarded, bare in pairs)
     quarter = len(ratios) // 4
-    print(f"{'':10} {'ms a step':>10}")
-    for name, seconds in found.items():
-        print(f"{name:10} {1e3 * statistics.median(seconds):10.2f}")
+    print(f"{'':10} {'ms per step':>12}")
+    for name, seconds in times.items():
+        print(f"{name:10} {1e3 * statistics.median(seconds):12.2f}")
     middle = f"{ratios[quarter] - 1:+.2%} to {ratios[-quarter - 1] - 1:+.2%}"
-    print(f"guards and ledger cost {statistics.median(ratios) - 1:+.2%} (middle half {middle})")
+    print(f"guards and ledger cost {statistics.median(ratios) - 1:+.2%} (middle half: {middle})")
 
 
 def time_to_exit(file: Path, runs: Path, nproc: int, seed: int) -> tuple[float, float]:
-    """(seconds from SIGTERM to the end of the process, median seconds of a step)."""
+    """Stop a run. Returns seconds from SIGTERM to the end of the process, and median seconds per step."""
     words = ["run", str(file), "--runs-dir", str(runs), "--nproc", str(nproc), "--set", f"run.name=exit{nproc}-{seed}"]
     environment = {**os.environ, "NANOCHAT_DEVICE": "cpu"}
     process = subprocess.Popen(
@@ -108,7 +108,7 @@ def time_to_exit(file: Path, runs: Path, nproc: int, seed: int) -> tuple[float, 
         ledger = runs / f"exit{nproc}-{seed}"
         while not any(path.read_bytes().count(b"\n") > 12 for path in ledger.glob("*/metrics.jsonl")):
             if process.poll() is not None:
-                raise SystemExit("the run ended by itself")
+                raise SystemExit("the run ended before it was stopped")
             time.sleep(0.02)
         time.sleep(random.Random(seed).random())
         process.send_signal(signal.SIGTERM)
@@ -126,18 +126,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--steps", type=int, default=200, help="pairs of steps")
-    parser.add_argument("--signals", type=int, default=5, help="runs that are told to end, for each number of ranks")
+    parser.add_argument("--signals", type=int, default=5, help="runs to stop, for each number of ranks")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         file = Path(name, "guards.toml")
         train = {"max_seq_len": 256, "device_batch_size": 8, "total_batch_size": 4096, "num_iterations": 1_000_000}
         file.write_text(small_experiment(model={"depth": options.depth}, train=train))
         cost_of_guards(file, Path(name, "runs"), options.steps)
-        print(f"\n{'ranks':>5} {'SIGTERM to exit, s':>19} {'longest':>8} {'a step, s':>10}")
+        print(f"\n{'ranks':>5} {'SIGTERM to exit, s':>19} {'longest':>8} {'s per step':>11}")
         for nproc in (1, 2):
-            found = [time_to_exit(file, Path(name, "runs"), nproc, seed) for seed in range(options.signals)]
-            seconds, steps = zip(*found, strict=True)
-            print(f"{nproc:5} {statistics.median(seconds):19.2f} {max(seconds):8.2f} {statistics.median(steps):10.3f}")
+            measured = [time_to_exit(file, Path(name, "runs"), nproc, seed) for seed in range(options.signals)]
+            seconds, steps = zip(*measured, strict=True)
+            print(f"{nproc:5} {statistics.median(seconds):19.2f} {max(seconds):8.2f} {statistics.median(steps):11.3f}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Learning curves of arms at equal tokens: bits per byte by step, over several seeds.
+"""Learning curves of several variants (arms) at equal tokens: bits per byte by step, over several seeds.
 
     python benchmarks/learning.py --data DIR                 # classic against speedrun, DIR has parquet shards
     python benchmarks/learning.py --data DIR --arm base experiments/speedrun.toml \\
         --arm no_smear experiments/speedrun.toml model.smear=false
 
-An arm is a name, an experiment, and overrides. All arms get one shape (depth 4, T = 512, 8,192 tokens a step), one
-tokenizer, the data in one packing, and seeds one to N. Every run is `nanochat run` as users start it. The table has the
-mean over seeds and its standard deviation between them; the difference from the first arm has its standard error.
+An arm is a name, an experiment, and overrides. All arms have the same shape (depth 4, T = 512, 8,192 tokens per
+step), tokenizer, packing of the data, and seeds 1 to N. Every run is an ordinary `nanochat run`. The table has the mean
+over seeds and the standard deviation between them; the difference from the first arm has its standard error.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def overrides(file: Path, options: argparse.Namespace, seed: int) -> dict[str, o
 
 
 def run(arm: str, file: Path, extra: list[str], options: argparse.Namespace, seed: int) -> Curve:
-    """Train once."""
+    """Train once, and print the result."""
     values = overrides(file, options, seed)
     if "speedrun" in file.name and options.device == "cpu":
         values["model.fp8"] = False
@@ -74,16 +74,16 @@ def run(arm: str, file: Path, extra: list[str], options: argparse.Namespace, see
 
 
 def table(curves: dict[str, list[Curve]]) -> str:
-    """Markdown: step by arm."""
+    """The table in Markdown, with a row per step and a column per arm."""
     first, *others = curves
     head = [
         "step",
-        *(f"{arm} ({len(found)} seeds)" for arm, found in curves.items()),
+        *(f"{arm} ({len(by_seed)} seeds)" for arm, by_seed in curves.items()),
         *(f"{o} - {first}" for o in others),
     ]
     lines = [head, ["---"] * len(head)]
     for step in sorted(curves[first][0]):
-        at = {arm: [curve[step] for curve in found] for arm, found in curves.items()}
+        at = {arm: [curve[step] for curve in by_seed] for arm, by_seed in curves.items()}
         cells = [f"{statistics.mean(v):.4f} ± {spread(v):.4f}" for v in at.values()]
         for other in others:
             difference = statistics.mean(at[other]) - statistics.mean(at[first])
@@ -101,28 +101,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="directory of parquet shards")
     parser.add_argument(
-        "--arm", nargs="+", action="append", metavar=("NAME", "FILE"), help="and overrides KEY=VALUE; may be repeated"
+        "--arm",
+        nargs="+",
+        action="append",
+        metavar=("NAME", "FILE"),
+        help="name, experiment and overrides KEY=VALUE of an arm; may be repeated",
     )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--iterations", type=int, default=200)
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--tokens", type=int, default=8192, help="tokens a step")
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens per step")
     parser.add_argument("--vocab", type=int, default=8192)
     parser.add_argument("--packing", choices=["stream", "best_fit"], default="stream")
-    parser.add_argument("--every", type=int, default=25, help="steps from one evaluation to the next")
+    parser.add_argument("--every", type=int, default=25, help="steps between evaluations")
     parser.add_argument("--eval-tokens", type=int, default=262144)
-    parser.add_argument("--device", default="cpu", help="as NANOCHAT_DEVICE takes it")
-    parser.add_argument("--runs-dir", type=Path, help="keep the runs here")
+    parser.add_argument("--device", default="cpu", help="value of NANOCHAT_DEVICE")
+    parser.add_argument("--runs-dir", type=Path, help="directory that keeps the runs")
     options = parser.parse_args()
     arms = {name: (Path(file), extra) for name, file, *extra in options.arm or ()}
     if not arms:
         arms = {name: (EXPERIMENTS / f"{name}.toml", list[str]()) for name in ("classic", "speedrun")}
     curves: dict[str, list[Curve]] = {arm: [] for arm in arms}
-    for seed in range(1, options.seeds + 1):  # arms take turns, so that stopping early leaves a comparison
+    for seed in range(1, options.seeds + 1):  # arms alternate, so that results can be compared if it is stopped early
         for arm, (file, extra) in arms.items():
             curves[arm].append(run(arm, file, extra, options, seed))
-    shape = f"depth {options.depth}, T = {options.seq_len}, {options.tokens} tokens a step, vocabulary {options.vocab}"
+    shape = (
+        f"depth {options.depth}, T = {options.seq_len}, {options.tokens} tokens per step, vocabulary {options.vocab}"
+    )
     print(f"\n{shape}, {options.packing}, val/bpb over {options.eval_tokens} tokens\n\n{table(curves)}")
 
 

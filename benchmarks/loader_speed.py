@@ -1,14 +1,14 @@
-"""How many tokens a second the training loader delivers, against the plainest loop that makes steps of text.
+"""Tokens per second of the training loader, against a simple loop that makes steps of text.
 
     python benchmarks/loader_speed.py                  the documentation inside Python
     python benchmarks/loader_speed.py --data DIR       a directory of parquet shards
-    python benchmarks/loader_speed.py --packing        what best_fit loses, by window
+    python benchmarks/loader_speed.py --packing        share of tokens that best_fit loses, by window
 
-One process, from shards to tensors, nothing else done with the tokens. The plain loop has all documents in a list
-already, calls tiktoken's ``encode_ordinary`` on one after the other and packs a Python list into tensors: one stream,
-no lanes, no cursors, no thread. best_fit counts delivered tokens only, and begins with a window of each lane. All ways
-take turns; printed are medians over the turns, of the ratios too, because a machine that others use changes its speed
-from minute to minute. "a core": tokens a second of processor time, of all threads.
+One process converts shards to tensors, which are not used. The plain loop has all documents in a list already, calls
+tiktoken's ``encode_ordinary`` on one after the other and packs a Python list into tensors: one stream, without lanes,
+cursors or threads. For best_fit only delivered tokens count, and the first window of each lane is included. The
+variants alternate, and medians over turns (of the ratios too) are printed, because the speed of a shared machine
+changes from minute to minute. "per core": tokens per second of processor time, of all threads.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ from nanochat_python_docs.config import PythonDocsConfig
 from nanochat_python_docs.source import build as python_docs
 
 TURNS = 3
-SHAPES = ((16, 512), (32, 2048))  # rows a step, tokens a row
+SHAPES = ((16, 512), (32, 2048))  # rows per step, tokens per row
 PLAIN = "plain loop"
 
 
 def plain(documents: Sequence[str], encoding: tiktoken.Encoding, bos: int, rows: int, T: int) -> Iterator[object]:
-    """Steps of ids and targets, int64 [rows, T]."""
+    """Yield steps of the plain loop: ids and targets, int64 [rows, T]."""
     texts = cycle(documents)
     buffer: list[int] = []
     while True:
@@ -59,15 +59,17 @@ def plain(documents: Sequence[str], encoding: tiktoken.Encoding, bos: int, rows:
         yield step[:-1].view(rows, T), step[1:].view(rows, T)
 
 
-def ours(source: TokenSource, rows: int, T: int, **how: Any) -> Iterator[object]:
-    """Steps of the loader."""
-    count = lanes(rows, len(source), how.get("packing", "stream"))
-    with TrainLoader(source, rows_per_step=rows, lanes=count, max_seq_len=T, device_batch_size=rows, **how) as loader:
+def ours(source: TokenSource, rows: int, T: int, **options: Any) -> Iterator[object]:
+    """Yield steps of the loader."""
+    count = lanes(rows, len(source), options.get("packing", "stream"))
+    with TrainLoader(
+        source, rows_per_step=rows, lanes=count, max_seq_len=T, device_batch_size=rows, **options
+    ) as loader:
         yield from loader
 
 
 def rates(steps: Iterator[object], step_tokens: int, tokens: int) -> tuple[float, float]:
-    """Tokens a second, and tokens a second of processor time; the start is included."""
+    """Tokens per second, and tokens per second of processor time, including the start."""
     count = max(tokens // step_tokens, 24)
     wall, processor = time.perf_counter(), time.process_time()
     for _ in range(count):
@@ -108,7 +110,7 @@ def measure(documents: Sequence[str], tokenizer: BPETokenizer, cache_dir: Path, 
             ways["best_fit, gigatoken"] = partial(ours, fast, *shape, packing="best_fit")
         step = math.prod(shape)
         turns = [{name: rates(start(), step, tokens) for name, start in ways.items()} for _ in range(TURNS)]
-        print(f"\n{' x '.join(map(str, shape)):<22} {'tokens/s':>12} {'a core':>12} {'/ plain':>9}")
+        print(f"\n{' x '.join(map(str, shape)):<22} {'tokens/s':>12} {'per core':>12} {'/ plain':>9}")
         for name in ways:
             wall, core = (statistics.median(turn[name][i] for turn in turns) for i in (0, 1))
             ratio = statistics.median(turn[name][0] / turn[PLAIN][0] for turn in turns)
@@ -120,7 +122,7 @@ def tokens_of(tokenizer: BPETokenizer) -> list[bytes]:
 
 
 def rolling(documents: Sequence[np.ndarray], capacity: int, size: int) -> float:
-    """Share of tokens that best fit loses when it draws from one buffer of ``size`` documents, refilled at once."""
+    """Share of tokens that best fit loses with one buffer of ``size`` documents, refilled after each document."""
     coming = iter(documents)
     buffer = sorted(len(document) for _, document in zip(range(size), coming, strict=False))
     kept = lost = 0
@@ -141,7 +143,7 @@ def rolling(documents: Sequence[np.ndarray], capacity: int, size: int) -> float:
 def packing_loss(documents: Sequence[str], tokenizer: BPETokenizer) -> None:
     tokens = tokenizer.encode_documents(list(documents))
     total = sum(map(len, tokens))
-    print(f"\ntokens that best_fit loses, of {total:,} (mean {total / len(tokens):.0f} a document)")
+    print(f"\nshare of tokens that best_fit loses, of {total:,} (mean {total / len(tokens):.0f} per document)")
     print(f"{'window':<10}" + "".join(f"{f'T = {T}':>12}" for _, T in SHAPES) + f"{'rolling 2048':>14}")
     for window in (16, 32, 64, 128, 256, 1024):
         losses = []
@@ -156,9 +158,9 @@ def packing_loss(documents: Sequence[str], tokenizer: BPETokenizer) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="directory of parquet shards; default: Python's own documentation")
-    parser.add_argument("--tokens", type=int, default=8_000_000, help="tokens of each turn")
+    parser.add_argument("--tokens", type=int, default=8_000_000, help="tokens per turn")
     parser.add_argument("--vocab-size", type=int, default=32768)
-    parser.add_argument("--packing", action="store_true", help="only what best_fit loses")
+    parser.add_argument("--packing", action="store_true", help="only the share of tokens that best_fit loses")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         context = DataContext(cache_dir=Path(directory))

@@ -1,20 +1,22 @@
-"""What logging costs a fast model: with no logger, with each, with all of them, and with one that hangs.
+"""Cost of logging for a fast model: without loggers, with each, with all of them, and with one that hangs.
 
     python benchmarks/logging_overhead.py
 
-Trains a model of a few thousand parameters (a few milliseconds a step) with each set of loggers. Once they have
-started, windows of some seconds take turns: in one the loggers follow, in the next their processes are stopped and the
-ledger's lines go to a file that nobody follows. Windows of one run, next to each other, can be compared on a busy
-machine too, the more windows the better; the arm ``none`` says what the comparison itself is worth. The training
-process's own cost and that of competing for cores are kept apart:
+Trains a model of a few thousand parameters (a few milliseconds per step) with each set of loggers. Once they have
+started, windows of some seconds alternate: in one the loggers follow the ledger, in the next their processes are
+stopped and records are written to a file that no logger follows. Neighbouring windows of one run can be compared on a
+busy machine too, the more windows the better; the arm ``none`` shows the error of the comparison. The cost within the
+training process and the cost of competition for cores are measured separately:
 
-- ``record``: CPU microseconds a step that the training loop spends in ``Logs.record``: writing the ledger, looking at
-  the loggers' processes. Loggers cost the training process nothing else.
-- ``loop``: CPU milliseconds a step of the loop's thread. It rises when loggers share a cache or a core with it.
-- ``cores``: CPU seconds a second that the loggers' processes take while they follow; ``behind``: records that the
-  slowest of them has not been told at the end.
-- ``steps/s`` and ``cost``: by the clock, medians; the cost is that of a window against the two beside it. It has the
-  competition for cores in it. ``noise`` is how far two windows without loggers, one after the other, are apart.
+- ``record``: CPU microseconds per step that the training loop spends in ``Logs.record``: writing the ledger, checking
+the
+  loggers' processes. Loggers have no other cost in the training process.
+- ``loop``: CPU milliseconds per step of the loop's thread. It rises when loggers share a cache or a core with it.
+- ``cores``: CPU seconds per second of the loggers' processes while they follow; ``behind``: records that the slowest of
+  them has not received at the end.
+- ``steps/s`` and ``cost``: medians of wall-clock time; the cost is that of a window against the windows before and
+after
+  it, and includes competition for cores. ``noise`` is the difference of successive windows without loggers.
 """
 
 from __future__ import annotations
@@ -91,7 +93,7 @@ def follow(processes, yes):
         for pid in family(process.pid):
             os.kill(pid, signal.SIGCONT if yes else signal.SIGSTOP)
 
-def cpu(processes):  # seconds on a core so far, of loggers and what they started
+def cpu(processes):  # CPU seconds so far, of loggers and their child processes
     nanoseconds = 0
     for pid in (pid for process in processes for pid in family(process.pid)):
         for thread in Path(f"/proc/{pid}/task").iterdir():
@@ -99,7 +101,7 @@ def cpu(processes):  # seconds on a core so far, of loggers and what they starte
                 nanoseconds += int((thread / "schedstat").read_text().split()[0])
     return nanoseconds / 1e9
 
-def behind(processes):  # records that are in the ledger but not told
+def behind(processes):  # records in the ledger that a logger has not received
     directories = [(process.job.context.directory, process.name) for process in processes]
     offsets = [Progress.read(progress_file(directory, name)).offset for directory, name in directories]
     return (directories[0][0] / "metrics.jsonl").read_bytes()[min(offsets):].count(b"\\n") if processes else 0
@@ -144,8 +146,16 @@ def install_hanging_logger(site: Path) -> None:
 
 @attrs.frozen
 class Window:
-    """Seconds of a step by the clock, of the loop's thread's CPU time, and of that within ``record``; CPU seconds a
-    second of the loggers, and how many records they are behind at its end."""
+    """Measurements of one window.
+
+    Args:
+        followed: whether the loggers followed the ledger.
+        wall: seconds per step.
+        loop: CPU seconds per step of the loop's thread.
+        record: CPU seconds per step within ``Logs.record``.
+        cores: CPU seconds per second of the loggers.
+        behind: records that the slowest logger has not received at the end.
+    """
 
     followed: bool
     wall: float
@@ -178,10 +188,12 @@ def measure(directory: Path, arm: str, starting: float, seconds: float, count: i
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arms", default=",".join(ARMS), help="which sets of loggers")
-    parser.add_argument("--starting", type=float, default=20.0, help="seconds that loggers have to start")
-    parser.add_argument("--seconds", type=float, default=3.0, help="of a window")
-    parser.add_argument("--windows", type=int, default=21, help="of each run")
+    parser.add_argument("--arms", default=",".join(ARMS), help="sets of loggers, separated by commas")
+    parser.add_argument(
+        "--starting", type=float, default=20.0, help="seconds before the first window, in which loggers start"
+    )
+    parser.add_argument("--seconds", type=float, default=3.0, help="length of a window")
+    parser.add_argument("--windows", type=int, default=21, help="number of windows of each run")
     options = parser.parse_args()
     names = ("steps/s", "none", "cost", "noise", "ms loop", "none", "us record", "cores", "behind")
     print(f"{'loggers':12}" + "".join(f"{name:>10}" for name in names))
@@ -195,7 +207,7 @@ def main() -> None:
 
 
 def line(arm: str, following: list[Window], none: list[Window]) -> None:
-    """One line of the table, from windows that took turns, the first with loggers."""
+    """Print one line of the table, from alternating windows, the first with loggers."""
     median = statistics.median
     costs = [2 * w.wall / (a.wall + b.wall) - 1 for w, a, b in zip(following[1:], none, none[1:], strict=False)]
     noise = median(abs(b.wall / a.wall - 1) for a, b in itertools.pairwise(none))

@@ -1,13 +1,12 @@
-"""Memory of a training step: what the plan predicts against what a step takes, on configurations drawn at random.
+"""Peak memory of a training step: prediction of the plan against the measured peak, on random configurations.
 
     python benchmarks/memory_prediction.py            # 12 configurations of the default seed, on CUDA, else the CPU
     python benchmarks/memory_prediction.py --count 30 --seed 7
 
-Each configuration is drawn from depth, heads, T, rows, accumulation, vocabulary, dtype, recipe, optimizer and
-activation checkpointing, and trained for two steps in a process of its own (in the second the optimizer has its state).
-On CUDA the peak is what the allocator handed out. On a CPU it is what was resident beyond the size before the model was
-built, with a malloc that gives back what is freed, when the same was trained once before: oneDNN keeps code for every
-shape.
+A configuration has random depth, heads, T, rows, accumulation, vocabulary, dtype, recipe, optimizer and activation
+checkpointing, and is trained for two steps in its own process (in the second the optimizer has its state). On CUDA the
+peak is that of the allocator. On a CPU it is the growth of resident memory since before the model was built, with a
+malloc that returns freed memory, after a first training of the same configuration: oneDNN keeps code for every shape.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ MIB = 2**20
 
 
 def draw(generator: random.Random) -> dict[str, Any]:
-    """One configuration: an experiment file, and overrides."""
+    """Draw a configuration: the name of an experiment file, and overrides."""
     pick = generator.choice
     length, rows, accumulation = pick([64, 128, 256, 512, 1024]), pick([1, 2, 4, 8]), pick([1, 1, 2])
     recipe, optimizer = pick(["classic.toml", "speedrun.toml"]), pick(["muon_adamw", "adamw"])
@@ -60,7 +59,7 @@ def arguments(overrides: dict[str, Any]) -> list[str]:
 
 
 def measure(configuration: dict[str, Any]) -> dict[str, Any]:
-    """Predicted and measured bytes of a configuration, in this process."""
+    """Train a configuration in this process. Returns predicted bytes by kind, and measured bytes."""
     import torch
     from training import EXPERIMENTS, Training
 
@@ -68,7 +67,7 @@ def measure(configuration: dict[str, Any]) -> dict[str, Any]:
 
     device = pick_device(0)
     file, overrides = EXPERIMENTS / configuration["recipe"], configuration["overrides"]
-    if device.type != "cuda":  # code that libraries generate for each shape, and keep: some 10 to 40 MiB
+    if device.type != "cuda":  # 10 to 40 MiB of code that libraries generate for each shape and keep
         _two_steps(Training(file, arguments(overrides), device))
     before = _start_peak(device)
     training = Training(file, arguments(overrides), device)
@@ -84,7 +83,7 @@ def _two_steps(training: Any) -> None:
 
 
 def _start_peak(device: Any) -> int:
-    """Forget the peak so far; bytes in use."""
+    """Reset the peak. Returns bytes in use."""
     import torch
 
     gc.collect()
@@ -97,20 +96,20 @@ def _start_peak(device: Any) -> int:
 
 
 def _status(key: str) -> int:
-    """Bytes, from Linux."""
+    """A value of /proc/self/status in bytes."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 
 def in_process(configuration: dict[str, Any]) -> dict[str, Any]:
-    """The same in a process of its own, where freed memory goes back at once."""
+    """Call ``measure`` in another process, where freed memory is returned at once."""
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "MALLOC_MMAP_THRESHOLD_": "65536"}
     command = [sys.executable, __file__, "--one", json.dumps(configuration)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 def main() -> None:
@@ -123,14 +122,14 @@ def main() -> None:
         print(json.dumps(measure(json.loads(options.one))))
         return
     generator, ratios = random.Random(options.seed), []
-    print(f"{'predicted':>9} {'measured':>9} {'ratio':>6}   MiB; configuration")
+    print(f"{'predicted':>9} {'measured':>9} {'ratio':>6}   MiB; configuration (prediction by kind)")
     for _ in range(options.count):
         configuration = draw(generator)
-        found = in_process(configuration)
-        predicted, measured = sum(found["predicted"].values()), found["measured"]
+        result = in_process(configuration)
+        predicted, measured = sum(result["predicted"].values()), result["measured"]
         ratios.append(predicted / measured)
         shown = " ".join(f"{k.rpartition('.')[2]}={v}" for k, v in configuration["overrides"].items())
-        parts = ", ".join(f"{k} {v / MIB:.0f}" for k, v in found["predicted"].items())
+        parts = ", ".join(f"{k} {v / MIB:.0f}" for k, v in result["predicted"].items())
         line = f"{predicted / MIB:>9,.0f} {measured / MIB:>9,.0f} {ratios[-1]:>6.3f}"
         print(f"{line}   {configuration['recipe']} {shown} ({parts})", flush=True)
     worst = max(ratios, key=lambda r: abs(r - 1))

@@ -1,4 +1,4 @@
-"""What `train_speed.py` measures against: the same model, written plainly in eager float32 PyTorch."""
+"""The baseline of `train_speed.py`: the same model in plain eager float32 PyTorch."""
 
 from __future__ import annotations
 
@@ -89,10 +89,12 @@ def orthogonalize(g: Tensor, steps: int = 5) -> Tensor:
 
 
 class PlainTrainer:
-    """One optimizer step with gradient accumulation and clipping.
+    """The plain model and its training step, with gradient accumulation and clipping.
 
     Args:
-        optimizer: "adamw" for ``torch.optim.AdamW`` as it comes, "fused" for its fused kernel, "muon" for AdamW on
+        depth, width, heads, vocab_size, seq_len: shape of the model.
+        micro_batch: sequences per micro-batch.
+        optimizer: "adamw" for ``torch.optim.AdamW`` by default, "fused" for its fused kernel, "muon" for AdamW on
             embedding and head and Muon on the rest.
     """
 

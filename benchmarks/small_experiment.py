@@ -1,4 +1,4 @@
-"""A small experiment of bytes and Python's documentation, as TOML, for benchmarks that start runs. Imports no torch."""
+"""A small experiment on bytes of Python's documentation, as TOML, for benchmarks that start runs. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def small_experiment(**tables: Mapping[str, Any]) -> str:
-    """The experiment's file, compilation off. ``tables`` have what differs between benchmarks, such as ``train``."""
+    """Content of the experiment file, without compilation. ``tables`` are added to it or replace its options."""
     experiment: dict[str, Mapping[str, Any]] = {
         "tokenizer": {"plugin": "bytes"},
         "data": {"plugin": "python_docs"},

@@ -3,10 +3,10 @@
     python benchmarks/step_memory.py                 # CPU or CUDA, depth 4, T = 512, 8,192 tokens, both vocabularies
     python benchmarks/step_memory.py --depth 12 --seq-len 2048 --tokens 32768
 
-Both train experiments/classic.toml at this shape with one micro-batch a step. "full logits" differs in the loss alone:
+Both train experiments/classic.toml at this shape with one micro-batch per step. "full logits" differs only in the loss:
 logits [N, V] in float32 for every position, then torch's cross-entropy, differentiated by autograd. "logits MiB" is one
-such tensor. Each is a process of its own that does two steps (in the second the optimizer has its state). On
-CUDA the peak is what the allocator handed out, on a CPU what the process had resident beyond its size before the model.
+such tensor. Each runs two steps in its own process (in the second the optimizer has its state). On CUDA the peak is
+that of the allocator, on a CPU the growth of resident memory since before the model was built.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MIB = 2**20
 
 
 def one(kind: str, options: argparse.Namespace) -> dict[str, object]:
-    """Peak MiB of two steps, and the loss of the second."""
+    """Train two steps. Returns the peak in MiB, the loss of the second step, and the device."""
     import torch.nn.functional as F
     from torch import Tensor
     from training import EXPERIMENTS, Training
@@ -61,7 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--tokens", type=int, default=8192, help="tokens a step")
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens per step")
     parser.add_argument("--vocab", type=int, nargs="+", default=[8192, 32768])
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--one", choices=["ours", "full"], help=argparse.SUPPRESS)
@@ -73,23 +73,28 @@ def main() -> None:
         return
     own = [f"--{k.replace('_', '-')}={getattr(options, k)}" for k in ("depth", "seq_len", "tokens", "dtype")]
     for index, vocab in enumerate(vocabularies):
-        found = {}
+        results = {}
         for kind in ("ours", "full"):
             command = [sys.executable, __file__, *own, f"--vocab={vocab}", "--one", kind]
-            # Memory that is freed goes back, so that the peak is of what was in use.
+            # Freed memory is returned to the system, so that the peak is that of memory in use.
             environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "MALLOC_MMAP_THRESHOLD_": "65536"}
             done = subprocess.run(command, env=environment, capture_output=True, text=True)
             if done.returncode:
                 raise SystemExit(done.stderr)
-            found[kind] = json.loads(done.stdout.splitlines()[-1])
+            results[kind] = json.loads(done.stdout.splitlines()[-1])
         if not index:
-            print(f"{found['ours']['device']}; depth {options.depth}, T = {options.seq_len}, {options.tokens} tokens")
-            print(f"{'vocabulary':>10} {'ours MiB':>9} {'full logits MiB':>16} {'of it':>7} {'logits MiB':>11}"
-                  f" {'loss':>9} {'loss, full':>11}")  # fmt: skip
-        ours, full = found["ours"], found["full"]
+            print(f"{results['ours']['device']}; depth {options.depth}, T = {options.seq_len}, {options.tokens} tokens")
+            print(
+                f"{'vocabulary':>10} {'ours MiB':>9} {'full logits MiB':>16} {'ratio':>7} {'logits MiB':>11}"
+                f" {'loss':>9} {'loss, full':>11}"
+            )
+        ours, full = results["ours"], results["full"]
         logits = options.tokens * vocab * 4 / MIB
-        print(f"{vocab:>10,} {ours['peak']:>9,.0f} {full['peak']:>16,.0f} {ours['peak'] / full['peak']:>7.1%}"
-              f" {logits:>11,.0f} {ours['loss']:>9.5f} {full['loss']:>11.5f}", flush=True)  # fmt: skip
+        print(
+            f"{vocab:>10,} {ours['peak']:>9,.0f} {full['peak']:>16,.0f} {ours['peak'] / full['peak']:>7.1%}"
+            f" {logits:>11,.0f} {ours['loss']:>9.5f} {full['loss']:>11.5f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

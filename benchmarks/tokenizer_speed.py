@@ -1,12 +1,12 @@
-"""Tokenizers on a corpus: encoding in MB/s, training in seconds and memory.
+"""Speed of tokenizers on a corpus: encoding in MB/s, training in seconds, and peak memory of training.
 
     python benchmarks/tokenizer_speed.py --data DIR            a directory of parquet shards
     python benchmarks/tokenizer_speed.py --data DIR --train    training only
 
-Encoding: documents in memory, each way in turn with 1 and 2 threads, medians over the turns and of the ratios to
-tiktoken called plainly. "free work" is a hash function that threads don't hinder: what two threads gain with it is what
-any encoder could gain at that moment, on a machine that others use. Training: the tokenizer ``bpe`` from the data
-source, against rustbpe called with a plain loop over the shards, each in a process of its own, in turns.
+Encoding: documents in memory, encoders in alternation with 1 and 2 threads; medians over turns, and of the ratios to
+plain calls of tiktoken. "free work" is a hash function that scales with threads: its gain with two threads is the gain
+that any encoder could have at that moment, on a shared machine. Training: the tokenizer ``bpe`` from the data source,
+against rustbpe with a plain loop over the shards, each in its own process, in alternation.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def open_documents(data: Path):  # type: ignore[no-untyped-def]
 
 
 def timed(work: Callable[[str], object], texts: list[str], threads: int) -> float:
-    """MB a second."""
+    """MB per second."""
     start = time.perf_counter()
     if threads == 1:
         for text in texts:
@@ -74,14 +74,14 @@ def encoding(data: Path, megabytes: int) -> None:
     )
     free = hashlib.sha256
     ways: dict[str, Callable[[str], object]] = {
-        "tiktoken, plainly": plain.encode_ordinary,
+        "plain tiktoken": plain.encode_ordinary,
         "bpe": lambda text: tokenizer.encode_documents([text]),
         "free work": lambda text: free(text.encode() * 64).digest(),
     }
     if importlib.util.find_spec("gigatoken") is not None:
         fast = BPETokenizer(PATTERN, tokens, "gigatoken")
         ways["bpe, gigatoken"] = lambda text: fast.encode_documents([text])
-    turns = []  # each has texts of its own: gigatoken remembers words
+    turns = []  # each has different texts, because gigatoken caches words
     for turn in range(TURNS):
         part = texts[turn * len(texts) // TURNS : (turn + 1) * len(texts) // TURNS]
         turns.append({(name, n): timed(work, part, n) for name, work in ways.items() for n in (1, 2)})
@@ -89,14 +89,14 @@ def encoding(data: Path, megabytes: int) -> None:
     print(f"{'encoding':<20} {'1 thread':>10} {'2 threads':>10} {'/ plain':>8} {'2 / 1':>6}")
     for name in ways:
         one, two = (statistics.median(turn[name, n] for turn in turns) for n in (1, 2))
-        ratio = statistics.median(turn[name, 1] / turn["tiktoken, plainly", 1] for turn in turns)
+        ratio = statistics.median(turn[name, 1] / turn["plain tiktoken", 1] for turn in turns)
         gain = statistics.median(turn[name, 2] / turn[name, 1] for turn in turns)
-        unit = "" if name != "free work" else "  (how much two threads can gain just now)"
+        unit = "" if name != "free work" else "  (possible gain of two threads at this moment)"
         print(f"{name:<20} {one:>10.1f} {two:>10.1f} {ratio:>7.2f}x {gain:>5.2f}x{unit}")
 
 
 def plain_training(data: Path, vocab_size: int) -> None:
-    """rustbpe and a loop over the shards, the last one left out, documents cut like ours."""
+    """Train with rustbpe in a loop over all shards but the last, on documents cut to the length that ``bpe`` uses."""
 
     def texts():  # type: ignore[no-untyped-def]
         for path in sorted(data.glob("*.parquet"))[:-1]:
@@ -109,9 +109,9 @@ def plain_training(data: Path, vocab_size: int) -> None:
 
 
 def one_training(how: str, data: Path, vocab_size: int) -> None:
-    """Train, and print seconds and peak MiB."""
+    """Train in this process, and print seconds and peak MiB."""
     documents = open_documents(data)
-    import torch  # noqa: F401  # the peak of both has the same libraries in it
+    import torch  # noqa: F401  # both peaks include the same libraries
 
     start = time.perf_counter()
     if how == "ours":
@@ -145,7 +145,7 @@ def training(data: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="directory of parquet shards")
-    parser.add_argument("--megabytes", type=int, default=30, help="text to encode")
+    parser.add_argument("--megabytes", type=int, default=30, help="amount of text to encode")
     parser.add_argument("--train", action="store_true", help="training only")
     parser.add_argument("--one", nargs=2, metavar=("ours|plain", "VOCAB"), help=argparse.SUPPRESS)
     options = parser.parse_args()

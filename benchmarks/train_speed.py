@@ -1,22 +1,22 @@
-"""Tokens a second of whole training steps on the CPU: ours against plain PyTorch and the Trainer of transformers.
+"""Tokens per second of complete training steps on a CPU: ours against plain PyTorch and the Trainer of transformers.
 
-    python benchmarks/train_speed.py                       # depth 4, T = 512, 8,192 tokens a step, both vocabularies
+    python benchmarks/train_speed.py                       # depth 4, T = 512, 8,192 tokens per step, both vocabularies
     python benchmarks/train_speed.py --vocab 32768 --rounds 20 --variants plain:4 ours:bfloat16 peak:bfloat16
 
 Variants:
-    plain:M               the same model written plainly (plain_gpt.py), eager, float32, every parameter by
-                          torch.optim.AdamW as it comes, M sequences a micro-batch: the best of these is the baseline
+    plain:M               the same model in plain PyTorch (plain_gpt.py), eager, float32, all parameters trained by
+                          torch.optim.AdamW by default, M sequences per micro-batch; the fastest is the baseline
     plain:M:fused         with AdamW's fused kernel;   plain:M:muon    with Muon on the matrices
     transformers:DTYPE:M  NanoChatForCausalLM of the same shape under transformers.Trainer with its default optimizer,
-                          nothing logged or saved; bfloat16 is bf16=True; needs pip install -e '.[benchmarks]'
-    ours:DTYPE            experiments/classic.toml at this shape, as a run trains it; with :compiled, and with :speedrun
-                          for experiments/speedrun.toml
-    peak:DTYPE            the fastest square product of matrices, in FLOPs a second
+                          without logging or saves; bfloat16 is bf16=True; needs pip install -e '.[benchmarks]'
+    ours:DTYPE            experiments/classic.toml at this shape, with the steps of a run; also with :compiled, and with
+                          :speedrun for experiments/speedrun.toml
+    peak:DTYPE            the fastest square matrix product, in FLOPs per second
 
-Every variant is a process of its own. Rounds interleave: in each, every variant does a few steps while the others
-wait, so that whatever else the machine does hits all alike. Medians over rounds; "cpu" is CPU time divided by the
-threads, which other work disturbs less. "of peak" is 6 FLOPs a parameter and token, and those of attention, against the
-measured bfloat16 peak.
+Every variant runs in its own process. In each round every variant does a few steps while the others wait, so that other
+load of the machine affects all alike. Medians over rounds are printed; "cpu" is CPU time divided by the number of
+threads, which other load affects less. "of peak" is 6 FLOPs per parameter and token, and those of attention, against
+the measured bfloat16 peak.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# Before torch is imported. Waiting threads sleep after a short spin: in all variants.
+# Set before torch is imported, in all variants: waiting threads sleep after a short spin.
 THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
-# In ours alone, as `nanochat run` does: large blocks of memory in huge pages, and kept when they are freed instead of
-# being given back and faulted in again at every step.
+# Only in our variants, like `nanochat run`: large blocks of memory are in huge pages, and freed ones are kept, so that
+# they need not be faulted in again at every step.
 MEMORY = {
     "THP_MEM_ALLOC_ENABLE": "1",
     "MALLOC_MMAP_MAX_": "0",
@@ -48,7 +48,7 @@ Step = Callable[[int], float]
 
 
 def ours(options: argparse.Namespace, dtype: str, extras: list[str]) -> tuple[Step, float]:
-    """A step, and FLOPs a token."""
+    """Build our model. Returns a training step, and FLOPs per token."""
     import torch
     from training import EXPERIMENTS, Training
 
@@ -83,12 +83,12 @@ def plain(options: argparse.Namespace, micro_batch: int, optimizer: str) -> tupl
 
 
 def classic_flops(options: argparse.Namespace, parameters: int) -> float:
-    """FLOPs a token with so many parameters in products."""
+    """FLOPs per token of the classic model with ``parameters`` in matrix products."""
     return 6 * parameters + options.depth * 12 * 64 * options.depth * options.seq_len
 
 
 def peak(dtype: str) -> Step:
-    """Fastest square product: FLOPs a second instead of a loss."""
+    """A step that returns FLOPs per second of the fastest square matrix product."""
     import torch
 
     pairs = [torch.randn(2, n, n, dtype=getattr(torch, dtype)) for n in (1024, 2048, 4096)]
@@ -105,26 +105,26 @@ def peak(dtype: str) -> Step:
 
 
 class Parent:
-    """The measuring process, seen from a variant: ``pause`` is called between steps."""
+    """The measuring process, as a variant communicates with it. ``pause`` must be called after each step."""
 
     def __init__(self, steps: int) -> None:
         self.steps, self.count, self.started = steps, 0, time.perf_counter()
-        self.out, sys.stdout = sys.stdout, sys.stderr  # libraries print
+        self.out, sys.stdout = sys.stdout, sys.stderr  # libraries print to stdout
         self.result, self.clocks = 0.0, (0.0, 0.0)
 
     def first(self, flops: float) -> None:
-        self._say({"first": time.perf_counter() - self.started, "flops": flops})
+        self._send({"first": time.perf_counter() - self.started, "flops": flops})
         self._wait()
 
     def pause(self) -> None:
-        """A step is done; after the round's last one, report and wait for the next round."""
+        """Count a step. After the last step of a round, report and wait for the next round."""
         self.count += 1
         if self.count == self.steps:
             wall, cpu = time.perf_counter() - self.clocks[0], time.process_time() - self.clocks[1]
-            self._say({"wall": wall / self.steps, "cpu": cpu / self.steps, "result": self.result})
+            self._send({"wall": wall / self.steps, "cpu": cpu / self.steps, "result": self.result})
             self._wait()
 
-    def _say(self, message: dict[str, float]) -> None:
+    def _send(self, message: dict[str, float]) -> None:
         print(json.dumps(message), file=self.out, flush=True)
 
     def _wait(self) -> None:
@@ -135,7 +135,7 @@ class Parent:
 
 
 def serve(name: str, options: argparse.Namespace) -> None:
-    """Be one variant: for each line read, do some steps and write what they took."""
+    """Run one variant: for each line from stdin, do some steps and write their times to stdout."""
     import torch
 
     torch.manual_seed(0)
@@ -184,7 +184,7 @@ def serve_trainer(options: argparse.Namespace, dtype: str, micro_batch: int, par
     parameters = sum(p.numel() for n, p in model.named_parameters() if "embed_tokens" not in n)
 
     class Pause(transformers.TrainerCallback):
-        """From the start of a step to the start of another: all that the Trainer does lies between."""
+        """Callback that counts a step from its start to the start of the next, with all work of the Trainer."""
 
         started = False
 
@@ -217,10 +217,10 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--vocab", type=int, nargs="+", default=[8192, 32768])
-    parser.add_argument("--tokens", type=int, default=8192, help="tokens a step")
-    parser.add_argument("--micro-batch", type=int, default=16, help="sequences a micro-batch of ours")
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens per step")
+    parser.add_argument("--micro-batch", type=int, default=16, help="sequences per micro-batch of our variants")
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=2, help="steps a variant and round")
+    parser.add_argument("--steps", type=int, default=2, help="steps per variant and round")
     parser.add_argument("--variants", nargs="*")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -251,17 +251,17 @@ Results = dict[str, list[dict[str, float]]]
 
 
 def measure(options: argparse.Namespace, names: list[str]) -> tuple[Results, dict[str, float]]:
-    """Results of the rounds, and FLOPs a token, by variant."""
+    """Run all variants in rounds. Returns results of the rounds, and FLOPs per token, by variant."""
     processes, results, flops = {}, Results(), {}
-    own = [f"--{key.replace('_', '-')}={getattr(options, key)}" for key in
-           ("depth", "seq_len", "vocab", "tokens", "micro_batch", "steps")]  # fmt: skip
+    shared = ("depth", "seq_len", "vocab", "tokens", "micro_batch", "steps")
+    own = [f"--{key.replace('_', '-')}={getattr(options, key)}" for key in shared]
     for name in names:
         environment = {**os.environ, **THREADS, **(MEMORY if name.startswith("ours") else {})}
         command = [sys.executable, __file__, *own, "--serve", name]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
         line = process.stdout.readline()
         if not line:
-            print(f"{name:<28} failed, see above: left out", flush=True)
+            print(f"{name:<28} failed (see above) and is left out", flush=True)
             continue
         first = json.loads(line)
         processes[name], flops[name], results[name] = process, first["flops"], []
@@ -285,24 +285,24 @@ def report(options: argparse.Namespace, names: list[str], results: Results, flop
     names = [name for name in names if name in results]
     threads = torch.get_num_threads()
     print(f"\n{machine()}, {threads} threads, torch {torch.__version__}")
-    print(f"depth {options.depth}, T = {options.seq_len}, vocabulary {options.vocab}, {options.tokens} tokens a step")
+    print(f"depth {options.depth}, T = {options.seq_len}, vocabulary {options.vocab}, {options.tokens} tokens per step")
     peaks = {n: max(r["result"] for r in results[n]) for n in names if n.startswith("peak")}
-    for name, found in peaks.items():
-        print(f"{name:<28} {found / 1e12:.2f} TFLOP/s")
+    for name, flops_per_second in peaks.items():
+        print(f"{name:<28} {flops_per_second / 1e12:.2f} TFLOP/s")
     speed = {n: options.tokens / statistics.median(r["wall"] for r in results[n]) for n in names if n not in peaks}
     cpu = {n: statistics.median(r["cpu"] for r in results[n]) / threads for n in speed}
     plain_ones = [n for n in speed if n.startswith("plain") and n.count(":") == 1]
     baseline = max(plain_ones, key=lambda n: speed[n], default=None)
     print(f"{'variant':<28} {'tokens/s':>9} {'best':>7} {'cpu ms':>7} {'ratio':>6} {'cpu ratio':>9} {'of peak':>8}")
-    for name, tokens_a_second in speed.items():
+    for name, rate in speed.items():
         best = options.tokens / min(r["wall"] for r in results[name])
         ratio = statistics.median(
             b["wall"] / r["wall"] for b, r in zip(results[baseline or name], results[name], strict=True)
         )
-        share = tokens_a_second * flops[name] / peaks.get("peak:bfloat16", float("nan"))
+        share = rate * flops[name] / peaks.get("peak:bfloat16", float("nan"))
         cpu_ratio = cpu[baseline or name] / cpu[name]
         print(
-            f"{name:<28} {tokens_a_second:>9,.0f} {best:>7,.0f} {cpu[name] * 1e3:>7.0f} {ratio:>6.2f} {cpu_ratio:>9.2f}"
+            f"{name:<28} {rate:>9,.0f} {best:>7,.0f} {cpu[name] * 1e3:>7.0f} {ratio:>6.2f} {cpu_ratio:>9.2f}"
             f" {share:>8.1%}" + ("   <- baseline" if name == baseline else "")
         )
     print(flush=True)

@@ -1,4 +1,4 @@
-"""The training step of an experiment, for benchmarks to time: the real plan, model and optimizer, on tokens made up."""
+"""The training step of an experiment, for benchmarks: the real plan, model and optimizer, on made-up tokens."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class Training:
     """An experiment, planned and built for one device.
 
     Args:
-        file: the experiment.
-        overrides: as ``--set`` takes them.
-        device: where to train.
+        file: of the experiment.
+        overrides: ``key=value``, as for ``--set``.
+        device: device to train on.
 
     Raises:
-        ConfigError: as ``nanochat run`` would.
+        ConfigError: when the experiment is not valid, or can't be trained on the device.
     """
 
     def __init__(self, file: Path, overrides: Sequence[str], device: torch.device) -> None:
@@ -46,11 +46,11 @@ class Training:
         self.steps = 0
 
     def batch(self) -> tuple[Tensor, Tensor]:
-        """Ids and targets of one step."""
+        """Ids and targets of one step, int64 [rows per step, T]."""
         return made_up_tokens(self.plan.rows_per_step, self.plan.max_seq_len, self.plan.vocab_size, self.device)
 
     def step(self, ids: Tensor, targets: Tensor) -> float:
-        """One optimizer step in micro-batches, as the trainer does it. Returns the mean loss, nats a token."""
+        """Do one optimizer step in micro-batches, like the trainer. Returns the mean loss in nats per token."""
         rows = self.plan.device_batch_size
         micro_batches = list(zip(ids.split(rows), targets.split(rows), strict=True))
         loss_sum = torch.zeros((), device=self.device)
@@ -66,7 +66,7 @@ class Training:
         return loss
 
     def forward_backward(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """A micro-batch; its loss, summed."""
+        """Forward and backward of a micro-batch. Returns the sum of its losses."""
         with autocast(self.device, self.dtype):
             loss: Tensor = self.model(ids, targets)
         loss.backward()

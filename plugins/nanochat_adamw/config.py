@@ -9,6 +9,8 @@ from nanochat_core import above, at_least, between, option
 
 @attrs.frozen
 class AdamWConfig:
+    """Options of ``adamw``."""
+
     lr: float = option(2e-3, "learning rate", validator=at_least(0))
     embedding_lr: float | Literal["auto"] = option(
         "auto", 'learning rate of the embedding; "auto": lr', validator=at_least(0)
@@ -16,7 +18,7 @@ class AdamWConfig:
     unembedding_lr: float | Literal["auto"] = option(
         "auto", 'learning rate of the head; "auto": lr', validator=at_least(0)
     )
-    weight_decay: float = option(0.1, "decoupled decay, on matrices and head", validator=at_least(0))
-    beta1: float = option(0.9, "decay of the first moment", validator=between(0, 1))
-    beta2: float = option(0.95, "decay of the second moment", validator=between(0, 1))
-    eps: float = option(1e-8, "added to the root of the second moment", validator=above(0))
+    weight_decay: float = option(0.1, "decoupled weight decay of matrices and head", validator=at_least(0))
+    beta1: float = option(0.9, "decay rate of the first moment", validator=between(0, 1))
+    beta2: float = option(0.95, "decay rate of the second moment", validator=between(0, 1))
+    eps: float = option(1e-8, "added to the square root of the second moment", validator=above(0))

@@ -1,4 +1,4 @@
-"""torch's AdamW, its groups made by role."""
+"""AdamW of torch, with one parameter group per learning rate and decay."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from nanochat_core import OptimizerContext, TorchOptimizer, base_role
 
 
 def build(config: AdamWConfig, context: OptimizerContext) -> TorchOptimizer:
-    """The factory. It goes by base roles; what it doesn't know is a matrix when it has two dimensions or more."""
+    """Build AdamW with learning rates and decays by base role.
+
+    A parameter of an unknown role decays like a matrix when it has two dimensions or more.
+    """
     lrs = {"embedding": config.embedding_lr, "head": config.unembedding_lr}
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in context.parameters.items():

@@ -1,4 +1,4 @@
-"""What this plugin offers."""
+"""Registers the optimizer ``adamw``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Aim: one Aim run, found again when the run is resumed."""
+"""The logger ``aim``: one Aim run, continued when the run is resumed."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ from nanochat_core import Logger, LoggerContext, metrics_and_texts
 
 
 class Aim(Logger):
-    """Metrics and texts under their names, at the step of the record. Aim keeps one value a step: a step that is told
-    again replaces what was there. ``aim_run.json`` in the run's directory remembers the Aim run of each repository."""
+    """Logger of metrics and texts under their names, at the step of the record.
+
+    Aim keeps one value per step: a step that is logged again replaces the earlier value. ``aim_run.json`` in the run's
+    directory records the Aim run of each repository.
+    """
 
     rewinds: ClassVar[bool] = True
 
@@ -26,21 +29,23 @@ class Aim(Logger):
         self.repo = config.repo or str(context.directory.parents[1])
         if not Repo.is_remote_path(self.repo) and not Repo.exists(self.repo):
             Repo.from_path(self.repo, init=True)
-        memory = context.directory / "aim_run.json"
-        known: dict[str, str] = json.loads(memory.read_text(encoding="utf-8")) if memory.exists() else {}
+        record_file = context.directory / "aim_run.json"
+        known: dict[str, str] = json.loads(record_file.read_text(encoding="utf-8")) if record_file.exists() else {}
         run: Any = Run(
             known.get(self.repo),
             repo=self.repo,
             experiment=context.project,
-            force_resume=self.repo in known,  # the lock may be that of a machine that has died
+            force_resume=self.repo in known,  # the lock may be left from a machine that has crashed
             system_tracking_interval=10 if config.system_metrics and context.live else None,
             capture_terminal_logs=False,
         )
         self.run = run
         if config.system_metrics and context.live:
-            with contextlib.suppress(Exception):  # of the training process, not this one; Aim has no option for that
+            with contextlib.suppress(
+                Exception
+            ):  # metrics of the training process, not of this one; Aim has no option for it
                 run._system_resource_tracker._process = psutil.Process(os.getppid())
-        memory.write_text(json.dumps({**known, self.repo: run.hash}) + "\n", encoding="utf-8")
+        record_file.write_text(json.dumps({**known, self.repo: run.hash}) + "\n", encoding="utf-8")
         run.name = f"{context.name} {context.id}"
         seed = context.experiment.get("train", {}).get("seed")
         for tag in {*context.tags, *([] if seed is None else [f"seed-{seed}"])} - set(run.tags):
@@ -48,7 +53,7 @@ class Aim(Logger):
         run["run"] = {"name": context.name, "id": context.id, "group": context.group, "status": "running"}
         for table, values in context.experiment.items():
             run["experiment", table] = values
-        context.report(f"run {run.hash} in {self.repo}; look at it with: aim up --repo {self.repo}")
+        context.report(f"run {run.hash} in {self.repo}; show it with: aim up --repo {self.repo}")
 
     def log(self, record: Mapping[str, float | str]) -> None:
         step = int(record["step"])
@@ -69,7 +74,7 @@ class Aim(Logger):
         repo, name = self.run.repo, self.run.hash
         self.run.close()
         if not Repo.is_remote_path(self.repo):
-            # Readers see what is in the index; without a web server nobody else would put it there.
+            # Readers use the index; without a web server nothing else would add the run to it.
             with contextlib.suppress(Exception):
                 from aim.sdk.index_manager import RepoIndexManager
 

@@ -8,7 +8,7 @@ import attrs
 from nanochat_core import at_least, option
 
 
-def _is_there(_: Any, attribute: Any, value: Path) -> None:
+def _exists(_: Any, attribute: Any, value: Path) -> None:
     if not value.exists():
         raise ValueError(f"{value} does not exist")
 
@@ -16,28 +16,30 @@ def _is_there(_: Any, attribute: Any, value: Path) -> None:
 def _different_names(_: Any, attribute: Any, value: tuple["TextSet", ...]) -> None:
     names = [each.name for each in value]
     if len({*names, "val", "train"}) < len(names) + 2:
-        raise ValueError(f"need names of their own, other than val and train, not {', '.join(names)}")
+        raise ValueError(f"must have different names, none of them val or train, not {', '.join(names)}")
 
 
 @attrs.frozen
 class TextSet:
-    """Texts besides the run's own."""
+    """A set of texts other than the run's own data."""
 
     name: str = option(help="the metric is named <name>/bpb")
     path: Path = option(
         help="a .txt file (one document), a directory of them, a .jsonl or .parquet file with texts in `text`",
-        validator=_is_there,
+        validator=_exists,
     )
 
 
 @attrs.frozen
 class BpbConfig:
+    """Options of ``bpb``."""
+
     eval_tokens: int = option(
-        20 * 524288, "how many tokens of each set to look at; fewer if it has fewer", validator=at_least(1)
+        20 * 524288, "tokens to evaluate of each split and set; fewer where it has fewer", validator=at_least(1)
     )
     split: Literal["val", "train", "both", "none"] = option(
-        "val", "which of the run's documents; the metric is named <split>/bpb"
+        "val", "split of the run's data to evaluate; the metric is named <split>/bpb"
     )
     sets: tuple[TextSet, ...] = option(
-        (), 'other texts, as in sets = [{name = "code", path = "code.jsonl"}]', validator=_different_names
+        (), 'other texts to evaluate, as in sets = [{name = "code", path = "code.jsonl"}]', validator=_different_names
     )

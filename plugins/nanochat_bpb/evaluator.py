@@ -1,4 +1,4 @@
-"""Bits per byte."""
+"""The evaluator ``bpb``: bits per byte."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from nanochat_core import Batch, DataError, Evaluation, Evaluator, EvaluatorCont
 
 
 class BitsPerByte(Evaluator):
-    """Nats of the targets / (ln 2 x bytes of the targets).
+    """Bits per byte: cross-entropy of the targets in nats / (ln 2 x bytes of the targets).
 
-    Special tokens and ignored targets have no bytes and count neither nats nor bytes.
+    Special tokens and ignored targets have no bytes; their cross-entropy does not count.
     """
 
     def __init__(self, config: BpbConfig, context: EvaluatorContext) -> None:
@@ -27,10 +27,10 @@ class BitsPerByte(Evaluator):
         self._tokens: dict[str, Tokens] = {}
 
     def evaluate(self, model: Model, step: int) -> Evaluation:
-        """Metrics ``val/bpb``, ``train/bpb``, ``<set>/bpb``; ``.../bpb_partial`` when time ran out on the way.
+        """Measure ``val/bpb``, ``train/bpb`` and ``<set>/bpb``; a metric that time ran out for is ``.../bpb_partial``.
 
         Raises:
-            DataError: when no rank has a single byte to predict.
+            DataError: when a split or set has no byte to predict on any rank, or a set can't be read.
         """
         splits = {"both": ("val", "train"), "none": ()}.get(self.config.split, (self.config.split,))
         metrics: dict[str, float] = {}
@@ -43,7 +43,7 @@ class BitsPerByte(Evaluator):
         return Evaluation(metrics)
 
     def _measure(self, model: Model, name: str, batches: Iterator[Batch]) -> dict[str, float]:
-        nats: list[Tensor] = []  # one number a batch, left on the device so that nothing waits inside the loop
+        nats: list[Tensor] = []  # one number per batch, left on the device so that the loop does not wait for it
         n_bytes: list[Tensor] = []
         stopped = False
         for batch in batches:
@@ -60,9 +60,9 @@ class BitsPerByte(Evaluator):
             return {}
         if total_bytes == 0:
             if name not in ("val", "train"):
-                raise DataError(f"the set {name} has not a single byte to predict: give it more text", key="sets")
+                raise DataError(f"the set {name} has no byte to predict: give it more text", key="sets")
             raise DataError(
-                f"the {name} split has not a single byte to predict: give the data source documents for it, or pick "
+                f"the {name} split has no byte to predict: give the data source documents for it, or choose "
                 f"the other split",
                 key="split",
             )

@@ -1,4 +1,4 @@
-"""Rows of a set of texts that is no split of the run's data."""
+"""Tokens and rows of a set of texts other than the run's own data."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 from nanochat_bpb.config import TextSet
 from nanochat_core import IGNORED, Batch, DataError, EvaluatorContext, Tokens
 
-AT_ONCE = 64  # documents tokenized together
+DOCUMENTS_PER_BATCH = 64  # documents tokenized together
 
 
 def documents(path: Path) -> Iterator[str]:
     """Texts of a set, in the order of their files.
 
     Raises:
-        DataError: naming the file, when it can't be read.
+        DataError: when a file can't be read, naming it.
     """
     files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
     for file in files:
@@ -35,11 +35,15 @@ def documents(path: Path) -> Iterator[str]:
             else:
                 yield file.read_text(encoding="utf-8")
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{file} can't be read: {error!r}", key="sets") from error
+            raise DataError(f"{file} can't be read ({error!r}): correct or remove it", key="sets") from error
 
 
 def tokens_of(chosen: TextSet, context: EvaluatorContext, limit: int) -> Tokens:
-    """The first ``limit`` tokens and one more: documents laid end to end, each led by bos."""
+    """The first ``limit`` + 1 tokens of a set, int32: documents one after the other, each led by bos.
+
+    Raises:
+        DataError: when a file can't be read, or there is no text.
+    """
     parts: list[Tokens] = []
     count = 0
     pending: list[str] = []
@@ -52,20 +56,22 @@ def tokens_of(chosen: TextSet, context: EvaluatorContext, limit: int) -> Tokens:
 
     for text in documents(chosen.path):
         pending.append(text)
-        if len(pending) == AT_ONCE:
+        if len(pending) == DOCUMENTS_PER_BATCH:
             count += encode()
             if count > limit:
                 break
     if pending:
         encode()
     if not parts:
-        raise DataError(f"there is no text in {chosen.path}", key="sets")
+        raise DataError(f"there is no text in {chosen.path}: set the path to files with text", key="sets")
     return np.concatenate(parts)[: limit + 1].astype(np.int32)
 
 
 def rows_of(tokens: Tokens, context: EvaluatorContext) -> Iterator[Batch]:
-    """This rank's share as batches of [device_batch_size, max_seq_len], filled up with ``IGNORED``. Each token but the
-    first is a target once."""
+    """This rank's rows as batches of ids and targets, each int64 [device_batch_size, max_seq_len].
+
+    Over all ranks, each token but the first is a target once. Rows are padded with the target ``IGNORED``.
+    """
     B, T, world = context.device_batch_size, context.max_seq_len, context.world
     count = -(-(len(tokens) - 1) // T)
     mine = range(world.rank, count, world.size)

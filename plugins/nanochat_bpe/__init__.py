@@ -1,1 +1,1 @@
-"""Byte-level BPE: rustbpe trains, tiktoken encodes."""
+"""Tokenizer ``bpe``: byte-level BPE, trained with rustbpe; tiktoken encodes."""

@@ -1,6 +1,6 @@
 """The tokenizer ``bpe``: words by a split pattern, then byte-pair merges inside each word.
 
-Two lone halves of a surrogate pair can't be written in UTF-8: text is read as if they were U+FFFD.
+Unpaired surrogates can't be written in UTF-8: each is read as U+FFFD.
 """
 
 from __future__ import annotations
@@ -37,15 +37,16 @@ MERGES = "merges.tiktoken"
 
 
 class BPETokenizer(TableTokenizer):
-    """Byte-level BPE.
+    """A byte-level BPE tokenizer.
 
     Args:
         pattern: regular expression whose matches are encoded one by one.
         tokens: bytes of the ordinary tokens by id, the 256 single bytes first; special tokens follow them.
-        encoder: library that encodes; see ``BPEConfig``.
+        encoder: library that encodes; both give the same tokens.
 
     Raises:
-        ConfigError: when the pattern is no regular expression, or leaves out text.
+        ConfigError: when the pattern is not a regular expression or some text does not match it; when gigatoken is the
+            encoder and isn't installed or doesn't support the pattern.
     """
 
     format = "nanochat-bpe-1"
@@ -60,7 +61,9 @@ class BPETokenizer(TableTokenizer):
         try:
             self._encodings.get()
         except ValueError as error:
-            raise ConfigError(f"no regular expression that tiktoken knows: {error}", key="pattern") from error
+            raise ConfigError(
+                f"it is not a regular expression that tiktoken can use: {error}", key="pattern"
+            ) from error
         self._encode_piece: Callable[[str], Tokens] = self._by_tiktoken
         if encoder == "gigatoken":
             from nanochat_bpe.fast import make_encoder
@@ -69,7 +72,7 @@ class BPETokenizer(TableTokenizer):
         if not self.keeps_text():
             raise ConfigError(
                 "some characters match no part of it and would be lost; "
-                r"end it with alternatives such as |\s+|. that take whatever is left",
+                r"end it with alternatives that match any character, such as |\s+|.",
                 key="pattern",
             )
 
@@ -104,26 +107,26 @@ def _training_text(documents: Iterable[str], config: BPEConfig) -> Iterator[str]
     for document in documents:
         text = document[: min(config.doc_cap, left)]
         left -= len(text)
-        yield from cut_long_runs(well_formed(text))  # rustbpe refuses surrogates
+        yield from cut_long_runs(well_formed(text))  # rustbpe does not accept surrogates
         if left <= 0:
             return
 
 
 def train(documents: Iterable[str], config: BPEConfig) -> BPETokenizer:
-    """Learn merges. The same documents give the same tokenizer, whatever the number of threads.
+    """Train a tokenizer. The same documents give the same merges, for any number of threads.
 
     Raises:
-        ConfigError: when the pattern is no regular expression.
+        ConfigError: when the pattern is not a regular expression or some text does not match it.
         DataError: when the documents are too few for ``vocab_size`` tokens.
     """
     trainer = rustbpe.Tokenizer()
-    wanted = config.vocab_size - len(SPECIAL_TOKENS)  # at least 256: below, rustbpe panics
+    size = config.vocab_size - len(SPECIAL_TOKENS)  # at least 256: rustbpe panics below that
     _check_pattern(config.pattern)
-    trainer.train_from_iterator(_training_text(documents, config), wanted, pattern=config.pattern)
+    trainer.train_from_iterator(_training_text(documents, config), size, pattern=config.pattern)
     tokens = [bytes(token) for token, _ in sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])]
-    if len(tokens) < wanted:
+    if len(tokens) < size:
         raise DataError(
-            f"{config.vocab_size} are too many: the training documents yield only {len(tokens) - BYTES} merges; "
+            f"{config.vocab_size} tokens are too many: the training documents give only {len(tokens) - BYTES} merges; "
             f"set it to {len(tokens) + len(SPECIAL_TOKENS)} or less, or give more data",
             key="vocab_size",
         )
@@ -131,15 +134,15 @@ def train(documents: Iterable[str], config: BPEConfig) -> BPETokenizer:
 
 
 def _check_pattern(pattern: str) -> None:
-    """Try the pattern on no text at all, so that its errors aren't mixed up with those of the documents."""
+    """Check the pattern on an empty text, so that its errors are not taken for errors of the documents."""
     try:
         rustbpe.Tokenizer().train_from_iterator(iter(()), BYTES, pattern=pattern)
     except ValueError as error:
-        raise ConfigError(f"no regular expression that rustbpe knows: {error}", key="pattern") from error
+        raise ConfigError(f"it is not a regular expression that rustbpe can use: {error}", key="pattern") from error
 
 
 def load(directory: Path, encoder: Encoder = "tiktoken") -> BPETokenizer:
-    """Read what ``save`` wrote.
+    """Load a tokenizer from a directory that ``save`` wrote.
 
     Raises:
         CheckpointError: when a file is missing or damaged.
@@ -154,19 +157,20 @@ def load(directory: Path, encoder: Encoder = "tiktoken") -> BPETokenizer:
 
 
 def build(config: BPEConfig, context: TokenizerContext) -> BPETokenizer:
-    """The saved tokenizer if there is one, else a freshly trained one.
+    """Load the saved tokenizer if there is one; otherwise train one.
 
     Raises:
-        CheckpointError: when the saved one is damaged, or isn't what the config asks for.
-        ConfigError, DataError: see ``train``.
+        CheckpointError: when the saved tokenizer is damaged, or differs from the config.
+        ConfigError: when the pattern is not a regular expression or some text does not match it.
+        DataError: when the documents are too few for ``vocab_size`` tokens.
     """
     if context.saved is None:
         return train(context.documents(), config)
     tokenizer = load(context.saved, config.encoder)
-    for name, found in (("vocab_size", tokenizer.vocab_size), ("pattern", tokenizer._pattern)):
-        if found != getattr(config, name):
+    for name, saved in (("vocab_size", tokenizer.vocab_size), ("pattern", tokenizer._pattern)):
+        if saved != getattr(config, name):
             raise CheckpointError(
-                f"it is {getattr(config, name)!r}, but the tokenizer in {context.saved} has {found!r}; "
+                f"it is {getattr(config, name)!r}, but the tokenizer in {context.saved} has {saved!r}; "
                 f"set it to that, or start a new run",
                 key=name,
             )

@@ -1,1 +1,1 @@
-"""Bytes as tokens."""
+"""Tokenizer ``bytes``: bytes as tokens."""

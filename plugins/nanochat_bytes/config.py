@@ -5,4 +5,4 @@ import attrs
 
 @attrs.frozen
 class BytesConfig:
-    """Nothing to choose: always 265 tokens."""
+    """Options of ``bytes``: there are none; it always has 265 tokens."""

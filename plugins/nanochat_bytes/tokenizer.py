@@ -1,6 +1,6 @@
-"""The tokenizer ``bytes``: a token is a byte of the text's UTF-8.
+"""The tokenizer ``bytes``: each token is a byte of the text's UTF-8.
 
-Two lone halves of a surrogate pair can't be written in UTF-8: text is read as if they were U+FFFD.
+Unpaired surrogates can't be written in UTF-8: each is read as U+FFFD.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BYTES = 256
 
 
 class ByteTokenizer(TableTokenizer):
-    """Token i below 256 is the byte i; the special tokens follow."""
+    """A tokenizer whose token i below 256 is the byte i; the special tokens follow."""
 
     format = "nanochat-bytes-1"
 
@@ -45,10 +45,10 @@ class ByteTokenizer(TableTokenizer):
 
 
 def build(config: BytesConfig, context: TokenizerContext) -> ByteTokenizer:
-    """The tokenizer.
+    """Build the tokenizer.
 
     Raises:
-        CheckpointError: when ``context.saved`` holds another tokenizer.
+        CheckpointError: when ``context.saved`` holds a different tokenizer.
     """
     if context.saved is not None:
         return load_table_tokenizer(ByteTokenizer, context.saved, lambda _: ByteTokenizer())

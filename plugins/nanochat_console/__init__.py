@@ -1,1 +1,1 @@
-"""Logger ``console``: one line a step, and a progress bar on a terminal."""
+"""Logger ``console``: one line per step, and a progress bar on a terminal."""

@@ -9,5 +9,7 @@ from nanochat_core import at_least, option
 
 @attrs.frozen
 class ConsoleConfig:
-    log_every: int = option(1, "print the line of every so many steps; the last one always", validator=at_least(1))
+    """Options of ``console``."""
+
+    log_every: int = option(1, "steps between printed lines; the last step is always printed", validator=at_least(1))
     progress: bool | Literal["auto"] = option("auto", "show a progress bar; auto: on a terminal, not in a pipe")

@@ -1,4 +1,4 @@
-"""What the lines look like: ledger records to text, and nothing else."""
+"""Formatting of ledger records as lines of text."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PARTS: tuple[tuple[str, Callable[[float], str]], ...] = (
 
 
 def step_line(step: int, num_iterations: int, values: Mapping[str, float]) -> str:
-    """The line of one optimizer step. A value that is missing is left out.
+    """Format the line of one optimizer step. Missing values are left out.
 
     Args:
         step: optimizer steps done before this one.
@@ -37,7 +37,7 @@ def step_line(step: int, num_iterations: int, values: Mapping[str, float]) -> st
 
 
 def evaluation_lines(record: Record) -> Iterator[str]:
-    """Lines of a record that is not of an optimizer step: metrics first, then texts, indented."""
+    """Format a record that is not one of an optimizer step: metrics first, then texts, indented."""
     step = f"Step {int(record['step']):05d}"
     numbers, texts = metrics_and_texts(record)
     tasks = []
@@ -58,7 +58,7 @@ def evaluation_lines(record: Record) -> Iterator[str]:
         if before != group or not before:
             yield f"{step} | {before or last}:"
             group = before
-        # A model's text may hold control codes: on a terminal they would do more than show.
+        # A model's text may hold control codes, which a terminal would execute.
         shown = "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
         yield textwrap.indent(shown.rstrip(), "    ")
 

@@ -1,4 +1,4 @@
-"""Prints ledger records."""
+"""The logger ``console``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SMOOTHING = 0.9
 
 
 class Console(Logger):
-    """Lines on stdout, each flushed, and a progress bar on stderr besides when someone is there to watch it."""
+    """A logger that prints ledger records to stdout, each line flushed, and a progress bar to stderr on a terminal."""
 
     def __init__(self, config: ConsoleConfig, context: LoggerContext) -> None:
         self.log_every = config.log_every
@@ -27,8 +27,8 @@ class Console(Logger):
         self.step_times: deque[float] = deque(maxlen=20)
         self.loss_sum = self.loss_weight = 0.0  # of the moving average
         self.bar: Any = None
-        watched = sys.stdout.isatty() and sys.stderr.isatty()
-        if watched if config.progress == "auto" else config.progress:
+        on_terminal = sys.stdout.isatty() and sys.stderr.isatty()
+        if on_terminal if config.progress == "auto" else config.progress:
             self.bar = tqdm(
                 total=context.num_iterations, initial=context.start_step, unit="step", dynamic_ncols=True, leave=False
             )
@@ -49,7 +49,7 @@ class Console(Logger):
         done = step + 1
         values["train/loss"] = values.get("train/loss_ema", self._smooth(values["train/loss"]))
         if "train/dt" in values:
-            # The median of the last steps: the first ones, which compile, and those after an evaluation don't count.
+            # The median of the last steps is not affected by steps that compile or follow an evaluation.
             self.step_times.append(values["train/dt"])
             values["eta"] = (self.num_iterations - done) * statistics.median(self.step_times)
         if self.bar is not None:
@@ -59,7 +59,7 @@ class Console(Logger):
             self._print(step_line(step, self.num_iterations, values))
 
     def _smooth(self, loss: float) -> float:
-        """Moving average without the bias of its start at zero, for records that bring none."""
+        """Moving average of the loss, corrected for its start at zero, for records that have none."""
         if math.isfinite(loss):
             self.loss_sum = _SMOOTHING * self.loss_sum + (1 - _SMOOTHING) * loss
             self.loss_weight = _SMOOTHING * self.loss_weight + (1 - _SMOOTHING)
@@ -67,7 +67,7 @@ class Console(Logger):
 
     def _print(self, line: str) -> None:
         encoding = sys.stdout.encoding or "utf-8"
-        line = line.encode(encoding, errors="replace").decode(encoding)  # a pipe may know ASCII only
+        line = line.encode(encoding, errors="replace").decode(encoding)  # a pipe may accept ASCII only
         if self.bar is not None:
             tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()

@@ -17,6 +17,6 @@ def nanochat_register_loggers(registry: Registrar) -> None:
         "console",
         config=ConsoleConfig,
         factory="nanochat_console.logger:Console",
-        summary="one line a step, and a progress bar on a terminal",
+        summary="one line per step, and a progress bar on a terminal",
         in_process=True,
     )

@@ -1,1 +1,1 @@
-"""Logger ``csv``: a table that spreadsheets and pandas read."""
+"""Logger ``csv``: tables that spreadsheets and pandas read."""

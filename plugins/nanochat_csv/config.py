@@ -9,6 +9,8 @@ from nanochat_core import option
 
 @attrs.frozen
 class CSVConfig:
+    """Options of ``csv``."""
+
     directory: Path | None = option(
-        None, "write to <directory>/<run name>/<run id>; absent: to csv/ in the run's directory"
+        None, "write to <directory>/<run name>/<run id>; default: csv/ in the run's directory"
     )

@@ -1,4 +1,4 @@
-"""Comma-separated values, in long form: a line a metric and step, so that new metrics need no new columns."""
+"""The logger ``csv``: tables in long form, one line per metric and step, so that new metrics need no new columns."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _HEADER = ("step", "time", "name", "value")
 
 
 class CSV(Logger):
-    """``metrics.csv`` and ``texts.csv`` with the columns step, time (seconds since the epoch), name, value; and
-    ``run.json``: what the run is, and its status."""
+    """A logger that writes ``metrics.csv`` and ``texts.csv``, with the columns step, time (seconds since the epoch),
+    name and value, and ``run.json``, which describes the run and has its status."""
 
     rewinds: ClassVar[bool] = True
 
@@ -58,7 +58,7 @@ class CSV(Logger):
 
 
 def _rewound(path: Path, start_step: int) -> Path:
-    """The file without what it says of steps from ``start_step`` on, and without a last line that was cut short."""
+    """Remove the steps from ``start_step`` on, and a last line that was cut short, from a file. Returns its path."""
     rows: list[list[str]] = []
     if path.exists():
         with path.open(newline="", encoding="utf-8") as file:
@@ -66,4 +66,4 @@ def _rewound(path: Path, start_step: int) -> Path:
     new = path.with_suffix(".new")
     with new.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([_HEADER, *rows])
-    return new.replace(path)  # at once: who is ended in between keeps the old one
+    return new.replace(path)  # atomic: a process that is killed before it keeps the old file

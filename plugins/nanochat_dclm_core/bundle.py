@@ -1,4 +1,4 @@
-"""The bundle: ``core.yaml``, ``eval_meta_data.csv`` and examples, from a directory, a zip, or the network."""
+"""The evaluation bundle: ``core.yaml``, ``eval_meta_data.csv`` and examples, from a directory, a zip or the network."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ CORE_TASKS = (
     "boolq", "bigbench_language_identification",
 )  # fmt: skip
 
-# Baselines (percent) that differ between what has been published. "nanochat" is what the figures that are published
-# for nanochat's models were centred with, found from them; "dclm-v2" stands in DCLM's eval_meta_data.csv.
+# Baselines (percent) that differ between published versions. "nanochat" centered the published figures of nanochat's
+# models, from which its values were computed; "dclm-v2" is in DCLM's eval_meta_data.csv.
 VERSIONS: Mapping[str, Mapping[str, float]] = {
     "nanochat": {"commonsense_qa": 20.0, "agi_eval_lsat_ar": 20.0, "bigbench_language_identification": 9.1},
     "dclm-v2": {"commonsense_qa": 40.3, "agi_eval_lsat_ar": 25.0, "bigbench_language_identification": 25.0},
@@ -50,9 +50,12 @@ class Task:
     """One task of ``core.yaml``.
 
     Args:
-        shots: examples in front of each question.
-        delimiter: stands between a question and its answer.
-        baseline: accuracy of a guess, in percent.
+        label: name of the task.
+        file: path of its examples in ``eval_data/``.
+        type: kind of its questions.
+        shots: number of solved examples in front of each question.
+        delimiter: text between a question and its answer.
+        baseline: accuracy of guessing, in percent.
     """
 
     label: str
@@ -68,9 +71,11 @@ class Bundle:
     """A bundle whose ``core.yaml`` and baselines have been read.
 
     Args:
-        read: gives the bytes of a file by its path inside the bundle.
+        source: its directory or zip file, for messages.
+        read: returns the bytes of a file by its path inside the bundle.
+        tasks: in the order of ``core.yaml``.
         baselines_version: a key of ``VERSIONS``, or "unknown".
-        digest: of ``core.yaml`` and the baselines.
+        digest: sha256 of ``core.yaml`` and the baselines.
     """
 
     source: str
@@ -80,7 +85,7 @@ class Bundle:
     digest: str
 
     def missing(self) -> list[str]:
-        """Tasks of CORE that it hasn't."""
+        """Labels of the tasks of CORE that are not in the bundle."""
         here = {task.label for task in self.tasks}
         return [label for label in CORE_TASKS if label not in here]
 
@@ -88,11 +93,11 @@ class Bundle:
         """The task's examples, and the sha256 of their file.
 
         Raises:
-            DataError: naming file and line of what isn't an example of the task's type.
+            DataError: when a line isn't an example of the task's type, naming file and line; when there are too few.
         """
         name = f"eval_data/{task.file}"
         data = self.read(name)
-        found = []
+        examples = []
         for number, line in enumerate(data.decode("utf-8").splitlines() if b"\r" in data else _lines(data), start=1):
             if not line.strip():
                 continue
@@ -100,17 +105,18 @@ class Bundle:
             try:
                 example = json.loads(line)
             except ValueError as error:
-                raise DataError(f"{where}: no JSON ({error}): get the bundle again", key="bundle") from error
+                raise DataError(f"{where}: not JSON ({error}): get the bundle again", key="bundle") from error
             _check_example(task, example, where)
-            found.append(example)
-        if len(found) <= task.shots:
-            message = f"{self.source}/{name}: {len(found)} examples are too few for {task.shots} shots"
+            examples.append(example)
+        if len(examples) <= task.shots:
+            message = f"{self.source}/{name}: {len(examples)} examples are too few for {task.shots} shots"
+            message += ": get the bundle again"
             raise DataError(message, key="bundle")
-        return found, hashlib.sha256(data).hexdigest()
+        return examples, hashlib.sha256(data).hexdigest()
 
 
 def _lines(data: bytes) -> list[str]:
-    """Not splitlines: it knows ends of lines that JSON doesn't."""
+    """Lines that end with a newline. (``splitlines`` also splits at characters that JSON strings may hold.)"""
     return data.decode("utf-8").split("\n")
 
 
@@ -129,10 +135,15 @@ def _check_example(task: Task, example: Any, where: str) -> None:
 
 
 def open_bundle(path: Path | None, cache: Path, url: str = URL) -> Bundle:
-    """The bundle at ``path``; without a path the public one.
+    """Open the bundle at ``path``, or the public one when ``path`` is None.
+
+    Args:
+        path: a directory or a zip file.
+        cache: directory of the public bundle, which is downloaded once.
+        url: address of the public bundle.
 
     Raises:
-        DataError: when it can't be read or downloaded, and what to do.
+        DataError: when it can't be read or downloaded.
     """
     return _from_path(path if path is not None else download(cache, url))
 
@@ -142,15 +153,15 @@ def _from_path(path: Path) -> Bundle:
         root = path if (path / CONFIG).is_file() else path / "eval_bundle"
         return _parse(str(root), _file_reader(root))
     if not path.is_file():
-        raise DataError(f"{path} is neither a directory nor a zip file", key="bundle")
+        raise DataError(f"{path} is neither a directory nor a zip file: set it to one of them", key="bundle")
     try:
         with zipfile.ZipFile(path) as archive:
-            found = [name for name in archive.namelist() if name.rpartition("/")[2] == CONFIG]
+            configs = [name for name in archive.namelist() if name.rpartition("/")[2] == CONFIG]
     except (OSError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} is no readable zip file ({error})", key="bundle") from error
-    if not found:
-        raise DataError(f"there is no {CONFIG} in {path}", key="bundle")
-    return _parse(str(path), _zip_reader(path, min(found, key=len).removesuffix(CONFIG)))
+        raise DataError(f"{path} is not a readable zip file ({error}): get it again", key="bundle") from error
+    if not configs:
+        raise DataError(f"there is no {CONFIG} in {path}: set it to an evaluation bundle", key="bundle")
+    return _parse(str(path), _zip_reader(path, min(configs, key=len).removesuffix(CONFIG)))
 
 
 def _file_reader(root: Path) -> Callable[[str], bytes]:
@@ -159,8 +170,8 @@ def _file_reader(root: Path) -> Callable[[str], bytes]:
             return (root / name).read_bytes()
         except OSError as error:
             raise DataError(
-                f"{root / name} can't be read ({error.strerror}): give the directory that holds {CONFIG}, or leave "
-                f"tasks without data out with the option tasks",
+                f"{root / name} can't be read ({error.strerror}): set it to the directory that holds {CONFIG}, or "
+                f"name only tasks with data in the option tasks",
                 key="bundle",
             ) from error
 
@@ -197,7 +208,7 @@ def _parse(source: str, read: Callable[[str], bytes]) -> Bundle:
 def _task(entry: Mapping[str, Any], baselines: Mapping[str, float]) -> Task:
     label = entry["label"]
     if entry["icl_task_type"] not in get_args(TaskType):
-        raise ValueError(f"{label}: icl_task_type {entry['icl_task_type']!r} is none of {', '.join(KEYS)}")
+        raise ValueError(f"{label}: icl_task_type {entry['icl_task_type']!r} is not one of {', '.join(KEYS)}")
     if label not in baselines:
         raise ValueError(f"{label} has no random baseline in {BASELINES}")
     shots = entry["num_fewshot"]
@@ -212,7 +223,7 @@ def _task(entry: Mapping[str, Any], baselines: Mapping[str, float]) -> Task:
 
 
 def baselines_version(baselines: Mapping[str, float]) -> str:
-    """Which published set of baselines these are."""
+    """Name of the published version that has these baselines; "unknown" if none has."""
     for name, values in VERSIONS.items():
         if all(baselines.get(label) == value for label, value in values.items()):
             return name
@@ -223,11 +234,13 @@ def baselines_version(baselines: Mapping[str, float]) -> str:
 
 
 def download(cache: Path, url: str = URL) -> Path:
-    """The bundle's zip in ``cache``, fetched if it isn't there yet. It appears whole, after each of its files has been
-    read and compared with its checksum; of processes that want it at the same time one fetches, the others wait.
+    """Return the path of the bundle's zip in ``cache``, after downloading it if it is absent.
+
+    The file appears once it is complete and each file in it matches its checksum. When several processes need it, one
+    downloads it and the others wait.
 
     Raises:
-        DataError: when it can't be fetched, or arrives damaged.
+        DataError: when it can't be downloaded, or is damaged.
     """
     target = cache / "eval_bundle.zip"
     if target.is_file():
@@ -255,11 +268,11 @@ def _fetch(url: str, partial: Path) -> None:
                     file.write(piece)
                     bar.update(len(piece))
             if size and file.tell() != size:
-                raise OSError(f"{file.tell():,} of {size:,} bytes arrived")
+                raise OSError(f"{file.tell():,} of {size:,} bytes received")
     except OSError as error:
         raise DataError(
-            f"the evaluation bundle can't be fetched from {url} ({error}): run it again, or fetch it elsewhere and set "
-            f"this to the zip file or its directory",
+            f"the evaluation bundle can't be downloaded from {url} ({error}): run the command again, or download it "
+            f"elsewhere and set this option to the zip file or its directory",
             key="bundle",
         ) from error
 
@@ -270,9 +283,9 @@ def _verify(path: Path, url: str) -> None:
             damaged = archive.testzip()
             names = archive.namelist()
     except (OSError, zipfile.BadZipFile, EOFError, zlib.error) as error:
-        message = f"the evaluation bundle from {url} is no sound zip file ({error}): run it again"
+        message = f"the evaluation bundle from {url} is not a valid zip file ({error}): run the command again"
         raise DataError(message, key="bundle") from error
     if damaged is not None:
-        raise DataError(f"the evaluation bundle arrived damaged ({damaged}): run it again", key="bundle")
+        raise DataError(f"the downloaded evaluation bundle is damaged ({damaged}): run the command again", key="bundle")
     if not any(name.rpartition("/")[2] == CONFIG for name in names):
-        raise DataError(f"what {url} sent has no {CONFIG}: set it to a bundle of your own", key="bundle")
+        raise DataError(f"the file at {url} has no {CONFIG}: set this option to a bundle of your own", key="bundle")

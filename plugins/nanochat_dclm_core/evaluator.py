@@ -1,4 +1,4 @@
-"""The evaluator: tasks of a bundle, scored one task after the other."""
+"""The evaluator ``core``: tasks of a bundle, scored one after the other."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from nanochat_dclm_core.config import CoreConfig
 from nanochat_dclm_core.partial import PartialResults, weights_digest
 from nanochat_dclm_core.prompts import chosen_examples, prompts, shots, spans
 
-SCORING = 1  # another number: partial results of earlier versions are not taken over
-UNLIMITED = 10  # training lengths: rotary positions carry about so far
-MAX_KEPT_TOKENS = 2**25  # tokens kept from one evaluation to the next, 128 MiB
+SCORING = 1  # version of the scoring; partial results of other versions are not used
+UNLIMITED = 10  # training lengths: rotary positions work to about this length
+MAX_KEPT_TOKENS = 2**25  # tokens kept between evaluations, 128 MiB
 CLOSE_MARGIN = 1e-4
 
 
@@ -41,8 +41,9 @@ class Question:
 
     Args:
         key: hash of its texts.
+        spans: tokens to score, one span per choice; one span for language modeling.
         gold: index of the right choice; 0 for language modeling.
-        cropped: the end of a longer prompt.
+        cropped: whether the beginning of a prompt was cut off.
     """
 
     key: str
@@ -52,8 +53,11 @@ class Question:
 
 
 class Core(Evaluator):
-    """Metrics ``core/<task>`` (centered), and ``core_metric``, their mean, when all 22 tasks of CORE were evaluated in
-    full length; any other mean is ``core/partial_mean``."""
+    """Evaluator of the CORE metric.
+
+    Metrics are ``core/<task>`` (centered) and their mean: ``core_metric`` when all 22 tasks of CORE were evaluated,
+    otherwise ``core/partial_mean``.
+    """
 
     def __init__(self, config: CoreConfig, context: EvaluatorContext) -> None:
         self.config, self.context = config, context
@@ -63,15 +67,15 @@ class Core(Evaluator):
         self._digests: dict[str, str] = {}
 
     def evaluate(self, model: Model, step: int) -> Evaluation:
-        """See the class.
+        """Evaluate the chosen tasks, without those that an interrupted evaluation of the same weights has finished.
 
         Raises:
             DataError: when the bundle can't be read or downloaded.
-            ConfigError: when ``tasks`` names one that isn't there.
+            ConfigError: when ``tasks`` names a task that is not in the bundle.
         """
         world = self.context.world
         if self._bundle is None:
-            world.on_main(self._see_to_bundle)
+            world.on_main(self._check_bundle)
             self._bundle = open_bundle(self.config.bundle, cache_dir())
         if model.max_positions is not None and model.max_positions < self.max_len:
             self.max_len = model.max_positions
@@ -97,19 +101,19 @@ class Core(Evaluator):
             partial.remove()
         return self._report(tasks, examples, close, unfinished)
 
-    def _see_to_bundle(self) -> None:
-        """One rank downloads it, and says what is wrong with it."""
+    def _check_bundle(self) -> None:
+        """Download the bundle if necessary and check it, on one rank."""
         open_bundle(self.config.bundle, cache_dir())
 
     def _chosen(self, bundle: Bundle) -> list[Task]:
         known = {task.label: task for task in bundle.tasks}
         unknown = [label for label in self.config.tasks if label not in known]
         if unknown:
-            raise ConfigError(f"{', '.join(unknown)} not in the bundle; it has {', '.join(known)}", key="tasks")
+            raise ConfigError(f"{', '.join(unknown)} not in the bundle; its tasks are {', '.join(known)}", key="tasks")
         return [task for task in bundle.tasks if not self.config.tasks or task.label in self.config.tasks]
 
     def _facts(self, model: Model, step: int) -> dict[str, Any]:
-        """What partial results depend on."""
+        """Everything that partial results depend on."""
         assert self._bundle is not None
         return {
             "scoring": SCORING,
@@ -124,9 +128,9 @@ class Core(Evaluator):
     # -- one task
 
     def _score(self, model: Model, task: Task, title: str) -> list[dict[str, Any]] | None:
-        """Rows of a task's examples, None when time ran out."""
+        """Rows of a task's examples; None when time ran out."""
         if task.label not in self._questions and self.context.world.sum([self.context.time_left() <= 0])[0]:
-            return None  # nobody prepares what nobody will score
+            return None  # it would not be scored, so it is not prepared
         questions = self._prepare(task)
         is_text = task.type == "language_modeling"
         scores = score_spans(
@@ -165,7 +169,7 @@ class Core(Evaluator):
         return rows
 
     def _prepare(self, task: Task) -> list[Question]:
-        """The task's questions as tokens; kept for the next evaluation while they are few."""
+        """The task's questions as tokens, kept for the next evaluation while all together are few."""
         known = self._questions.get(task.label)
         if known is not None:
             return known
@@ -178,9 +182,9 @@ class Core(Evaluator):
             texts = prompts(task, example, shots(examples, index, task.shots))
             whole = spans(task.type, texts, self.context.tokenizer)
             cropped = any(len(span.ids) > self.max_len for span in whole)
-            found = [cropped_span(span.ids, span.start, self.max_len) for span in whole]
+            cropped_spans = [cropped_span(span.ids, span.start, self.max_len) for span in whole]
             key = hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()[:16]
-            questions.append(Question(key, found, example.get("gold", 0), cropped))
+            questions.append(Question(key, cropped_spans, example.get("gold", 0), cropped))
         kept = sum(len(s.ids) for qs in (*self._questions.values(), questions) for q in qs for s in q.spans)
         if kept <= MAX_KEPT_TOKENS:
             self._questions[task.label] = questions
@@ -191,7 +195,7 @@ class Core(Evaluator):
     def _report(
         self, tasks: Sequence[Task], rows: list[dict[str, Any]], close: Mapping[str, int], unfinished: list[str]
     ) -> Evaluation:
-        """What was found, of the rows of all tasks that were finished."""
+        """Build the evaluation from the rows of all finished tasks."""
         by_task: dict[str, list[dict[str, Any]]] = {}
         for row in rows:
             by_task.setdefault(row["task"], []).append(row)
@@ -241,33 +245,37 @@ class Core(Evaluator):
             missing = facts["missing_tasks"]
             notes.append(f"{len(missing)} of CORE's 22 tasks are not in the bundle: {', '.join(missing)}")
         if facts["left_out_tasks"]:
-            notes.append(f"left out by the option tasks: {', '.join(facts['left_out_tasks'])}")
+            notes.append(f"tasks that the option tasks does not name: {', '.join(facts['left_out_tasks'])}")
         if facts["unfinished_tasks"]:
             notes.append(f"time_budget ended before: {', '.join(facts['unfinished_tasks'])}")
         if facts["missing_tasks"] or facts["left_out_tasks"] or facts["unfinished_tasks"]:
-            notes.append("core/partial_mean is a mean over some of the tasks, not CORE, and compares with nothing else")
+            notes.append(
+                "core/partial_mean is a mean over some tasks: don't compare it with CORE or means of other tasks"
+            )
         close, cropped = sum(facts["close"].values()), sum(facts["cropped"].values())
         if close:
-            notes.append(f"{close} examples were decided by less than {CLOSE_MARGIN:g}: another machine may differ")
+            notes.append(
+                f"{close} examples were decided by less than {CLOSE_MARGIN:g}: results on other machines may differ"
+            )
         if cropped:
-            notes.append(f"{cropped} prompts were longer than {self.max_len} tokens; their end was used")
+            notes.append(f"{cropped} prompts were longer than {self.max_len} tokens; only their end was used")
         notes.append(f"random baselines: {facts['baselines']}")
         return tuple(notes)
 
 
 def centered(accuracy: float, baseline: float) -> float:
-    """0 for guessing, 1 for always right. ``baseline`` in percent."""
+    """Accuracy in [0, 1], rescaled to 0 for guessing and 1 for always right. ``baseline`` is in percent."""
     return (accuracy - 0.01 * baseline) / (1.0 - 0.01 * baseline)
 
 
 def aggregate(scores: Mapping[str, float]) -> tuple[str, float]:
-    """The metric that the mean of centered accuracies is, and its value."""
+    """Name and value of the mean of centered accuracies: ``core_metric`` for all 22 tasks of CORE."""
     name = "core_metric" if set(scores) == set(CORE_TASKS) else "core/partial_mean"
     return name, sum(scores.values()) / len(scores) if scores else math.nan
 
 
 def table(accuracies: Mapping[str, float], scores: Mapping[str, float]) -> str:
-    """Rows ``Task, Accuracy, Centered`` as CSV, the mean last."""
+    """CSV with the columns Task, Accuracy and Centered, and the mean in the last row."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["Task", "Accuracy", "Centered"])

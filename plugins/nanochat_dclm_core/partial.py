@@ -1,4 +1,4 @@
-"""Results of finished tasks, kept on disk until all are done, so that an interruption costs one task."""
+"""Results of finished tasks, kept on disk until all tasks are done, so that an interruption costs at most one task."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ import torch
 from nanochat_core import Model
 
 FILE = "core_partial.jsonl"
-SAMPLES = 256  # elements of each parameter that are looked at
+SAMPLES = 256  # elements of each parameter that are hashed
 
 
 class PartialResults:
-    """A file with a line of facts that the results depend on, and a line for each finished task. Rank 0 only.
+    """A file with one line of facts that the results depend on, and one line per finished task; for rank 0 only.
 
     Args:
-        directory: where the file is; None keeps nothing.
+        directory: directory of the file; None keeps nothing.
+        facts: results are used again only while these are equal.
     """
 
     def __init__(self, directory: Path | None, facts: dict[str, Any]) -> None:
@@ -28,20 +29,20 @@ class PartialResults:
         self._facts = json.dumps(facts, sort_keys=True)
 
     def read(self) -> dict[str, list[dict[str, Any]]]:
-        """Rows by task. A file with other facts is of no use and is removed."""
+        """Rows by task. A file with different facts is removed."""
         if self._file is None or not self._file.is_file():
             return {}
         lines = self._file.read_text(encoding="utf-8").split("\n")
         if lines[0] != self._facts:
             self._file.unlink()
             return {}
-        found = {}
-        for line in lines[1:-1]:  # what follows the last end of line is empty, or was cut off
+        rows = {}
+        for line in lines[1:-1]:  # the text after the last newline is empty, or was cut off
             task = json.loads(line)
-            found[task["task"]] = task["rows"]
+            rows[task["task"]] = task["rows"]
         if lines[-1]:
             self._file.write_text("\n".join(lines[:-1]) + "\n", encoding="utf-8")
-        return found
+        return rows
 
     def write(self, task: str, rows: list[dict[str, Any]]) -> None:
         if self._file is None:
@@ -55,12 +56,12 @@ class PartialResults:
     def remove(self) -> None:
         if self._file is not None:
             self._file.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # not there, or not empty
+            with contextlib.suppress(OSError):  # absent, or not empty
                 self._file.parent.rmdir()
 
 
 def weights_digest(model: Model) -> str:
-    """Hash of some elements of every parameter: a step of training changes all of them."""
+    """Hash of some elements of every parameter. (A training step changes all of them.)"""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         flat = parameter.detach().flatten()

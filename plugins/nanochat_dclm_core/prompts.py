@@ -1,4 +1,4 @@
-"""Examples of a task to texts, and texts to spans of tokens."""
+"""Conversion of a task's examples to texts, and of texts to spans of tokens."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from nanochat_dclm_core.bundle import Task, TaskType
 
 
 def chosen_examples(examples: Sequence[dict[str, Any]], limit: int | Literal["all"]) -> list[dict[str, Any]]:
-    """The examples shuffled as everybody shuffles them, then cut."""
+    """The first ``limit`` examples after the shuffle (seed 1337) that published CORE results use."""
     shuffled = list(examples)
     random.Random(1337).shuffle(shuffled)
     return shuffled if limit == "all" else shuffled[:limit]
 
 
 def shots(examples: Sequence[dict[str, Any]], index: int, count: int) -> list[dict[str, Any]]:
-    """Examples that stand in front of the one at ``index``: fewer where there are no more others."""
+    """``count`` solved examples for the one at ``index``; fewer when there are fewer others."""
     others = [i for i in range(len(examples)) if i != index]
     return [examples[i] for i in random.Random(1234 + index).sample(others, min(count, len(others)))]
 
 
 def prompts(task: Task, example: dict[str, Any], before: Sequence[dict[str, Any]]) -> list[str]:
-    """Texts of an example: one a choice; for language modeling without the continuation, and with it."""
+    """Texts of an example, one per choice; for language modeling one without the continuation and one with it."""
     head = "".join(_solved(task, shot) + "\n\n" for shot in before)
     match task.type:
         case "multiple_choice":
@@ -50,12 +50,12 @@ def _solved(task: Task, example: dict[str, Any]) -> str:
 
 
 def spans(kind: TaskType, texts: Sequence[str], tokenizer: Tokenizer) -> list[Span]:
-    """What has to be scored to answer: a span for each choice, or the one continuation."""
+    """Spans to score: one per choice, or for language modeling the continuation."""
     if kind != "language_modeling":
         return choice_spans(tokenizer, texts, "prefix" if kind == "multiple_choice" else "suffix")
     without, whole = tokenizer.encode_documents(texts)
-    # The tokens of the prompt, as far as the whole begins with them: a tokenizer may join prompt and continuation.
-    # Should nothing be left (an empty continuation), the last token is scored.
+    # The span starts after the common tokens of both texts: a tokenizer may merge prompt and continuation. With an
+    # empty continuation the last token is scored.
     return [Span(whole, max(1, min(_common(without, whole), len(whole) - 1)))]
 
 

@@ -1,7 +1,7 @@
-"""Causal attention, over everything before or over a window, by the fastest backend that is right.
+"""Causal attention over all earlier tokens or over a window, by the fastest backend that is correct.
 
-Heads come first in all shapes: H query heads (K key and value heads), B sequences, T positions, S keys, C size of a
-head.
+Heads come first in all shapes: H query heads (K key and value heads), B sequences, T positions, S keys, C the
+size of a head.
 """
 
 from __future__ import annotations
@@ -24,36 +24,36 @@ Backend = Literal["matrix", "sdpa", "flex", "flash3"]
 
 
 def choose_backend(
-    wanted: str, device: torch.device, dtype: torch.dtype, length: int, window: int | None
+    requested: str, device: torch.device, dtype: torch.dtype, length: int, window: int | None
 ) -> tuple[Backend, str]:
-    """What computes attention over training rows, and why.
+    """Choose the backend for attention over training rows. Returns it with the reason.
 
     Args:
-        wanted: the option; "auto" for the fastest that is right.
+        requested: value of the option; "auto" chooses the fastest backend that is correct.
         dtype: of queries, keys and values.
-        length: tokens of a row.
-        window: how far back a token sees; None for all the way.
+        length: tokens per row.
+        window: number of earlier tokens that a token attends to; None: all.
     """
-    if wanted in ("matrix", "sdpa", "flex", "flash3"):
-        return wanted, "as asked"  # type: ignore[return-value]
+    if requested in ("matrix", "sdpa", "flex", "flash3"):
+        return requested, "as requested"  # type: ignore[return-value]
     kind = device_type(device)
     if kind == "cuda":
         if not flash3_problem(device, dtype):
             return "flash3", "FlashAttention-3; unverified: it never ran on a GPU"
         if window is not None:
-            return "flex", "FlexAttention skips what lies outside the window; unverified: it never ran on a GPU"
+            return "flex", "FlexAttention skips blocks outside the window; unverified: it never ran on a GPU"
         return "sdpa", "cuDNN or FlashAttention-2 through torch"
     if kind == "cpu":
         # Forward and backward on 2 cores, 8,192 tokens of 2 heads of 128: flash 11 ms against 4 at T = 256 in
         # bfloat16, 31 against 17 at T = 512, 36 against 35 at T = 1024.
         longest = 256 if dtype.itemsize > 2 else 512
         if length <= longest:
-            return "matrix", f"all T x T scores at once, faster up to T = {longest} in {str(dtype)[6:]}"
+            return "matrix", f"all T x T scores at once, fastest up to T = {longest} in {str(dtype)[6:]}"
     return "sdpa", "torch's scaled_dot_product_attention"
 
 
 def flash3_problem(device: torch.device, dtype: torch.dtype) -> str:
-    """Why FlashAttention-3 can't be used, or an empty string."""
+    """Reason why FlashAttention-3 can't be used; empty when it can."""
     if cuda_capability(device)[0] != 9:
         return "it needs a Hopper GPU"
     if dtype not in (torch.bfloat16, torch.float16):
@@ -64,13 +64,14 @@ def flash3_problem(device: torch.device, dtype: torch.dtype) -> str:
 
 
 class Masking(NamedTuple):
-    """Who sees whom in one layer of a forward pass.
+    """The attention mask of one layer in one forward pass.
 
     Args:
-        window: how far back a token sees, None where that is all the way.
-        first: the first key that any of the queries sees.
-        mask: for matrix and sdpa what is added to the scores, [T, S] (None: plainly causal, or everything); for flex
-            its block mask.
+        backend: computes the attention.
+        window: number of earlier tokens that a token attends to; None: all.
+        first: position of the first key that any query attends to.
+        mask: for matrix and sdpa a tensor [T, S] that is added to the scores (None: causal for T > 1, none for T = 1);
+            for flex its block mask.
     """
 
     backend: Backend
@@ -80,18 +81,21 @@ class Masking(NamedTuple):
 
 
 def make_masking(
-    wanted: str, window: int | None, T: int, start: int, training: bool, dtype: torch.dtype, device: torch.device
+    requested: str, window: int | None, T: int, start: int, training: bool, dtype: torch.dtype, device: torch.device
 ) -> Masking:
-    """Masking of T queries that follow ``start`` cached positions."""
+    """Build the mask of T queries that follow ``start`` cached positions.
+
+    Without ``training`` the backend is sdpa, or flash3 if it is chosen and no positions are cached.
+    """
     if window is not None and start + T - 1 <= window:
         window = None
-    backend, _ = choose_backend(wanted, device, dtype, T, window)
+    backend, _ = choose_backend(requested, device, dtype, T, window)
     if not training and (start or backend != "flash3"):
-        backend = "sdpa"  # whatever the shapes
+        backend = "sdpa"  # for any shapes
     first = 0 if window is None else max(0, start - window)
     mask: Any = None
     if device.type == "meta" and backend != "matrix":
-        pass  # only counted, see _planned
+        pass  # only memory is counted, see _planned
     elif backend == "flex":
         mask = _block_mask(T, window, device)
     elif backend == "matrix" or (backend == "sdpa" and T > 1 and (start or window is not None)):
@@ -121,7 +125,7 @@ def _block_mask(T: int, window: int | None, device: torch.device) -> Any:
 
 
 def attend(q_HBTC: Tensor, k_KBTC: Tensor, v_KBTC: Tensor, masking: Masking, cache: LayerCache | None = None) -> Tensor:
-    """Softmax attention of each position over itself and those before it that its layer sees: [H, B, T, C]."""
+    """Softmax attention of each position over itself and the earlier positions in its window: [H, B, T, C]."""
     if cache is not None:
         k_KBTC, v_KBTC = (x[:, :, masking.first :] for x in cache.extend(k_KBTC, v_KBTC))
     if masking.backend == "matrix":
@@ -149,7 +153,7 @@ def _flash3(q_HBTC: Tensor, k_KBTC: Tensor, v_KBTC: Tensor, window: int | None) 
     reach = (-1, -1) if window is None else (window, 0)
     exact = torch.are_deterministic_algorithms_enabled()
     y = flash_attn_func(q_BTHC, k_BTKC, v_BTKC, causal=True, window_size=reach, deterministic=exact)
-    y_BTHC: Tensor = y[0] if isinstance(y, tuple) else y  # older ones return the log-sum-exp too
+    y_BTHC: Tensor = y[0] if isinstance(y, tuple) else y  # older versions return the log-sum-exp too
     return y_BTHC.permute(2, 0, 1, 3)
 
 
@@ -161,15 +165,15 @@ def _compiled_flex() -> Callable[..., Tensor]:
 
 
 def _flex() -> Callable[..., Tensor]:
-    """FlexAttention is fast only when compiled; inside a compiled block it is so already."""
+    """FlexAttention, compiled unless it is called in a compiled block: only then it is fast."""
     from torch.nn.attention.flex_attention import flex_attention
 
     return flex_attention if torch.compiler.is_compiling() else _compiled_flex()  # type: ignore[return-value]
 
 
 def _planned(q_HBTC: Tensor, k_KBTC: Tensor, v_KBTC: Tensor) -> Tensor:
-    """Attention that only counts: it saves what flash attention saves. The meta device itself would choose the backend
-    that keeps every T x T matrix."""
+    """Attention on the meta device, for counting memory: it saves the tensors that flash attention saves. The meta
+    device itself would choose the backend that keeps every T x T matrix."""
     groups = len(q_HBTC) // len(k_KBTC)
     q, k, v = (x.transpose(0, 1) for x in (q_HBTC, k_KBTC.repeat(groups, 1, 1, 1), v_KBTC.repeat(groups, 1, 1, 1)))
     y: Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)[0]
@@ -186,7 +190,7 @@ def _whole_matrix(q_HBTC: Tensor, k_KBTC: Tensor, v_KBTC: Tensor, mask_TT: Tenso
 
 
 class _WholeMatrixAttention(torch.autograd.Function):
-    """Softmax of all T x T scores of a head at once; they are kept for the backward pass."""
+    """Attention that computes all T x T scores of a head at once and keeps them for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, q_GTC: Tensor, k_GTC: Tensor, v_GTC: Tensor, mask_TT: Tensor) -> Tensor:

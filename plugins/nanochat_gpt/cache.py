@@ -1,4 +1,7 @@
-"""What a GPT keeps of the tokens it has read, which makes sampling cheap. Shapes as in ``attention``."""
+"""The key-value cache of a GPT.
+
+Shapes: K key and value heads, B sequences, T positions, C the size of a head.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,13 @@ from nanochat_gpt.config import Shape
 
 
 class LayerCache:
-    """One layer's keys and values; positions up to ``start`` are filled."""
+    """Keys and values of one layer, [K, B, max tokens, C]; the first ``start`` positions are filled."""
 
     def __init__(self, k_KBTC: Tensor, v_KBTC: Tensor, start: int) -> None:
         self.k_KBTC, self.v_KBTC, self.start = k_KBTC, v_KBTC, start
 
     def extend(self, k_KBTC: Tensor, v_KBTC: Tensor) -> tuple[Tensor, Tensor]:
-        """Store a chunk; return all keys and values so far."""
+        """Store keys and values of the next positions. Returns all keys and values so far."""
         stop = self.start + k_KBTC.shape[2]
         self.k_KBTC[:, :, self.start : stop] = k_KBTC
         self.v_KBTC[:, :, self.start : stop] = v_KBTC
@@ -23,8 +26,10 @@ class LayerCache:
 
 
 class KVCache:
-    """Keys and values of a batch of sequences that grow together, and their tokens (smear looks one back).
-    ``length`` positions are filled; set it lower to forget the last ones."""
+    """Keys, values and tokens (smear uses the previous one) of a batch of sequences of equal length.
+
+    ``length`` positions are filled; lower it to discard the last ones.
+    """
 
     def __init__(
         self, layers: int, batch_size: int, shape: Shape, max_tokens: int, dtype: torch.dtype, device: torch.device
@@ -36,17 +41,17 @@ class KVCache:
         self.length = 0
 
     def append(self, ids_BT: Tensor) -> Tensor | None:
-        """Take in the next tokens, and make room for their keys and values. Call before ``length`` grows.
+        """Store the next tokens, int64 [B, T]. Call this before ``length`` is increased.
 
         Returns:
-            [B, 1] the token before them; None when they are the first.
+            The token before them, [B, 1]; None when they are the first.
 
         Raises:
-            IndexError: when they don't fit.
+            IndexError: when they exceed ``max_tokens``.
         """
         stop = self.length + ids_BT.shape[1]
         if stop > self.max_tokens:
-            raise IndexError(f"the cache holds {self.max_tokens} positions; {stop} were asked for")
+            raise IndexError(f"the cache holds {self.max_tokens} positions; {stop} were requested")
         self._ids_BT[:, self.length : stop] = ids_BT
         return self._ids_BT[:, self.length - 1 : self.length] if self.length else None
 

@@ -1,7 +1,7 @@
-"""Linear layers whose three products (forward, and two gradients) are computed in float8, each tensor with one scale.
+"""Linear layers whose three matrix products (forward and two gradients) are in float8, with one scale per tensor.
 
-Activations and weights are cast to e4m3, gradients that come from above to e5m2 (Micikevicius et al., FP8 formats for
-deep learning, arXiv:2209.05433): each divided by its largest magnitude over the largest number of the format.
+Activations and weights are cast to e4m3, incoming gradients to e5m2 (Micikevicius et al., FP8 formats for
+deep learning, arXiv:2209.05433): each is divided by its largest magnitude over the largest number of the format.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ FORWARD, BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
 
 
 def fp8_problem(device: torch.device) -> str:
-    """Why a device can't train with float8 products, or an empty string."""
+    """Reason why a device can't train with float8 products; empty when it can."""
     if device.type != "cuda":
         return f"it needs a Hopper or newer GPU, this is a {device.type.upper()} device"
     capability = cuda_capability(device)
@@ -28,24 +28,26 @@ def fp8_problem(device: torch.device) -> str:
 
 
 def fp8_linear(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """x W^T, computed in float8 with results in ``dtype``, and so are its gradients.
+    """x W^T in ``dtype``, computed in float8; its gradients are computed in float8 too.
 
     Args:
-        x: [..., I]; ``weight``: [O, I]; I, O and the number of rows of x are multiples of 16.
+        x: [..., I]; I and the number of rows are multiples of 16.
+        weight: [O, I]; O is a multiple of 16.
+        dtype: of the result and of the gradient of x.
     """
     y: Tensor = _Fp8Linear.apply(x.to(dtype).flatten(0, -2), weight.to(dtype))
     return y.view(*x.shape[:-1], len(weight))
 
 
 def quantize(x: Tensor, to: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x / scale in float8, and the scale, float32 (): the largest magnitude becomes the format's largest number."""
+    """x / scale in the format ``to``, and the scale, float32 (). The largest magnitude becomes the format's largest."""
     largest = torch.finfo(to).max
     scale = x.abs().amax().float().clamp_min(1e-12) / largest
     return (x.float() / scale).clamp(-largest, largest).to(to), scale
 
 
 def _product(a: tuple[Tensor, Tensor], b_transposed: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
-    """a b, with b given as its transpose: the hardware wants rows of a and columns of b to lie in one piece."""
+    """a b, with b given as its transpose: the hardware needs rows of a and columns of b contiguous in memory."""
     (x, scale_x), (y, scale_y) = a, b_transposed
     return torch._scaled_mm(x, y.t(), scale_a=scale_x, scale_b=scale_y, out_dtype=dtype)
 

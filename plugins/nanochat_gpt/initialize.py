@@ -1,4 +1,4 @@
-"""The weights a GPT begins with. What adds to the residual stream starts at zero."""
+"""Initial weights of a GPT. Matrices whose output is added to the residual stream start at zero."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Draw = Callable[[Tensor], object]
 
 @torch.no_grad()
 def initialize(model: nn.Module, config: GPTConfig) -> None:
-    """Draw every parameter from torch's default generator, in the model's order."""
+    """Initialize every parameter in the model's order, with torch's default generator."""
     kinds = _kinds(config)
     for name, parameter in model.named_parameters():
         kind = next(part for part in reversed(name.split(".")) if part in kinds)
@@ -23,7 +23,7 @@ def initialize(model: nn.Module, config: GPTConfig) -> None:
 
 
 def _kinds(config: GPTConfig) -> dict[str, Draw]:
-    """By the part of its name that says what a parameter is."""
+    """Initializers by the part of a parameter's name that identifies its kind."""
     modern = config.init == "modern"
     std = config.shape().width ** -0.5
     matrix = _uniform(std) if modern else _classic
@@ -65,5 +65,5 @@ def _small(weight: Tensor) -> None:
 
 
 def _line(first: float, last: float) -> Draw:
-    """From the first layer to the last."""
+    """Values that change linearly from the first layer to the last."""
     return lambda weight: weight.copy_(torch.linspace(first, last, len(weight)))

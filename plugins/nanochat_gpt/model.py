@@ -1,4 +1,7 @@
-"""The GPT. Shapes: B sequences, T positions, D width, H query heads, K key and value heads, C size of a head."""
+"""The model ``gpt``.
+
+Shapes: B sequences, T positions, D width, H query heads, K key and value heads, C size of a head.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +25,14 @@ from nanochat_gpt.ops import embed, linear, mix, mlp, rms_norm, rotary_tables, s
 
 
 class Pass(NamedTuple):
-    """What the blocks of one forward pass share.
+    """Inputs that all blocks of one forward pass share.
 
     Args:
         rotary: cosines and sines of the positions, each [T, C / 2].
         x0_BTD: the embedded tokens.
-        dtype: of the products; ``fp8``: whether they are computed in float8.
+        eps: added to the mean square in every RMSNorm.
+        dtype: of the matrix products.
+        fp8: whether the products are computed in float8.
     """
 
     rotary: tuple[Tensor, Tensor]
@@ -54,7 +59,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         B, T, _ = x_BTD.shape
         parts = (self.query, self.key, self.value)
-        weight = torch.cat([cast(part.weight, common.dtype) for part in parts])  # one product instead of three
+        weight = torch.cat([cast(part.weight, common.dtype) for part in parts])  # one matrix product, not three
         qkv_BTSC = linear(x_BTD, weight, common.dtype, common.fp8).view(B, T, -1, self.head_dim)
         q_HBTC, k_KBTC, v_KBTC = split_heads(
             qkv_BTSC, self.heads, self.kv_heads, *common.rotary, common.eps, self.qk_scale
@@ -94,9 +99,15 @@ class Block(nn.Module):
         masking: Masking,
         cache: LayerCache | None,
     ) -> Tensor:
-        """Args:
-        e_BTD: value embeddings of the tokens, with ``D`` of the key and value heads.
-        scalars: r and s of ``residual_scalars``, each ().
+        """Return the residual stream after the block, [B, T, D].
+
+        Args:
+            x_BTD: the residual stream.
+            e_BTD: value embeddings of the tokens, [B, T, K x C], if the layer has them.
+            scalars: r and s of ``residual_scalars``, each ().
+            common: inputs that all blocks share.
+            masking: attention mask of the layer.
+            cache: earlier keys and values of the layer, if any.
         """
         if scalars is not None:
             x_BTD = mix(x_BTD, common.x0_BTD, *scalars)
@@ -105,19 +116,19 @@ class Block(nn.Module):
 
 
 def no_autocast(device: torch.device) -> torch.autocast:
-    """The model casts by itself. (On the meta device, where models are planned, autocast does not exist.)"""
+    """A context without autocast: the model casts by itself. (The meta device, used for planning, has no autocast.)"""
     return torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False)
 
 
 class GPT(Model):
-    """See the options for what can vary.
+    """A decoder-only transformer, with the variants that its options describe.
 
-    Matrices are float32 and cast to ``dtype`` for their products (float64 serves tests). With bfloat16 the embeddings
+    Matrices are float32 and cast to ``dtype`` for their products (float64 is for tests). With bfloat16 the embeddings
     are stored in bfloat16, and the residual stream has their dtype.
 
     Args:
         config: the options.
-        context: where it will run; its vocabulary is the model's unless the options say another.
+        context: device, dtype, sequence length, and the vocabulary size that "auto" stands for.
     """
 
     def __init__(self, config: GPTConfig, context: ModelContext) -> None:
@@ -129,7 +140,7 @@ class GPT(Model):
         self.embedding = nn.Embedding(self.vocab_size, self.hidden_size)
         has_value = [config.has_value_embedding(layer) for layer in range(config.depth)]
         self.blocks = nn.ModuleList(Block(config, self.shape, value) for value in has_value)
-        # Rows padded to a multiple of 64 make the largest product fast; they take no part in the logits.
+        # Rows are padded to a multiple of 64, which makes the largest product fast; the logits leave them out.
         self.head = nn.Linear(self.hidden_size, math.ceil(self.vocab_size / 64) * 64, bias=False)
         kv_width = self.shape.kv_heads * self.shape.head_dim
         self.value_embeddings = nn.ModuleDict(
@@ -143,12 +154,12 @@ class GPT(Model):
             self.smear_factor = nn.Parameter(torch.empty(()))
         if config.backout:
             self.backout_factor = nn.Parameter(torch.empty(()))
-        initialize(self, config)  # in float32, so that one seed gives the same numbers whatever the dtype
+        initialize(self, config)  # in float32, so that a seed gives the same numbers for every dtype
         self.to(wide_dtype(self.dtype))
         if self.dtype == torch.bfloat16:
             self.embedding.to(self.dtype)
             self.value_embeddings.to(self.dtype)
-        # Tables for ten times the training length are kept, those beyond are computed when they are needed.
+        # Tables for ten times the training length are kept; later positions are computed when needed.
         cos_TC, sin_TC = self._rotary_tables(0, 10 * context.max_seq_len)
         self.register_buffer("cos_TC", cos_TC, persistent=False)
         self.register_buffer("sin_TC", sin_TC, persistent=False)
@@ -186,7 +197,7 @@ class GPT(Model):
             return rms_norm(x_BTD, self.config.norm_eps)
 
     def _embed(self, ids_BT: Tensor, before_B1: Tensor | None) -> Tensor:
-        """The normed embedding, smeared: what enters the first block."""
+        """Input of the first block: the normed and smeared embedding, [B, T, D]."""
         x_BTD = rms_norm(embed(ids_BT, self.embedding.weight), self.config.norm_eps)
         if not self.config.smear:
             return x_BTD
@@ -214,7 +225,7 @@ class GPT(Model):
     def _rotary(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         cos_TC, sin_TC = self.get_buffer("cos_TC"), self.get_buffer("sin_TC")
         if stop > len(cos_TC):
-            # The tables stay as they are: compiled training would be compiled anew when they grew.
+            # The tables don't grow: training would have to be compiled again.
             cos_TC, sin_TC = (t.to(cos_TC.device) for t in self._rotary_tables(start, stop))
             return cos_TC, sin_TC
         return cos_TC[start:stop], sin_TC[start:stop]
@@ -251,11 +262,10 @@ class GPT(Model):
         self._recompute = True
 
     def compile_training(self, backend: str = "inductor") -> None:
-        """Compile the block that training runs through: once for all that are alike, so that depth costs no compile
-        time.
+        """Compile the blocks for training: identical blocks once, so that compile time does not grow with depth.
 
         Evaluation and sampling, whose shapes vary, stay eager, and so do the embeddings, whose compiled gradients would
-        not repeat. The head is compiled on a GPU; on a CPU it is not faster so.
+        not be deterministic. The head is compiled on a GPU only; on a CPU that is not faster.
         """
         self._compiled_block = torch.compile(Block.forward, dynamic=False, backend=backend)
         self._compiled = True
@@ -274,15 +284,15 @@ class GPT(Model):
         return {n: "embedding.value" if n.startswith("value_embeddings.") else role for n, role in roles.items()}
 
     def flops_per_token(self, max_seq_len: int) -> float:
-        """6 a parameter of a matrix (forward 2, backward 4), and for attention 12 x heads x head size x tokens in sight
-        a layer. Embeddings and scalars count nothing."""
+        """FLOPs per token: 6 per parameter of a matrix (forward 2, backward 4), and for attention per layer 12 x heads
+        x head size x tokens in the window. Embeddings and scalars are not counted."""
         counts = self.parameter_counts()
-        in_sight = sum(min(w, max_seq_len) if w is not None else max_seq_len for w in self.windows)
-        attention = 12 * self.shape.heads * self.shape.head_dim * in_sight
+        attended = sum(min(w, max_seq_len) if w is not None else max_seq_len for w in self.windows)
+        attention = 12 * self.shape.heads * self.shape.head_dim * attended
         return 6.0 * (counts["matrix"] + counts["head"]) + attention
 
     def reference_counts(self) -> Mapping[str, int]:
-        """Those of depth 12 with the same vocabulary and the heads that depth gives."""
+        """Parameter counts of the model of depth 12 with the same vocabulary and automatic heads."""
         config = attrs.evolve(self.config, depth=12, n_head="auto", n_kv_head="auto")
         with torch.device("meta"):
             return GPT(config, attrs.evolve(self.context, max_seq_len=1)).parameter_counts()
@@ -295,7 +305,9 @@ class GPT(Model):
             "vocab_size": Resolved(self.vocab_size, "the tokenizer's"),
         }
         if "S" in config.window_pattern:
-            found["window"] = Resolved(auto_window(length), f"max_seq_len {length} / 4, up to a multiple of 128")
+            found["window"] = Resolved(
+                auto_window(length), f"max_seq_len {length} / 4, rounded up to a multiple of 128"
+            )
         return {name: resolved for name, resolved in found.items() if getattr(config, name) == "auto"}
 
     def unsupported(self) -> Mapping[str, str]:
@@ -303,9 +315,9 @@ class GPT(Model):
         if self.config.fp8 and (problem := fp8_problem(device)):
             problems["fp8"] = f"{problem}: set it to false"
         if self.config.attention == "flash3" and (problem := flash3_problem(device, self.dtype)):
-            problems["attention"] = f'"flash3" is not to be had: {problem}; give "auto"'
+            problems["attention"] = f'"flash3" is not available: {problem}; set it to "auto"'
         if self.config.attention == "flex" and device.type != "cuda":
-            problems["attention"] = '"flex" trains on CUDA devices only: give "auto"'
+            problems["attention"] = '"flex" trains on CUDA devices only: set it to "auto"'
         return problems
 
     def describe(self) -> Mapping[str, str | int]:
@@ -324,13 +336,17 @@ class GPT(Model):
             layers = self.windows.count(window)
             seen = None if window is None or length - 1 <= window else window
             backend, why = choose_backend(self.config.attention, self.context.device, self.dtype, length, seen)
-            reach = f"{layers} of {len(self.windows)} layers see {window} tokens back: " if window is not None else ""
+            reach = (
+                f"{layers} of {len(self.windows)} layers attend to {window} earlier tokens: "
+                if window is not None
+                else ""
+            )
             lines.append(f"{reach}{backend} ({why})")
         return lines
 
 
 def build(config: GPTConfig, context: ModelContext) -> GPT:
-    """The factory.
+    """Build the model.
 
     Raises:
         ConfigError: when the vocabulary is smaller than the tokenizer's.
@@ -338,7 +354,7 @@ def build(config: GPTConfig, context: ModelContext) -> GPT:
     if config.vocab_size != "auto" and config.vocab_size < context.vocab_size:
         raise ConfigError(
             f"{config.vocab_size} is smaller than the tokenizer's {context.vocab_size}: "
-            f'give at least {context.vocab_size}, or "auto"',
+            f'set it to at least {context.vocab_size}, or to "auto"',
             key="vocab_size",
         )
     return GPT(config, context)

@@ -1,7 +1,7 @@
-"""The small pieces of a block.
+"""The operations of a block.
 
-Each has a plain formula, which a compiler fuses by itself, and an autograd function with few passes over memory, with
-which eager training on a CPU is as fast as compiled training. Rotations and mean squares are float32 in any dtype.
+Most have a plain formula, which a compiler fuses, and an autograd function with few passes over memory, which makes
+eager training on a CPU as fast as compiled training. Rotations and mean squares are float32 for every dtype.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from nanochat_gpt.fp8 import fp8_linear
 
 
 def linear(x: Tensor, weight: Tensor, dtype: torch.dtype, fp8: bool = False) -> Tensor:
-    """x W^T in ``dtype``; with ``fp8`` its products are float8."""
+    """x W^T in ``dtype``, with x [..., I] and W [O, I]; with ``fp8`` computed in float8."""
     return fp8_linear(x, weight, dtype) if fp8 else F.linear(x.to(dtype), cast(weight, dtype))
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def embed(ids_BT: Tensor, weight_VD: Tensor) -> Tensor:
-    """Rows of the embedding. Its gradient is summed in float32 and in one order (compiled, it would be atomic adds)."""
+    """Rows of the embedding, [B, T, D]. Its gradient is summed in float32 and in a fixed order (compiled code would use
+    atomic adds)."""
     if not (torch.is_grad_enabled() and weight_VD.requires_grad):
         return F.embedding(ids_BT, weight_VD)
     rows: Tensor = _Embed.apply(ids_BT, weight_VD)
@@ -55,7 +56,7 @@ def rms_norm(x: Tensor, eps: float) -> Tensor:
 
 
 class _RMSNorm(torch.autograd.Function):
-    """y = r x with r = (mean(x^2) + eps)^-1/2; dx = r (dy - y mean(y dy))."""
+    """RMSNorm: y = r x with r = (mean(x^2) + eps)^-1/2; dx = r (dy - y mean(y dy))."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
@@ -73,7 +74,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def mlp(x: Tensor, up: Tensor, down: Tensor, dtype: torch.dtype, fp8: bool = False) -> Tensor:
-    """relu(x U^T)^2 D^T."""
+    """relu(x U^T)^2 V^T in ``dtype``, with U [4 D, D] (up) and V [D, 4 D] (down); with ``fp8`` computed in float8."""
     if _by_hand() and not fp8:
         y: Tensor = _MLP.apply(x.to(dtype), cast(up, dtype), cast(down, dtype))
         return y
@@ -93,23 +94,23 @@ class _MLP(torch.autograd.Function):
         x, up, down, a = ctx.saved_tensors
         # d(a^2) = 2 a da: doubling the weights is exact and saves a pass over the activations.
         dup = (dy @ (2 * down)).mul_(a)
-        return dup @ up, _outer(dup, x), _outer(dy, a * a)  # a^2 again: cheaper than to keep it
+        return dup @ up, _outer(dup, x), _outer(dy, a * a)  # a^2 is recomputed: cheaper than keeping it
 
 
 def _outer(dy: Tensor, x: Tensor) -> Tensor:
-    """Gradient of a weight: sum over positions of dy x^T."""
+    """Gradient of a weight: the sum of dy x^T over positions."""
     return dy.flatten(0, -2).t() @ x.flatten(0, -2)
 
 
 def rotary_tables(start: int, stop: int, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of positions [start, stop), each float64 [stop - start, head_dim / 2]."""
+    """Cosines and sines of positions [start, stop), each float64 [stop - start, head_dim / 2]."""
     frequencies = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     angles = torch.outer(torch.arange(start, stop, dtype=torch.float64), frequencies)
     return angles.cos(), angles.sin()
 
 
 def rotate(x_BTHC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
-    """Turn each pair (x[c], x[c + C/2]) by its position's angle; in the dtype of the tables."""
+    """Rotate each pair (x[c], x[c + C/2]) by the angle of its position; the result has the dtype of the tables."""
     cos, sin = cos_TC[:, None], sin_TC[:, None]
     x1, x2 = x_BTHC.chunk(2, dim=-1)
     return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
@@ -118,14 +119,14 @@ def rotate(x_BTHC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
 def split_heads(
     qkv_BTSC: Tensor, heads: int, kv_heads: int, cos_TC: Tensor, sin_TC: Tensor, eps: float, scale: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values from one product; queries and keys rotated, RMS-normed over a head, then scaled.
+    """Split one product into queries, keys and values. Queries and keys are rotated, RMS-normed per head, and scaled.
 
     Args:
         qkv_BTSC: S = heads + 2 kv_heads heads of size C.
         scale: factor on queries and on keys.
 
     Returns:
-        [H, B, T, C], [K, B, T, C], [K, B, T, C]: each head's matrices lie in one piece.
+        Queries [H, B, T, C], keys and values [K, B, T, C]: the matrices of each head are contiguous.
     """
     if _by_hand():
         q_HBTC, k_KBTC, v_KBTC = _RotateNorm.apply(qkv_BTSC, heads, kv_heads, cos_TC, sin_TC, eps, scale)
@@ -137,7 +138,8 @@ def split_heads(
 
 
 class _RotateNorm(torch.autograd.Function):
-    """Rotation keeps lengths: normed and rotated in any order, and mean(y dy) is the same on both sides of it.
+    """Rotation and RMSNorm together. Rotation keeps lengths, so the order does not matter, and neither does it for
+    mean(y dy).
 
     With y = s r x and r the inverse root mean square: dx = s r (dy - y mean(y dy) / s^2).
     """
@@ -187,7 +189,7 @@ def _rotate_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 
 def mix(x: Tensor, x0: Tensor, r: Tensor, s: Tensor) -> Tensor:
-    """r x + s x0, with trained numbers r and s."""
+    """r x + s x0, with trained scalars r and s."""
     if _by_hand():
         y: Tensor = _Mix.apply(x, x0, r, s)
         return y
@@ -209,10 +211,12 @@ class _Mix(torch.autograd.Function):
 
 
 def smear(x_BTD: Tensor, before_B1D: Tensor | None, weight_1G: Tensor, factor: Tensor) -> Tensor:
-    """x_t + factor sigmoid(w . x_t[:G]) x_{t-1}.
+    """x_t + factor sigmoid(w . x_t[:G]) x_{t-1} for each position t: [B, T, D].
 
     Args:
-        before_B1D: what came before the first position; None when nothing did.
+        before_B1D: x before the first position; None: zeros.
+        weight_1G: w.
+        factor: a trained scalar.
     """
     gate_BT1 = factor * torch.sigmoid(F.linear(x_BTD[..., : weight_1G.shape[1]], weight_1G.to(x_BTD.dtype)))
     first_B1D = torch.zeros_like(x_BTD[:, :1]) if before_B1D is None else before_B1D

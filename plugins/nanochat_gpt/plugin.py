@@ -1,4 +1,4 @@
-"""What this plugin offers."""
+"""Registers the model ``gpt``."""
 
 from __future__ import annotations
 
@@ -17,5 +17,5 @@ def nanochat_register_models(registry: Registrar) -> None:
         "gpt",
         config=GPTConfig,
         factory="nanochat_gpt.model:build",
-        summary="GPT with rotary positions, QK norm, relu-squared MLP and untied head; one depth dial",
+        summary="GPT with rotary positions, QK norm, relu-squared MLP and untied head; size set by depth",
     )

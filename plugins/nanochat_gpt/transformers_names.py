@@ -1,7 +1,8 @@
-"""The classic model as ``NanoChatForCausalLM`` of transformers, and back: options and weights. Needs no transformers.
+"""Conversion of the classic model to ``NanoChatForCausalLM`` of transformers and back: options and weights.
 
-Its NanoChat (of transformers 5.0 and later) is the model of this plugin with classic options: same rotation, same order
-of rotation and norm, same softcap. Names differ, and our head has rows that fill it up to a multiple of 64.
+NanoChat of transformers 5.0 and later is the model of this plugin with classic options: the rotation, the order of
+rotation and norm, and the softcap are equal. Names differ, and our head is padded to a multiple of 64 rows. The library
+transformers is not needed.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from torch import Tensor
 from nanochat_core import ConfigError, Problem
 from nanochat_gpt.config import GPTConfig
 
-# Options that NanoChat has too, and options that do not change what trained weights compute.
+# Options that NanoChat has too, and options that do not change the results of trained weights.
 SHARED = frozenset(
     ("depth", "aspect_ratio", "head_dim", "n_head", "n_kv_head", "vocab_size", "softcap", "rope_base", "norm_eps")
 )
-NO_MATTER = frozenset(("width_rounding", "window", "init", "fp8", "attention"))
+IRRELEVANT = frozenset(("width_rounding", "window", "init", "fp8", "attention"))
 
-# Ours to theirs; both have no biases and no gains.
+# Our names to theirs; neither model has biases or gains.
 _OUTER = {"embedding.weight": "model.embed_tokens.weight", "head.weight": "lm_head.weight"}
 _INNER = {
     "attention.query": "self_attn.q_proj",
@@ -37,22 +38,23 @@ _INNER = {
 def to_nanochat_config(config: GPTConfig, vocab_size: int, max_seq_len: int) -> dict[str, Any]:
     """Arguments of ``NanoChatConfig`` for a model with ``config``.
 
-    The ids of special tokens are left out, except that no token is padding: the embedding of one would not be trained.
+    Ids of special tokens are left out, except that no token is padding: its embedding would not be trained.
 
     Args:
+        config: options of the model.
         vocab_size: of the model.
-        max_seq_len: T it was trained with; it works beyond.
+        max_seq_len: the T that it was trained with; longer texts work too.
 
     Raises:
-        ConfigError: when NanoChat can't express an option, naming all such.
+        ConfigError: when NanoChat can't express some options, with all of them.
     """
     problems = [
         Problem(
             f"model.{field.name}",
-            f"NanoChat of transformers can't express {getattr(config, field.name)!r}, only {field.default!r}",
+            f"NanoChat of transformers does not support {getattr(config, field.name)!r}, only {field.default!r}",
         )
         for field in attrs.fields(type(config))
-        if field.name not in SHARED | NO_MATTER and getattr(config, field.name) != field.default
+        if field.name not in SHARED | IRRELEVANT and getattr(config, field.name) != field.default
     ]
     if problems:
         raise ConfigError(problems)
@@ -77,13 +79,13 @@ def to_nanochat_config(config: GPTConfig, vocab_size: int, max_seq_len: int) -> 
 
 
 def from_nanochat_config(theirs: Mapping[str, Any]) -> GPTConfig:
-    """Our options for the model of a ``NanoChatConfig``.
+    """Options of ``gpt`` for the model of a ``NanoChatConfig``.
 
     Args:
-        theirs: its ``to_dict()``.
+        theirs: ``to_dict()`` of the config.
 
     Raises:
-        ConfigError: when ours can't express it, naming all keys that are in the way.
+        ConfigError: when ``gpt`` can't express it, with all keys that it does not support.
     """
     width, layers, heads = (theirs[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
     rope: Mapping[str, Any] = theirs.get("rope_parameters") or {}
@@ -96,19 +98,21 @@ def from_nanochat_config(theirs: Mapping[str, Any]) -> GPTConfig:
         "tie_word_embeddings": False,
     }
     problems = [
-        Problem(key, f"gpt can't express {theirs[key]!r}, only {value!r}")
+        Problem(key, f"gpt does not support {theirs[key]!r}, only {value!r}")
         for key, value in needed.items()
         if theirs.get(key) not in (None, value)
     ]
     if rope.get("rope_type", "default") != "default":
-        problems.append(Problem("rope_parameters", f'gpt can\'t express {rope["rope_type"]!r}, only "default"'))
+        problems.append(Problem("rope_parameters", f'gpt does not support {rope["rope_type"]!r}, only "default"'))
     if width % heads or (width // heads) % 2:
-        problems.append(Problem("hidden_size", f"gpt can't express {width}: {heads} heads need one even size"))
+        problems.append(
+            Problem("hidden_size", f"gpt does not support {width}: {heads} heads must have the same even size")
+        )
     if problems:
         raise ConfigError(problems)
     config = GPTConfig(
         depth=layers,
-        aspect_ratio=max(width // layers, 1),  # what is missing to the width comes from rounding up for the heads
+        aspect_ratio=max(width // layers, 1),  # rounding up for the heads gives the rest of the width
         head_dim=width // heads,
         n_head=heads,
         n_kv_head=theirs.get("num_key_value_heads") or heads,
@@ -118,21 +122,21 @@ def from_nanochat_config(theirs: Mapping[str, Any]) -> GPTConfig:
         norm_eps=theirs["rms_norm_eps"],
     )
     if config.shape().width != width:
-        message = f"gpt can't express {width} with {layers} layers and {heads} heads: no aspect_ratio gives it"
+        message = f"gpt does not support {width} with {layers} layers and {heads} heads: no aspect_ratio gives it"
         raise ConfigError([Problem("hidden_size", message)])
     return config
 
 
 def to_nanochat_weights(state: Mapping[str, Tensor], vocab_size: int) -> dict[str, Tensor]:
-    """Weights under the names of ``NanoChatForCausalLM``; the head [vocab_size, D] without the rows that fill it up.
-    Tensors are not copied."""
+    """Weights under the names of ``NanoChatForCausalLM``; the head [vocab_size, D] without its padding. Tensors are not
+    copied."""
     theirs = {_renamed(name, _OUTER, _INNER, "blocks.", "model.layers."): tensor for name, tensor in state.items()}
     theirs["lm_head.weight"] = theirs["lm_head.weight"][:vocab_size]
     return theirs
 
 
 def from_nanochat_weights(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of ``NanoChatForCausalLM`` under our names; zeros fill the head up. Other tensors are not copied."""
+    """Weights of ``NanoChatForCausalLM`` under our names, the head padded with zeros. Other tensors are not copied."""
     outer, inner = ({their: our for our, their in names.items()} for names in (_OUTER, _INNER))
     state = {_renamed(name, outer, inner, "model.layers.", "blocks."): tensor for name, tensor in theirs.items()}
     head_VD = state["head.weight"]
@@ -143,7 +147,7 @@ def from_nanochat_weights(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _renamed(name: str, outer: Mapping[str, str], inner: Mapping[str, str], before: str, after: str) -> str:
-    """``blocks.3.mlp.up.weight`` is ``model.layers.3.mlp.fc1.weight``, and the other way round.
+    """The other model's name of a parameter: ``blocks.3.mlp.up.weight`` is ``model.layers.3.mlp.fc1.weight``.
 
     Raises:
         ConfigError: for a name that has no counterpart.

@@ -1,1 +1,1 @@
-"""Model and tokenizer ``hf``: a causal language model of the library transformers, to be evaluated with our code."""
+"""Model and tokenizer ``hf``: a causal language model of the library transformers, for evaluation."""

@@ -7,6 +7,8 @@ from nanochat_core import option
 
 @attrs.frozen
 class HFConfig:
+    """Options of the model and of the tokenizer ``hf``."""
+
     path: str = option(help="a directory that transformers can load, or a name on the Hugging Face hub")
-    gguf_file: str | None = option(None, "file in it, when the weights are a GGUF")
-    revision: str | None = option(None, "branch, tag or commit of a hub name")
+    gguf_file: str | None = option(None, "GGUF file in it, if the weights are in one")
+    revision: str | None = option(None, "branch, tag or commit on the hub")

@@ -1,4 +1,4 @@
-"""A causal language model of transformers behind our interface."""
+"""The model ``hf``: a causal language model of transformers as a ``Model``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TOLERANCE = 1e-3
 
 
 class HFCache:
-    """transformers' cache; it can be set back where theirs can be cropped."""
+    """A key-value cache of transformers. ``length`` can be lowered if that cache can be cropped."""
 
     def __init__(self) -> None:
         self.theirs = transformers.DynamicCache()
@@ -29,14 +29,19 @@ class HFCache:
         surplus = self.length - length
         try:
             if surplus > 0:
-                self.theirs.crop(-surplus)  # what a positive number means differs between versions
+                self.theirs.crop(-surplus)  # the meaning of positive numbers differs between versions
         except Exception as error:
-            raise AttributeError(f"this cache can't be set back: {error}") from error
+            raise AttributeError(f"this cache can't be shortened: {error}") from error
 
 
 class HFModel(Model):
-    """Args:
-    theirs: its trunk and head are called apart when that gives its own logits; else its logits are our states.
+    """A causal language model of transformers.
+
+    Its base model gives the hidden states and its head the logits, if both together give the model's own logits;
+    otherwise the logits take the place of the hidden states.
+
+    Args:
+        theirs: the model of transformers.
     """
 
     def __init__(self, theirs: Any) -> None:
@@ -50,7 +55,7 @@ class HFModel(Model):
 
     @torch.no_grad()
     def _can_be_split(self) -> bool:
-        """Some models scale or cap their logits after the head."""
+        """Whether base model and head give the model's logits. (Some models scale or cap logits after the head.)"""
         ids_BT = torch.arange(8, device=self.theirs.device)[None] % self.vocab_size
         head = self.theirs.get_output_embeddings()
         ours = head(self.theirs.base_model(input_ids=ids_BT).last_hidden_state)
@@ -75,7 +80,7 @@ class HFModel(Model):
 
 
 def build(config: HFConfig, context: ModelContext) -> HFModel:
-    """The factory. Weights are float32; autocast computes in the dtype that is asked for.
+    """Load the model. Weights are float32; autocast computes in the run's dtype.
 
     Raises:
         ConfigError: when transformers can't load it.

@@ -1,4 +1,4 @@
-"""A tokenizer of transformers behind our interface, for evaluation: it is neither trained nor exact to the byte."""
+"""The tokenizer ``hf``: a tokenizer of transformers, for evaluation. It is neither trained nor exact to the byte."""
 
 from __future__ import annotations
 
@@ -16,13 +16,23 @@ from nanochat_hf.config import HFConfig
 
 
 class HFTokenizer(Tokenizer):
-    """bos is the tokenizer's own, or its eos where it has none."""
+    """A tokenizer of transformers. ``<|bos|>`` is its bos, or its eos if it has no bos.
+
+    Args:
+        theirs: the tokenizer of transformers.
+
+    Raises:
+        ConfigError: when it has neither bos nor eos.
+    """
 
     def __init__(self, theirs: Any) -> None:
         self._theirs = theirs
         bos = theirs.bos_token_id if theirs.bos_token_id is not None else theirs.eos_token_id
         if bos is None:
-            raise ConfigError("this tokenizer has neither bos nor eos to lead a text with", key="path")
+            raise ConfigError(
+                "this tokenizer has neither bos nor eos, one of which must precede a text; choose another model",
+                key="path",
+            )
         self._special = {str(theirs.convert_ids_to_tokens(i)): int(i) for i in theirs.all_special_ids}
         self._special["<|bos|>"] = int(bos)
         self._byte_level = any(name.startswith("\u0120") for name in theirs.get_vocab())
@@ -40,15 +50,15 @@ class HFTokenizer(Tokenizer):
         return ids
 
     def encode_documents(self, texts: Sequence[str]) -> list[Tokens]:
-        found = self._theirs(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        return [np.array([self.bos_id, *ids], dtype=np.int32) for ids in found]
+        batch = self._theirs(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return [np.array([self.bos_id, *ids], dtype=np.int32) for ids in batch]
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         text: str = self._theirs.decode(list(ids), clean_up_tokenization_spaces=False)
         return text.encode()
 
     def token_bytes(self) -> Tokens:
-        """Bytes of each token's text. A token that is a part of a character counts its byte-level spelling's length."""
+        """Number of bytes of each token's text, int32 [V]; 0 for special tokens."""
         special = set(self._special.values())
         pieces = self._theirs.convert_ids_to_tokens(list(range(self.vocab_size)))
         sizes = [0 if i in special or piece is None else self._size(piece) for i, piece in enumerate(pieces)]
@@ -59,7 +69,7 @@ class HFTokenizer(Tokenizer):
             return 1  # a byte of a sentencepiece tokenizer
         if "\u2581" in piece:
             return len(piece.replace("\u2581", " ").encode())
-        # Byte-level tokenizers write a character a byte; others the text itself.
+        # Byte-level tokenizers spell each byte as one character; others spell the text itself.
         return len(piece) if self._byte_level else len(piece.encode())
 
     def save(self, directory: Path) -> None:
@@ -72,7 +82,7 @@ class HFTokenizer(Tokenizer):
 
 
 def build(config: HFConfig, context: TokenizerContext) -> HFTokenizer:
-    """The factory.
+    """Load the tokenizer.
 
     Raises:
         ConfigError: when transformers can't load it.

@@ -1,1 +1,1 @@
-"""A tokenizer.json, read by the library tokenizers."""
+"""Tokenizer ``huggingface``: a tokenizer.json, read by the library tokenizers."""

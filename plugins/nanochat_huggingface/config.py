@@ -10,11 +10,11 @@ from nanochat_core import option
 
 def _is_file(_: Any, attribute: Any, value: Path) -> None:
     if not value.is_file():
-        raise ValueError(f"{value} is no file: give the path of a tokenizer.json")
+        raise ValueError(f"{value} is not a file: set it to a tokenizer.json")
 
 
 @attrs.frozen
 class HuggingFaceConfig:
-    """A byte-level tokenizer.json; text is never normalised, whatever the file says."""
+    """Options of ``huggingface``, a byte-level tokenizer.json. Text is never normalized, even if the file says so."""
 
-    path: Path = option(help="a tokenizer.json", validator=_is_file, on_resume="free")
+    path: Path = option(help="path of a tokenizer.json", validator=_is_file, on_resume="free")

@@ -1,8 +1,8 @@
-"""The tokenizer ``huggingface``: what a tokenizer.json says, exactly to the byte.
+"""The tokenizer ``huggingface``: a tokenizer.json, exact to the byte.
 
-Byte-level tokenizers only: those that spell every byte as one printable character (GPT-2's alphabet). What the file
-says of normalisation, leading spaces, templates, truncation and padding is dropped, so that text stays what it is.
-Two lone halves of a surrogate pair can't be written in UTF-8: text is read as if they were U+FFFD.
+Only byte-level tokenizers are supported: those that spell every byte as one printable character (GPT-2's alphabet). The
+file's normalization, leading spaces, templates, truncation and padding are removed, so that text is not changed.
+Unpaired surrogates can't be written in UTF-8: each is read as U+FFFD.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ CONTENT = "tokenizer.json"
 
 
 def _alphabet() -> dict[str, int]:
-    """GPT-2's alphabet: the character that stands for each byte. Printable bytes stand for themselves, the others
-    are counted from U+0100 on."""
+    """GPT-2's alphabet: bytes by the character that spells them. Printable bytes spell themselves; the others are
+    numbered from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
@@ -42,14 +42,14 @@ ALPHABET = _alphabet()
 
 
 class HuggingFaceTokenizer(TableTokenizer):
-    """A byte-level tokenizer of the library tokenizers. Its ids stay what they are; special tokens of ours follow
-    unless it has ``<|bos|>``.
+    """A byte-level tokenizer of the library tokenizers. It keeps its ids; our special tokens follow unless it has
+    ``<|bos|>``.
 
     Args:
-        content: of a tokenizer.json; see ``exact``.
+        content: content of a tokenizer.json that does not change text, as ``exact`` returns it.
 
     Raises:
-        ConfigError: when it isn't byte-level, or changes text.
+        ConfigError: when it is not byte-level, or changes text.
     """
 
     format = "nanochat-huggingface-1"
@@ -60,20 +60,20 @@ class HuggingFaceTokenizer(TableTokenizer):
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(content)
         except Exception as error:  # the library raises nothing more precise
-            raise ConfigError(f"no tokenizer.json that tokenizers can read: {error}", key="path") from error
-        self._tokenizer.encode_special_tokens = True  # their names in a text are text
+            raise ConfigError(f"tokenizers can't read this tokenizer.json: {error}", key="path") from error
+        self._tokenizer.encode_special_tokens = True  # names of special tokens in a text are ordinary text
         added = {t["content"]: t for t in json.loads(content).get("added_tokens", [])}
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         own = {name: i for name, i in vocabulary.items() if name in added and added[name]["special"]}
         plain = {name: i for name, i in vocabulary.items() if name not in own}
-        tokens = [b""] * (max(plain.values()) + 1)  # some ids may mean nothing
+        tokens = [b""] * (max(plain.values()) + 1)  # some ids may be unused
         for name, i in plain.items():
             tokens[i] = name.encode() if name in added else _spell(name)
         super().__init__(tokens, special_tokens_from(max(vocabulary.values()) + 1, own))
         if len({token for token in tokens if len(token) == 1}) < 256:
-            raise ConfigError("not all 256 bytes are among its tokens; is it byte-level?", key="path")
+            raise ConfigError("not all 256 bytes are among its tokens; use a byte-level tokenizer", key="path")
         if not self.keeps_text():
-            raise ConfigError("this tokenizer changes text, which can't be undone; use another", key="path")
+            raise ConfigError("this tokenizer changes text irreversibly; use another", key="path")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return HuggingFaceTokenizer, (self._content,)
@@ -91,7 +91,7 @@ class HuggingFaceTokenizer(TableTokenizer):
         return hashlib.sha256("\n".join((self.format, special, self._content)).encode()).hexdigest()
 
     def files(self) -> Mapping[str, bytes]:
-        """The tokenizer.json as it is used."""
+        """The tokenizer.json, by name."""
         return {CONTENT: self._content.encode()}
 
 
@@ -100,23 +100,23 @@ def _spell(name: str) -> bytes:
         return bytes(ALPHABET[character] for character in name)
     except KeyError:
         raise ConfigError(
-            f"token {name!r} isn't spelt in bytes; only byte-level tokenizers are exact (GPT-2, "
+            f"token {name!r} is not spelled in bytes; only byte-level tokenizers are exact (GPT-2, "
             f'Llama 3, Qwen, ...). For the .model file of a sentencepiece tokenizer use plugin = "sentencepiece"',
             key="path",
         ) from None
 
 
 def exact(content: str) -> str:
-    """A tokenizer.json without what changes text or adds to it.
+    """Remove everything from a tokenizer.json that changes text or adds tokens.
 
     Raises:
-        ConfigError: when it is no tokenizer.json.
+        ConfigError: when it is not a tokenizer.json.
     """
     try:
         parsed = json.loads(content)
         parsed["model"]["type"]
     except (ValueError, LookupError, TypeError) as error:
-        raise ConfigError(f"no tokenizer.json ({error!r})", key="path") from error
+        raise ConfigError(f"it is not a tokenizer.json ({error!r})", key="path") from error
     parsed |= dict.fromkeys(("normalizer", "post_processor", "truncation", "padding"))
     before = parsed.get("pre_tokenizer") or {}
     for step in (before, *before.get("pretokenizers", [])):
@@ -128,7 +128,7 @@ def exact(content: str) -> str:
 
 
 def load(directory: Path) -> HuggingFaceTokenizer:
-    """Read what ``save`` wrote.
+    """Load a tokenizer from a directory that ``save`` wrote.
 
     Raises:
         CheckpointError: when a file is missing or damaged.
@@ -141,11 +141,11 @@ def load(directory: Path) -> HuggingFaceTokenizer:
 
 
 def build(config: HuggingFaceConfig, context: TokenizerContext) -> HuggingFaceTokenizer:
-    """The saved tokenizer if there is one, else that of ``path``.
+    """Load the saved tokenizer if there is one; otherwise that of ``path``.
 
     Raises:
-        CheckpointError: when the saved one is damaged.
-        ConfigError: see ``HuggingFaceTokenizer``.
+        CheckpointError: when the saved tokenizer is damaged.
+        ConfigError: when the file is not a tokenizer.json, is not byte-level, or changes text.
     """
     if context.saved is not None:
         return load(context.saved)

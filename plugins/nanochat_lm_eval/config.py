@@ -9,8 +9,12 @@ from nanochat_core import at_least, option
 
 @attrs.frozen
 class LMEvalConfig:
-    tasks: tuple[str, ...] = option(help="names of the harness's tasks, or of your own in include_path")
+    """Options of ``lm_eval``."""
+
+    tasks: tuple[str, ...] = option(help="names of tasks of the harness, or of your own tasks in include_path")
     include_path: Path | None = option(None, "directory with task definitions (YAML) of your own")
-    num_fewshot: int | None = option(None, "solved examples in front; absent: as each task says", validator=at_least(0))
-    limit: int | None = option(None, "examples of a task at most", validator=at_least(1))
-    seed: int = option(1234, "of the choice of few-shot examples")
+    num_fewshot: int | None = option(
+        None, "number of solved examples in front; default: that of each task", validator=at_least(0)
+    )
+    limit: int | None = option(None, "largest number of examples per task", validator=at_least(1))
+    seed: int = option(1234, "seed of the choice of few-shot examples")

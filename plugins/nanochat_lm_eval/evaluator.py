@@ -1,6 +1,6 @@
-"""Our model behind the harness's interface.
+"""The evaluator ``lm_eval``: tasks of the lm-evaluation-harness, run on our model.
 
-The harness runs on rank 0. Whenever it asks for likelihoods, the requests go to all ranks, which share the work.
+The harness runs on rank 0. Its requests for likelihoods are sent to all ranks, which share the work.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from nanochat_lm_eval.config import LMEvalConfig
 
 
 class HarnessModel(LM):  # type: ignore[misc]
-    """What the harness asks, on rank 0."""
+    """The harness's interface to our model, on rank 0."""
 
     def __init__(self, model: Model, context: EvaluatorContext) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class HarnessModel(LM):  # type: ignore[misc]
         return self.context.tokenizer.fingerprint[:16]
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Sum of log-probabilities of each continuation after its context, and whether it is what greedy says."""
+        """Log-probability of each continuation after its context, and whether greedy decoding gives it."""
         tokenizer = self.context.tokenizer
         spans = []
         for before, after in (request.args for request in requests):
@@ -55,8 +55,8 @@ class HarnessModel(LM):  # type: ignore[misc]
         return [(-score.nats, score.greedy) for score in self._score(spans)]
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
-        """Log-probability of whole texts: bos, then windows of the longest length, each token scored once."""
-        tokenizer, found = self.context.tokenizer, []
+        """Log-probability of whole texts after bos, in windows of the maximum length; each token is scored once."""
+        tokenizer, results = self.context.tokenizer, []
         spans: list[Span] = []
         counts = []
         for (text,) in (request.args for request in requests):
@@ -67,12 +67,12 @@ class HarnessModel(LM):  # type: ignore[misc]
             counts.append(len(windows))
         scores = iter(self._score(spans))
         for count in counts:
-            found.append(-sum(next(scores).nats for _ in range(count)))
-        return found
+            results.append(-sum(next(scores).nats for _ in range(count)))
+        return results
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """Greedy continuations up to a stop string; sampled when the task asks for a temperature."""
-        tokenizer, found = self.context.tokenizer, []
+        """Continuations up to a stop string: greedy, or sampled if the task has do_sample."""
+        tokenizer, texts = self.context.tokenizer, []
         for prompt, options in (request.args for request in requests):
             until = options.get("until", [])
             until = [until] if isinstance(until, str) else list(until)
@@ -82,44 +82,50 @@ class HarnessModel(LM):  # type: ignore[misc]
             new: list[int] = []
             text = ""
             for token in generate(
-                self.model, ids, max_new_tokens=limit, temperature=temperature, stop=(tokenizer.bos_id,),
+                self.model,
+                ids,
+                max_new_tokens=limit,
+                temperature=temperature,
+                stop=(tokenizer.bos_id,),
                 vocab_size=tokenizer.vocab_size,
-            ):  # fmt: skip
+            ):
                 new.append(token)
                 text = tokenizer.decode(new)
                 if any(stop and stop in text for stop in until):
                     break
             for stop in until:
                 text = text.split(stop)[0] if stop else text
-            found.append(text)
-        return found
+            texts.append(text)
+        return texts
 
     def _score(self, spans: list[Span]) -> list[Any]:
         self.context.world.broadcast_object(("score", [(span.ids, span.start) for span in spans]))
-        return scored(self.model, spans, self.context)
+        return _scores(self.model, spans, self.context)
 
 
-def scored(model: Model, spans: list[Span], context: EvaluatorContext) -> list[Any]:
+def _scores(model: Model, spans: list[Span], context: EvaluatorContext) -> list[Any]:
     return [score for (score,) in score_spans(model, [[span] for span in spans], context, greedy=True, title="lm_eval")]
 
 
 class LMEval(Evaluator):
-    """Metrics ``lm_eval/<task>/<metric>``."""
+    """Evaluator whose metrics are ``lm_eval/<task>/<metric>``."""
 
     def __init__(self, config: LMEvalConfig, context: EvaluatorContext) -> None:
         self.config, self.context = config, context
 
     def evaluate(self, model: Model, step: int) -> Evaluation:
-        """Raises:
-        ConfigError: when the harness doesn't know a task.
+        """Run the tasks.
+
+        Raises:
+            ConfigError: when the harness does not have a task.
         """
         world = self.context.world
         if not world.is_main:
             while True:
-                what, spans = world.broadcast_object()
-                if what == "done":
+                request, spans = world.broadcast_object()
+                if request == "done":
                     return Evaluation()
-                scored(model, [Span(ids, start) for ids, start in spans], self.context)
+                _scores(model, [Span(ids, start) for ids, start in spans], self.context)
         evaluation = self._run(model)
         world.broadcast_object(("done", []))
         return evaluation
@@ -129,8 +135,10 @@ class LMEval(Evaluator):
         manager = TaskManager(include_path=str(config.include_path) if config.include_path is not None else None)
         unknown = [name for name in config.tasks if not manager.match_tasks([name])]
         if unknown:
-            raise ConfigError(f"the harness has no {', '.join(unknown)}; see lm_eval ls tasks", key="tasks")
-        found = lm_eval.simple_evaluate(
+            raise ConfigError(
+                f"the harness has no {', '.join(unknown)}; `lm_eval ls tasks` prints its tasks", key="tasks"
+            )
+        results = lm_eval.simple_evaluate(
             model=HarnessModel(model, self.context),
             tasks=list(config.tasks),
             num_fewshot=config.num_fewshot,
@@ -144,14 +152,14 @@ class LMEval(Evaluator):
             fewshot_random_seed=config.seed,
         )
         metrics, examples = {}, []
-        for task, values in found["results"].items():
+        for task, values in results["results"].items():
             for name, value in values.items():
                 if isinstance(value, int | float) and not isinstance(value, bool) and "stderr" not in name:
                     metrics[f"lm_eval/{task}/{name.removesuffix(',none')}"] = float(value)
-        for task, samples in found.get("samples", {}).items():
+        for task, samples in results.get("samples", {}).items():
             for sample in samples:
                 value = next((sample[m] for m in sample.get("metrics", []) if isinstance(sample[m], int | float)), None)
                 if value is not None:
                     examples.append({"task": task, "example": sample["doc_hash"][:16], "value": float(value)})
-        facts = {"versions": found.get("versions", {}), "n-samples": found.get("n-samples", {})}
+        facts = {"versions": results.get("versions", {}), "n-samples": results.get("n-samples", {})}
         return Evaluation(metrics=metrics, examples=examples, facts=facts)

@@ -1,7 +1,7 @@
-"""Muon (Keller Jordan, https://kellerjordan.github.io/posts/muon): momentum, made orthogonal, as the update.
+"""Muon (Keller Jordan, https://kellerjordan.github.io/posts/muon): orthogonalized momentum as the update.
 
-Options, each a paper's: Polar Express (arXiv:2505.16932), row equilibration (MuonEq, arXiv:2603.28254),
-renormalisation (arXiv:2602.21545), variance reduction (NorMuon, arXiv:2510.05491), cautious decay (arXiv:2510.12402).
+Options, each from a paper: Polar Express (arXiv:2505.16932), row equilibration (MuonEq, arXiv:2603.28254),
+renormalization (arXiv:2602.21545), variance reduction (NorMuon, arXiv:2510.05491), cautious decay (arXiv:2510.12402).
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from torch import Tensor
 from nanochat_core import wide_dtype
 from nanochat_muon.config import MuonAdamWConfig
 
-# Coefficients of a polynomial a x + b x^3 + c x^5: a steep slope at 0, so that few steps bring singular values near 1.
+# Coefficients of a x + b x^3 + c x^5, whose steep slope at 0 brings singular values near 1 in few iterations.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-# One triple a step, each the best after those before it; for singular values up to 1 / 1.01 (safety 2e-2, cushion 2).
+# One triple per iteration, each optimal after the previous ones, for singular values up to 1 / 1.01 (safety 2e-2,
+# cushion 2).
 POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -26,23 +27,26 @@ POLAR_EXPRESS = (
 )
 POLAR_EXPRESS_MARGIN = 1.01
 
-# Least divisors: zero gradients give zero updates. They sit far below what training meets.
+# Smallest divisors, so that zero gradients give zero updates. They are far below values in training.
 LEAST_NORM = 1e-7  # of a gradient
 LEAST_ROW = 1e-12  # of one of its rows
-LEAST_MOMENT = 1e-10  # of NorMuon; the rows of an orthogonal matrix have 1 / max(rows, columns)
+LEAST_MOMENT = 1e-10  # second moment of NorMuon; that of the rows of an orthogonal matrix is 1 / max(rows, columns)
 
 
 def orthogonalize(
     g_GRC: Tensor, steps: int, dtype: torch.dtype, *, polar_express: bool = False, row_equilibration: bool = False
 ) -> Tensor:
-    """The matrices with their singular values moved near 1.
+    """Move the singular values of matrices near 1.
 
     Args:
-        g_GRC: G matrices of one shape.
-        steps: iterations; with ``polar_express`` at most 5.
-        dtype: what it computes in; the result has it too.
-        polar_express: its coefficients instead of Newton-Schulz's.
-        row_equilibration: bring all rows to one norm first.
+        g_GRC: G matrices of shape [R, C].
+        steps: number of iterations; with ``polar_express`` at most 5.
+        dtype: of the computation and of the result.
+        polar_express: use the coefficients of Polar Express, not those of Newton-Schulz.
+        row_equilibration: scale all rows to the same norm first.
+
+    Returns:
+        [G, R, C].
     """
     coefficients = POLAR_EXPRESS[:steps] if polar_express else (NEWTON_SCHULZ,) * steps
     norm = _equal_rows(g_GRC) if row_equilibration else _frobenius(g_GRC)
@@ -51,7 +55,7 @@ def orthogonalize(
     x_GRC = (g_GRC / norm).to(dtype)
     wide = x_GRC.shape[1] <= x_GRC.shape[2]
     for a, b, c in coefficients:
-        gram = torch.bmm(x_GRC, x_GRC.mT) if wide else torch.bmm(x_GRC.mT, x_GRC)  # over the smaller side
+        gram = torch.bmm(x_GRC, x_GRC.mT) if wide else torch.bmm(x_GRC.mT, x_GRC)  # the smaller Gram matrix
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         left, right = (polynomial, x_GRC) if wide else (x_GRC, polynomial)
         x_GRC = torch.baddbmm(x_GRC, left, right, beta=a)
@@ -59,12 +63,12 @@ def orthogonalize(
 
 
 def _frobenius(g_GRC: Tensor) -> Tensor:
-    """[G, 1, 1]."""
+    """Frobenius norms, [G, 1, 1]."""
     return torch.linalg.vector_norm(g_GRC, dim=(1, 2), keepdim=True).clamp_min(LEAST_NORM)
 
 
 def _equal_rows(g_GRC: Tensor) -> Tensor:
-    """[G, R, 1]: divided by these, all rows have one norm and the matrix has 1.
+    """Divisors that give all rows the same norm and the matrix the Frobenius norm 1: [G, R, 1].
 
     Which norm the rows get (MuonEq: their mean) does not matter, as the division by the Frobenius norm follows.
     """
@@ -74,13 +78,16 @@ def _equal_rows(g_GRC: Tensor) -> Tensor:
 
 
 def _rescale(x_GRC: Tensor, renormalize: bool, variance: Tensor | None, beta2: float) -> Tensor:
-    """What orthogonalised matrices are multiplied by: [G, 1, 1], or [G, R, 1] or [G, 1, C] with variance reduction.
+    """Factors for orthogonalized matrices: [G, 1, 1]; with variance reduction [G, R, 1], or [G, 1, C] for wide ones.
 
-    All of it follows from the mean squares of rows (columns), so one pass over the matrices is enough.
+    They follow from the mean squares of rows (columns), so one pass over the matrices is enough.
 
     Args:
-        variance: second moment, [G, R, 1], of wide matrices [G, 1, C]; updated in place. It starts at zero and needs
-            no correction for that, as the total norm is restored.
+        x_GRC: the matrices.
+        renormalize: set the Frobenius norm to sqrt(min(R, C)).
+        variance: second moment, [G, R, 1], of wide matrices [G, 1, C]; updated in place; None: no variance reduction.
+            It starts at zero and needs no correction for that, as the total norm is restored.
+        beta2: decay rate of the second moment.
     """
     rows, columns = x_GRC.shape[1:]
     dim = 2 if rows >= columns else 1
@@ -103,12 +110,12 @@ def _rescale(x_GRC: Tensor, renormalize: bool, variance: Tensor | None, beta2: f
 
 
 def shape_factor(rows: int, columns: int) -> float:
-    """Gives the update the size that its shape should have."""
+    """Factor on the learning rate of a matrix: sqrt(rows / columns), at least 1."""
     return max(1.0, rows / columns) ** 0.5
 
 
 def variance_shape(rows: int, columns: int) -> tuple[int, int]:
-    """Of NorMuon's second moment: one number a row, or a column of a wide matrix."""
+    """Shape of NorMuon's second moment: one number per row, or per column of a wide matrix."""
     return (rows, 1) if rows >= columns else (1, columns)
 
 
@@ -126,21 +133,22 @@ def muon_update(
     weight_decay: float,
     dtype: torch.dtype,
 ) -> None:
-    """One step of G matrices of one shape [R, C], in place.
+    """Update G matrices of shape [R, C] in place.
 
-    In order: momentum (Nesterov), row equilibration, orthogonalisation, renormalisation, variance reduction, decay and
+    In order: momentum (Nesterov), row equilibration, orthogonalization, renormalization, variance reduction, decay and
     update. With lr times ``shape_factor``: p <- p - lr (update + decay p).
 
     Args:
-        parameters: G of them.
-        grads: theirs; left as they are.
-        buffer_GRC: momentum, float32.
-        variance: NorMuon's second moment, see ``variance_shape``, float32; None: no variance reduction.
-        config: which of the steps are taken, and what does not change from step to step. With
-            ``cautious_weight_decay`` only entries with update x p >= 0 decay: also those whose update is 0.
+        parameters: G matrices.
+        grads: their gradients, which are not changed.
+        buffer_GRC: momentum, float32, updated in place.
+        variance: NorMuon's second moment, float32, of shape [G, *variance_shape(R, C)], updated in place; None: no
+            variance reduction.
+        config: which of the operations are done, and constants. With ``cautious_weight_decay`` only entries with
+            update x p >= 0 decay, which includes those whose update is 0.
         scale: factor on the gradients.
-        lr, momentum, weight_decay: of this step, used instead of the config's.
-        dtype: what ``orthogonalize`` computes in.
+        lr, momentum, weight_decay: values for this step, used instead of those of the config.
+        dtype: of orthogonalization.
     """
     g_GRC = torch.stack(list(grads)).to(buffer_GRC.dtype).mul_(scale)
     buffer_GRC.lerp_(g_GRC, 1 - momentum)

@@ -1,4 +1,4 @@
-"""The optimizer ``muon_adamw``: who gets which method, and what this rank holds of it."""
+"""The optimizer ``muon_adamw``: Muon or AdamW for each parameter, with state sharded over ranks."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from nanochat_muon.muon import muon_update, variance_shape
 from nanochat_muon.settings import AdamW
 from nanochat_muon.sharding import Exchange, Message, Share, gather_rows, lay_out
 
-CHUNK = 2**26  # elements that are updated together: bounds the memory for it, and lets sending start
+CHUNK = 2**26  # elements updated together: limits memory, and lets communication start before all are updated
 
 
 @attrs.define(eq=False)
 class Matrices:
-    """Matrices of one shape [R, C] and dtype. Of each message this rank owns one, or none of the last.
+    """Matrices of one shape [R, C] and dtype. This rank owns one matrix of each message, or none of the last one.
 
     Args:
-        shares: those that this rank owns, G of them.
-        messages: theirs, and the last where it holds none for this rank; none with one rank.
-        buffer_GRC: momentum.
+        shares: the G matrices that this rank owns.
+        messages: their messages, and the last one even if this rank owns none of it; empty with one rank.
+        buffer_GRC: their momentum.
         variance: NorMuon's second moment, [G, R, 1] or [G, 1, C].
     """
 
@@ -36,7 +36,7 @@ class Matrices:
     variance: Tensor | None
 
     def chunks(self) -> Iterator[slice]:
-        """What is updated together, of shares and messages alike; the same on every rank."""
+        """Slices of shares and messages that are updated together; equal on all ranks."""
         rows, columns = self.buffer_GRC.shape[1:]
         size = max(1, CHUNK // max(1, rows * columns))
         for start in range(0, max(len(self.shares), len(self.messages)), size):
@@ -45,11 +45,13 @@ class Matrices:
 
 @attrs.define(eq=False)
 class Moments:
-    """AdamW's state of what this rank owns of a parameter.
+    """AdamW's state for the share of a parameter that this rank owns.
 
     Args:
-        step: updates done, float32 ().
-        first, second: shaped like the share.
+        share: the share.
+        method: settings of AdamW.
+        step: number of updates so far, float32 ().
+        first, second: moments, shaped like the share.
     """
 
     share: Share
@@ -63,7 +65,12 @@ class Moments:
 
 
 class MuonAdamW(Optimizer):
-    """State is sharded over the ranks, and float32, whatever the parameter's dtype."""
+    """Muon for matrices, AdamW for all other parameters. State is sharded over the ranks and at least float32.
+
+    Raises:
+        PluginError: when a parameter has an unknown role, or the role matrix and not two dimensions.
+        ConfigError: when matrix_weight_decay_scale is "auto" and the model has no reference.
+    """
 
     def __init__(self, config: MuonAdamWConfig, context: OptimizerContext) -> None:
         self._resolved = settings.resolve(config, context)
@@ -77,7 +84,7 @@ class MuonAdamW(Optimizer):
                 known = ", ".join(r for r in methods if "." not in r)
                 raise PluginError(
                     f"optimizer muon_adamw can't train {name!r} of shape {shape} and role {context.roles[name]!r}: "
-                    f"a model's parameter_roles must say matrix (2-D only), {known}"
+                    f"a model's parameter_roles must give matrix (2-D only), {known}"
                 )
         follows_data = config.matrix_weight_decay_scale == "auto"
         self._described = settings.describe(self.config, roles.values(), methods, follows_data)
@@ -93,7 +100,7 @@ class MuonAdamW(Optimizer):
         self.moments = [_moments(s, methods[roles[s.name]]) for s in shares if roles[s.name] != "matrix"]
 
     def _matrices(self, names: Collection[str], shares: Sequence[Share], messages: Sequence[Message]) -> list[Matrices]:
-        """By shape, the largest group first, so that little is left to do when the last is sent."""
+        """Matrices grouped by shape, the largest group first, so that the last communication is short."""
         groups: dict[tuple[torch.Size, torch.dtype], set[str]] = {}
         for name in names:
             parameter = self.parameters[name]
@@ -117,23 +124,23 @@ class MuonAdamW(Optimizer):
 
     @torch.no_grad()
     def update(self, scale: float, multipliers: Multipliers) -> None:
-        given: list[Message] = []
+        sent: list[Message] = []
 
-        def give(messages: Sequence[Message]) -> None:
+        def send(messages: Sequence[Message]) -> None:
             for message in messages:
-                message.give()  # while the next are updated
-            given.extend(messages)
+                message.start_gather()  # overlaps with the next updates
+            sent.extend(messages)
 
         for moments in self.moments:
             _adamw(moments, scale, multipliers.lr)
             if moments.share.message is not None:
-                give([moments.share.message])
+                send([moments.share.message])
         for group in self.matrices:
             for chunk in group.chunks():
                 self._muon(group, chunk, scale, multipliers)
-                give(group.messages[chunk])
-        for message in given:
-            message.take()
+                send(group.messages[chunk])
+        for message in sent:
+            message.finish_gather()
         self.discard()
 
     def _muon(self, group: Matrices, chunk: slice, scale: float, multipliers: Multipliers) -> None:
@@ -161,7 +168,7 @@ class MuonAdamW(Optimizer):
 
     def state_dict(self) -> dict[str, Tensor]:
         """Per matrix ``momentum`` and, with variance reduction, ``variance`` ([R, 1] or [1, C]); per other parameter
-        ``step``, ``exp_avg`` and ``exp_avg_sq``. What was gathered from other ranks lies on the CPU."""
+        ``step``, ``exp_avg`` and ``exp_avg_sq``. Tensors gathered from other ranks are on the CPU."""
         matrices = self._matrix_state() if self.world.size == 1 else self._gathered_matrix_state()
         return {**dict(matrices), **dict(self._moment_state())}
 
@@ -175,27 +182,27 @@ class MuonAdamW(Optimizer):
     def _gathered_matrix_state(self) -> Iterator[tuple[str, Tensor]]:
         for group in self.matrices:
             for index, message in enumerate(group.messages):
-                for what, own in (("momentum", group.buffer_GRC), ("variance", group.variance)):
+                for kind, own in (("momentum", group.buffer_GRC), ("variance", group.variance)):
                     if own is not None:
                         mine = own[index] if index < len(own) else own.new_zeros(own.shape[1:])
                         rows = gather_rows(mine, self.world)
-                        yield from ((f"{n}/{what}", row) for n, row in zip(message.names, rows, strict=False))
+                        yield from ((f"{n}/{kind}", row) for n, row in zip(message.names, rows, strict=False))
 
     def _moment_state(self) -> Iterator[tuple[str, Tensor]]:
         for moments in self.moments:
-            for what, own in moments.named().items():
-                yield f"{moments.share.name}/{what}", own if what == "step" else moments.share.collect(own)
+            for kind, own in moments.named().items():
+                yield f"{moments.share.name}/{kind}", own if kind == "step" else moments.share.collect(own)
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Takes what this rank owns. What the state lacks starts at zero."""
+        """Load the part of the state that this rank owns. Tensors that are missing from it start at zero."""
 
-        def load(own: Tensor, share: Share, what: str) -> None:
-            saved = state.get(f"{share.name}/{what}")
+        def load(own: Tensor, share: Share, kind: str) -> None:
+            saved = state.get(f"{share.name}/{kind}")
             if saved is None:
                 own.zero_()
             else:
-                own.copy_(share.of(saved) if what.startswith("exp") else saved)
+                own.copy_(share.of(saved) if kind.startswith("exp") else saved)
 
         for group in self.matrices:
             for index, share in enumerate(group.shares):
@@ -203,8 +210,8 @@ class MuonAdamW(Optimizer):
                 if group.variance is not None:
                     load(group.variance[index], share, "variance")
         for moments in self.moments:
-            for what, own in moments.named().items():
-                load(own, moments.share, what)
+            for kind, own in moments.named().items():
+                load(own, moments.share, kind)
 
     def state_bytes(self) -> int:
         kept = [t for group in self.matrices for t in (group.buffer_GRC, group.variance) if t is not None]
@@ -227,7 +234,7 @@ def _moments(share: Share, method: AdamW) -> Moments:
 
 def _adamw(moments: Moments, scale: float, lr_multiplier: float) -> None:
     method, target = moments.method, moments.share.target.detach()
-    master = target.to(moments.first.dtype)  # the parameter itself where it is float32
+    master = target.to(moments.first.dtype)  # the parameter itself if it is float32
     adamw(
         [master],
         [moments.share.gradient().to(master.dtype).mul_(scale)],
@@ -248,20 +255,20 @@ def _adamw(moments: Moments, scale: float, lr_multiplier: float) -> None:
         target.copy_(master)
 
 
-def orthogonalization_dtype(wanted: str, parameter: Tensor) -> torch.dtype:
-    """bfloat16 where it is fast; float64 parameters stay in float64."""
+def orthogonalization_dtype(requested: str, parameter: Tensor) -> torch.dtype:
+    """Dtype of orthogonalization: "auto" is bfloat16 where it is fast; float64 parameters keep float64."""
     if parameter.dtype == torch.float64:
         return torch.float64
-    if wanted != "auto":
-        return torch.bfloat16 if wanted == "bfloat16" else torch.float32
+    if requested != "auto":
+        return torch.bfloat16 if requested == "bfloat16" else torch.float32
     return torch.bfloat16 if has_fast_bfloat16(parameter.device) else torch.float32
 
 
 def build(config: MuonAdamWConfig, context: OptimizerContext) -> MuonAdamW:
-    """The factory.
+    """Build the optimizer.
 
     Raises:
-        PluginError: when a parameter has a role that is not known.
-        ConfigError: when the decay is to follow the data and the model has no reference.
+        PluginError: when a parameter has an unknown role, or the role matrix and not two dimensions.
+        ConfigError: when matrix_weight_decay_scale is "auto" and the model has no reference.
     """
     return MuonAdamW(config, context)

@@ -1,4 +1,4 @@
-"""What this plugin offers."""
+"""Registers the optimizer ``muon_adamw``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the options come to for one model: every "auto" a number, and how each role is updated."""
+"""Values of the options for one model: numbers for every "auto", and AdamW's settings for each role."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ import attrs
 from nanochat_core import ConfigError, OptimizerContext, Resolved, base_role
 from nanochat_muon.config import MuonAdamWConfig
 
-REFERENCE_BATCH = 2**19  # tokens; what the learning rates and decays of depth 12 were tuned with
+REFERENCE_BATCH = 2**19  # tokens; the batch size for which learning rates and decays were tuned at depth 12
 
 
 def resolve(config: MuonAdamWConfig, context: OptimizerContext) -> dict[str, Resolved]:
-    """What each option left to "auto" becomes. (Not ``ns_dtype``, which is the machine's.)
+    """Values of the options that are "auto". (Except ``ns_dtype``, which depends on the machine.)
 
     Raises:
-        ConfigError: when the decay is to follow the data and the model has no reference.
+        ConfigError: when matrix_weight_decay_scale is "auto" and the model has no reference.
     """
     batch = math.sqrt(context.total_batch_size / REFERENCE_BATCH)
 
     def decay_scale() -> Resolved:
         if context.relative_data is None:
             problem = (
-                'this model names no reference for "auto": give a number (1.0 leaves matrix_weight_decay as it is)'
+                'this model has no reference for "auto": set it to a number (1.0 leaves matrix_weight_decay unchanged)'
             )
             raise ConfigError(problem, key="matrix_weight_decay_scale")
         ratio = f"D / D12 = {context.relative_data:.3g}"
@@ -52,7 +52,7 @@ def resolve(config: MuonAdamWConfig, context: OptimizerContext) -> dict[str, Res
 
 
 def fill_in(config: MuonAdamWConfig, resolved: Mapping[str, Resolved]) -> MuonAdamWConfig:
-    """The options with numbers for "auto"."""
+    """The options with numbers in place of "auto"."""
     values: dict[str, Any] = {name: r.value for name, r in resolved.items()}
     return attrs.evolve(config, **values)
 
@@ -64,7 +64,7 @@ def number(value: float | str) -> float:
 
 @attrs.frozen
 class AdamW:
-    """How parameters of one role are updated."""
+    """AdamW's settings for the parameters of one role."""
 
     lr: float
     weight_decay: float
@@ -73,7 +73,12 @@ class AdamW:
 
 
 def adamw_by_role(config: MuonAdamWConfig, hidden_size: int) -> dict[str, AdamW]:
-    """AdamW's settings for each role that Muon doesn't take. ``config`` holds numbers for "auto"."""
+    """AdamW's settings for each role but matrix.
+
+    Args:
+        config: with numbers in place of "auto".
+        hidden_size: width of the model.
+    """
     c, scale = config, number(config.lr_scale)
     wide = scale * (hidden_size / 768) ** -0.5
     first, second = c.adam_beta1, c.adam_beta2
@@ -101,26 +106,36 @@ def matrix_decay(config: MuonAdamWConfig) -> float:
 
 
 def momentum(config: MuonAdamWConfig, step: int, warmdown: float) -> float:
-    """Muon's momentum: a linear rise from its start; what it rises to moves to its end over the schedule's warmdown."""
+    """Muon's momentum at a step.
+
+    Over momentum_warmup_steps it rises linearly from momentum_start to momentum, which over the warmdown changes to
+    momentum_end.
+
+    Args:
+        config: with numbers in place of "auto".
+        step: number of updates so far.
+        warmdown: part of the schedule's warmdown that is done, 0 to 1.
+    """
     done = min(1.0, step / config.momentum_warmup_steps) if config.momentum_warmup_steps else 1.0
-    aim = (1 - warmdown) * config.momentum + warmdown * number(config.momentum_end)
-    return (1 - done) * config.momentum_start + done * aim
+    target = (1 - warmdown) * config.momentum + warmdown * number(config.momentum_end)
+    return (1 - done) * config.momentum_start + done * target
 
 
 def decay_factor(schedule: str, step: int, num_iterations: int) -> float:
-    """Factor on the matrices' decay: 1, or from 1 to 0 along half a cosine."""
+    """Factor on the matrices' weight decay: 1, or with "cosine" from 1 to 0 along half a cosine."""
     return 0.5 * (1 + math.cos(math.pi * step / num_iterations)) if schedule == "cosine" else 1.0
 
 
 def describe(
     config: MuonAdamWConfig, roles: Iterable[str], methods: Mapping[str, AdamW], follows_data: bool
 ) -> dict[str, str | int]:
-    """The banner's rows: learning rates in force, and the matrices' decay where there is one.
+    """Rows of the banner: learning rates, and the matrices' weight decay unless it is 0.
 
     Args:
-        config: with numbers for "auto".
-        roles: those of the model's parameters, as in ``methods``, or ``matrix``.
-        follows_data: the decay's scale was "auto".
+        config: with numbers in place of "auto".
+        roles: roles of the model's parameters: keys of ``methods``, or ``matrix``.
+        methods: AdamW's settings by role.
+        follows_data: whether matrix_weight_decay_scale was "auto".
     """
     present = set(roles)
     rates = {"matrix": matrix_lr(config), **{role: method.lr for role, method in methods.items()}}
@@ -132,16 +147,16 @@ def describe(
         text = f"{decay:.3g}" + ", cautious" * config.cautious_weight_decay
         text += ", cosine to 0" * (config.matrix_weight_decay_schedule == "cosine")
         if decay > 1:
-            text += f"; warning: above 1, with the learning rate a step takes up to {decay * rates['matrix']:.1%} away"
+            text += f"; warning: above 1; times the learning rate, a step removes up to {decay * rates['matrix']:.1%}"
         if follows_data:
             text += (
-                '; it and total_batch_size = "auto" follow the data : parameter ratio, even where num_iterations or '
-                "target_flops sets the horizon"
+                '; it and total_batch_size = "auto" follow the data : parameter ratio, even if num_iterations or '
+                "target_flops sets the number of steps"
             )
         rows["matrix decay"] = text
     return rows
 
 
 def known_role(role: str, methods: Mapping[str, AdamW]) -> str:
-    """The role that decides: the whole of it where it is known, else what it refines."""
+    """The role that determines the settings: the full role if it is known, otherwise the base role."""
     return role if role in methods else base_role(role)

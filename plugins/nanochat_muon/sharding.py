@@ -1,8 +1,8 @@
-"""Gradients summed over ranks so that each rank gets its share, and updated shares given back to all.
+"""Sharding over ranks: each rank gets the summed gradients of its shares, and updated shares are gathered by all ranks.
 
-Matrices of one shape travel in messages of as many as there are ranks: a rank owns one whole matrix of each. Any other
-parameter is a message of its own, flat and cut into equal parts. Where things don't divide, zeros fill up. Small
-parameters travel together and belong to all. With one rank there are no messages, and nothing is copied.
+Matrices of one shape are sent in messages of as many matrices as there are ranks: a rank owns one whole matrix of each
+message. Any other parameter is a message of its own, flat and split into equal parts. Messages are padded with zeros.
+Small parameters are sent together, and every rank owns them. With one rank there are no messages and no copies.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from torch import Tensor, nn
 
 from nanochat_core import GradientExchange, World
 
-SMALL = 1024  # elements a rank; of a parameter with fewer every rank owns all
+SMALL = 1024  # elements per rank; every rank owns parameters with fewer
 
-# Newer torch has new names for them.
+# Newer versions of torch have new names.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @attrs.frozen(eq=False)
 class Share:
-    """What this rank owns of a parameter, and updates.
+    """The share of a parameter that this rank owns and updates.
 
     Args:
-        name: the parameter's.
+        name: of the parameter.
         target: the parameter, or a flat piece of it (a view).
-        start: of the piece, in the flat parameter.
-        message: that brings its gradient; None with one rank.
-        at: of the piece, in the part of the message that this rank owns.
+        start: position of the piece in the flat parameter.
+        message: the message with its gradient; None with one rank.
+        at: position of the piece in this rank's part of the message.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Share:
     at: int = 0
 
     def gradient(self) -> Tensor:
-        """Shaped like ``target``."""
+        """Gradient of the share, shaped like ``target``."""
         if self.message is None:
             assert self.target.grad is not None, "reduce gives every parameter a gradient"
             return self.target.grad
@@ -52,15 +52,15 @@ class Share:
         return self.within(self.message.sums)
 
     def within(self, part: Tensor) -> Tensor:
-        """The piece's place in this rank's part of its message, a view shaped like ``target``."""
+        """The share's elements in ``part``, this rank's part of its message: a view shaped like ``target``."""
         return part[self.at : self.at + self.target.numel()].view(self.target.shape)
 
     def of(self, full: Tensor) -> Tensor:
-        """The same piece of another tensor of the parameter's shape."""
+        """The share's elements of ``full``, a tensor shaped like the parameter, as a tensor shaped like ``target``."""
         return full.reshape(-1)[self.start : self.start + self.target.numel()].view(self.target.shape)
 
     def collect(self, own: Tensor) -> Tensor:
-        """The reverse: the whole tensor from every rank's ``own``, shaped like ``target``. Collective."""
+        """The whole tensor, gathered from each rank's ``own``, which is shaped like ``target``. Collective."""
         if self.message is None or self.message.part is None:
             return own
         part = own.new_zeros(self.message.part)
@@ -70,12 +70,12 @@ class Share:
 
 
 class Message:
-    """Parameters of one dtype, one after the other in a flat tensor.
+    """Parameters of one dtype that are sent together, one after the other in a flat tensor.
 
     Args:
-        parameters: by name, in that order.
+        parameters: by name, in the order of the tensor.
         world: the ranks.
-        part: elements that a rank owns, rank r those from r x part on; None: every rank owns all.
+        part: number of elements that a rank owns: rank r owns those from r x part on; None: every rank owns all.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], world: World, part: int | None) -> None:
@@ -106,7 +106,7 @@ class Message:
         return (self.world.rank + 1) * self.part
 
     def _flat_of(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        """The tensors one after the other, None as zeros, and zeros at the end; the tensor itself where it is all."""
+        """The tensors one after the other, padded with zeros, with None as zeros. A single tensor is not copied."""
         if len(tensors) == 1 and tensors[0] is not None and self._is_flat(tensors[0]):
             return tensors[0].view(-1)
         like = self.parameters[0]
@@ -130,7 +130,7 @@ class Message:
 
     @torch.no_grad()
     def send(self) -> None:
-        """Start summing the gradients, which are taken away from the parameters."""
+        """Start the sum of the gradients over ranks. The parameters' gradients become None."""
         self._flat = self._flat_of([p.grad for p in self.parameters])
         for parameter in self.parameters:
             parameter.grad = None
@@ -141,14 +141,14 @@ class Message:
             self._work = _reduce_scatter(self.sums, self._flat, async_op=True)
 
     def wait(self) -> None:
-        """Until ``sums`` are there."""
+        """Wait for ``sums``."""
         assert self._work is not None
         self._work.wait()
         self._work = self._flat = None
 
     @torch.no_grad()
-    def give(self) -> None:
-        """Start giving what this rank owns of the parameters, updated, to all. Nothing where all own all."""
+    def start_gather(self) -> None:
+        """Start to gather the updated parts of all ranks, unless every rank owns all parameters."""
         if self.part is None:
             return
         whole = len(self.parameters) == 1 and self._is_flat(self.parameters[0])
@@ -162,8 +162,8 @@ class Message:
         self._work = _all_gather(self._flat, own, async_op=True)
 
     @torch.no_grad()
-    def take(self) -> None:
-        """Put what ``give`` brought into the parameters."""
+    def finish_gather(self) -> None:
+        """Wait for the gathered parts, and copy them to the parameters."""
         if self._work is None:
             return
         self._work.wait()
@@ -175,11 +175,13 @@ class Message:
 
 
 def lay_out(parameters: Mapping[str, nn.Parameter], matrices: Collection[str], world: World) -> list[Message]:
-    """The messages: decided from the parameters alone, so that every step of every run sums alike.
+    """Distribute parameters over messages. The result depends on the parameters only, so that every step of every run
+    sums in the same order.
 
     Args:
-        parameters: by name, in the model's order, the same on every rank.
-        matrices: names of those that a rank must own as a whole.
+        parameters: by name, in the model's order, equal on all ranks.
+        matrices: names of the parameters that a rank must own as a whole.
+        world: the ranks.
     """
     if world.size == 1:
         return []
@@ -205,11 +207,11 @@ def lay_out(parameters: Mapping[str, nn.Parameter], matrices: Collection[str], w
 
 
 class Exchange:
-    """Sums gradients over ranks while the backward pass still runs, in an order that the first step teaches.
+    """Sums of gradients over ranks during the backward pass, in the order that is observed in the first step.
 
     Args:
-        parameters: all of them.
-        messages: of them, from ``lay_out``.
+        parameters: all parameters.
+        messages: their messages, from ``lay_out``.
         world: the ranks.
     """
 
@@ -218,15 +220,15 @@ class Exchange:
         self._exchange = GradientExchange(messages, world, learn_order=True)
 
     def begin(self) -> None:
-        """The next backward pass is the step's last: send each message once the pass has completed it."""
+        """Announce the last backward pass of the step: each message is sent when its gradients are complete."""
         self._exchange.begin()
 
     @torch.no_grad()
     def finish(self) -> Tensor:
-        """Wait for the sums. Gradients that are missing count as zeros.
+        """Wait for the sums. Missing gradients count as zeros.
 
         Returns:
-            L2 norm of all summed gradients together, float32 (), the same on every rank.
+            L2 norm of all summed gradients together, float32 (), equal on all ranks.
         """
         if self.world.size == 1:
             for parameter in self.parameters:
@@ -240,7 +242,7 @@ class Exchange:
         return square.sqrt().float()
 
     def discard(self) -> None:
-        """Clear the gradients. Between ``begin`` and ``finish`` it is collective: what one rank sent all must send."""
+        """Clear the gradients. Between ``begin`` and ``finish`` this is collective: all ranks must send the same."""
         if self._exchange.started:
             self._exchange.finish()
         for message in self.messages:
@@ -250,8 +252,8 @@ class Exchange:
 
 
 def _norm(tensors: Sequence[Tensor], world: World) -> Tensor:
-    """L2 norm of all tensors together: (), float64 where the device has it, so that it can be squared and summed over
-    ranks. (The core's ``GradientReducer``, whose ranks have all gradients, needs float32 only.)"""
+    """L2 norm of all tensors together: (), float64 where the device supports it, so that it can be squared and summed
+    over ranks. (The core's ``GradientReducer``, whose ranks have all gradients, needs float32 only.)"""
     dtype = torch.float32 if world.device.type == "mps" else torch.float64
     if not tensors:
         return torch.zeros((), dtype=dtype, device=world.device)
@@ -260,7 +262,7 @@ def _norm(tensors: Sequence[Tensor], world: World) -> Tensor:
 
 
 def gather_rows(own: Tensor, world: World) -> Tensor:
-    """[size, ...] on the CPU: every rank's tensor of one shape. Collective."""
+    """Tensors of all ranks, of one shape, as [world size, ...] on the CPU. Collective."""
     everyone = own.new_empty(world.size * own.numel())
     _all_gather(everyone, own.reshape(-1).contiguous())
     return everyone.view(world.size, *own.shape).cpu()

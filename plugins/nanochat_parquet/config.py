@@ -7,8 +7,8 @@ import attrs
 
 from nanochat_core import at_least, between, option
 
-COLUMN_HELP = "column of strings, one document a row; a null is an empty document"
-ON_ERROR_HELP = "what a row group or text that can't be read does: fail ends the run; skip leaves empty documents"
+COLUMN_HELP = "column of strings, one document per row; a null is an empty document"
+ON_ERROR_HELP = "effect of a row group or text that can't be read: fail ends the run; skip makes its documents empty"
 
 
 def _not_empty(_: Any, attribute: Any, value: Any) -> None:
@@ -18,7 +18,7 @@ def _not_empty(_: Any, attribute: Any, value: Any) -> None:
 
 @attrs.frozen
 class ParquetConfig:
-    """Shards in the order of their names. Unless told otherwise the last is for validation, the others for training."""
+    """Options of ``parquet``. By default the last shard by name is for validation, the others are for training."""
 
     path: str | tuple[str, ...] = option(
         help="directory of *.parquet files, file, pattern such as data/*.parquet, or URL (http, https, s3, gs, "
@@ -28,12 +28,15 @@ class ParquetConfig:
     )
     text_column: str = option("text", COLUMN_HELP)
     val_path: str | tuple[str, ...] | None = option(
-        None, "the same for the validation shards; those of path are all for training then",
-        validator=_not_empty, on_resume="free",
-    )  # fmt: skip
+        None,
+        "directory, file, pattern, URL or list of these, of the validation shards; all shards of path are for training "
+        "then",
+        validator=_not_empty,
+        on_resume="free",
+    )
     val_fraction: float | None = option(
         None,
-        "hold out every k-th document instead of the last shard, k = 1 / val_fraction",
+        "use every k-th document for validation, not the last shard; k = 1 / val_fraction",
         validator=between(1e-6, 0.5),
     )
     on_error: Literal["fail", "skip"] = option("fail", ON_ERROR_HELP, on_resume="warn")
@@ -41,7 +44,7 @@ class ParquetConfig:
     def __attrs_post_init__(self) -> None:
         if self.val_path is not None and self.val_fraction is not None:
             raise ValueError("give val_path or val_fraction, not both")
-        for name in ("path", "val_path"):  # a resumed run may start in another directory
+        for name in ("path", "val_path"):  # a run may be resumed from another directory
             object.__setattr__(self, name, _absolute(getattr(self, name)))
 
 
@@ -55,31 +58,33 @@ def _absolute(path: Any) -> Any:
 
 @attrs.frozen(kw_only=True)
 class HubConfig:
-    """What all data sets on the hub have."""
+    """Options that all data sets on the hub share."""
 
     shards: int = option(
-        240, "training shards, from the first on (the last of the data set is for validation); fetched as the run "
-        "comes to them", validator=at_least(1),
-    )  # fmt: skip
+        240,
+        "number of training shards, from the first on (the last of the data set is for validation); each is fetched "
+        "before it is needed",
+        validator=at_least(1),
+    )
     text_column: str = option("text", COLUMN_HELP)
     revision: str = option("main", "branch, tag or commit of the data set on the hub")
-    workers: int = option(4, "files that are fetched at the same time", validator=at_least(1), on_resume="free")
+    workers: int = option(4, "number of files fetched at the same time", validator=at_least(1), on_resume="free")
     on_error: Literal["fail", "skip"] = option("fail", ON_ERROR_HELP, on_resume="warn")
 
 
 @attrs.frozen(kw_only=True)
 class FinewebEduConfig(HubConfig):
-    """FineWeb-Edu, 100 billion tokens, shuffled: about 100 MB and 250 million characters a shard, 1,822 of them."""
+    """FineWeb-Edu, 100 billion tokens, shuffled: 1,822 shards, each of about 100 MB and 250 million characters."""
 
 
 @attrs.frozen(kw_only=True)
 class ClimbmixConfig(HubConfig):
-    """ClimbMix, 400 billion tokens, shuffled: about 100 MB and 250 million characters a shard, 6,542 of them."""
+    """ClimbMix, 400 billion tokens, shuffled: 6,542 shards, each of about 100 MB and 250 million characters."""
 
 
 @attrs.frozen(kw_only=True)
 class HubParquetConfig(HubConfig):
-    """Any data set on the hub that holds parquet files; the last in the order of names is for validation."""
+    """Any data set on the hub that holds parquet files; the last file by name is for validation."""
 
     repo: str = option(help="the data set, such as karpathy/fineweb-edu-100b-shuffle")
-    files: str = option("*.parquet", "pattern of the names of its shards; * also matches /")
+    files: str = option("*.parquet", "pattern of the names of its shards; * matches / too")

@@ -1,4 +1,4 @@
-"""A sequence of documents over the row groups of many parquet files, read when asked for."""
+"""A sequence of the documents in the row groups of many parquet files, read on demand."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ import pyarrow.parquet as pq
 from nanochat_core import DataError, Documents, UnreadablePlaces
 from nanochat_parquet.files import File, read_tail
 
-# Lanes of a training run drift apart, so that several row groups are in use at once. What is kept in memory for them:
+# Memory for row groups. Lanes of a training run drift apart, so that several row groups are in use at once.
 CACHE_BYTES = 256 * 2**20
 
 
 @attrs.frozen
 class Footer:
-    """What the end of a parquet file says.
+    """The footer of a parquet file.
 
     Args:
-        rows: of each row group.
-        text_bytes: of all texts, about.
-        metadata: all of it, parsed.
+        rows: number of rows of each row group.
+        text_bytes: approximate size of all texts.
+        metadata: the whole footer, parsed.
     """
 
     rows: tuple[int, ...]
@@ -44,9 +44,14 @@ class Shard:
 
 
 class ParquetDocuments(Documents):
-    """Every row of the shards, in order. A null is an empty document, and so is what is skipped.
+    """The rows of the shards, in order. Nulls and documents that are skipped are empty.
 
-    Reading neighbours reads each row group once.
+    Reading neighbouring documents reads each row group once.
+
+    Args:
+        column: name of the column of texts.
+        problems: records places that can't be read.
+        cache_bytes: memory for row groups, of which at least one is kept.
     """
 
     def __init__(
@@ -78,7 +83,7 @@ class ParquetDocuments(Documents):
             except UnicodeDecodeError as error:
                 shard, i = self._groups[group]
                 what = f"row {index - start} of row group {i} of {shard.file.name} is not UTF-8 ({error})"
-                self._problems.report(what, "mend the file", error)
+                self._problems.report(what, "repair the file", error)
                 yield ""
 
     def _row_group(self, group: int) -> pa.ChunkedArray:
@@ -102,29 +107,41 @@ class ParquetDocuments(Documents):
         try:
             with shard.file.open() as stream, pq.ParquetFile(stream, metadata=shard.footer.metadata) as file:
                 column = file.read_row_group(i, columns=[self._column], use_threads=False)[self._column]
-        except FileNotFoundError as error:  # the disk is gone, not a part of the data
-            raise DataError(f"{what} ({error}); put this file back", key="path") from error
+        except FileNotFoundError as error:  # the file or its disk is missing, which on_error = "skip" does not excuse
+            raise DataError(f"{what} ({error}); restore this file", key="path") from error
         except (pa.ArrowException, OSError) as error:
-            self._problems.report(f"{what}: its {rows} documents ({error})", "get this file again", error)
+            self._problems.report(f"{what}: its {rows} documents ({error})", "download or copy this file again", error)
             return pa.chunked_array([pa.nulls(rows, pa.string())])
         if len(column) != rows:
-            self._problems.report(f"{what}: it holds {len(column)} rows instead of {rows}", "get this file again")
+            self._problems.report(
+                f"{what}: it holds {len(column)} rows instead of {rows}", "download or copy this file again"
+            )
             return pa.chunked_array([pa.nulls(rows, pa.string())])
         return column
 
 
 def read_shard(file: File, column: str) -> Shard:
-    """A shard from its file's footer.
+    """Read the footer of a file.
 
     Raises:
-        DataError: when the column is missing or not of strings.
+        DataError: when the column is missing or does not hold strings.
         pa.ArrowException, OSError: when the file is damaged.
     """
     return Shard(file, parse_footer(file.name, read_tail(file), column))
 
 
 def parse_footer(name: str, tail: bytes, column: str) -> Footer:
-    """The bytes at the end of a parquet file, see ``files.footer_bytes``, understood. Raises like ``read_shard``."""
+    """Parse the footer of a parquet file.
+
+    Args:
+        name: of the file, for messages.
+        tail: the footer and the eight bytes after it.
+        column: name of the column of texts, which must exist.
+
+    Raises:
+        DataError: when the column is missing or does not hold strings.
+        pa.ArrowException, OSError: when the footer is damaged.
+    """
     with pq.ParquetFile(pa.BufferReader(tail)) as parsed:
         schema, metadata = parsed.schema_arrow, parsed.metadata
     _check_column(name, schema, column)

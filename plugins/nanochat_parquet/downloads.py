@@ -1,4 +1,4 @@
-"""Shards that arrive in the background while others are read."""
+"""Downloading shards in the background while others are read."""
 
 from __future__ import annotations
 
@@ -16,26 +16,29 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from nanochat_core import DataError
-from nanochat_parquet.hub import Hub, HubFile
+from nanochat_parquet.hub import Hub
+from nanochat_parquet.hub_listing import HubFile
 
-PATIENCE = 10.0  # seconds a reader waits between lines that say so
-AHEAD = 8  # shards fetched beyond the last one that was asked for
+PATIENCE = 10.0  # seconds between messages while a reader waits for a file
+AHEAD = 8  # shards fetched beyond the last one that was read
 
 
 def say(line: str) -> None:
-    """A line for people, from one process a machine."""
+    """Print a line to stderr, from one process per machine."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        tqdm.write(line, file=sys.stderr)  # goes around a progress bar
+        tqdm.write(line, file=sys.stderr)  # keeps a progress bar intact
 
 
 class Downloads:
-    """Fetches the files that readers wait for first, then those that come after them.
+    """Background downloads: first the files that readers wait for, then the files after the last one that was read.
 
-    Threads start with the first file that is asked for and isn't here; they end with the process.
+    Threads start when a file is needed that is not on this machine; they end with the process.
 
     Args:
         files: in the order in which they are read; the last one is for validation.
-        column: of the texts, to check that it is there.
+        column: name of the column of texts, which must exist.
+        workers: number of threads.
+        report: prints a message while a reader waits.
     """
 
     def __init__(
@@ -45,16 +48,16 @@ class Downloads:
         self._change = Condition()
         self._paths: dict[int, Path] = {}
         self._failed: dict[int, DataError] = {}
-        self._under_way: dict[int, int] = {}  # bytes received so far
-        self._wanted: list[int] = []
-        self._last = -1  # train shard asked for last
+        self._under_way: dict[int, int] = {}  # bytes received so far, by file
+        self._requested: list[int] = []
+        self._last = -1  # highest index of a training shard that was requested
         self._threads = 0
 
     def path(self, index: int) -> Path:
-        """Where file ``index`` is; waits until it is there.
+        """Path of file ``index`` on this machine, after waiting for its download.
 
         Raises:
-            DataError: when it can't be had.
+            DataError: when the download fails.
         """
         with self._change:
             self._last = max(self._last, index) if index < len(self._files) - 1 else self._last
@@ -65,8 +68,8 @@ class Downloads:
             if index in self._paths:
                 self._change.notify_all()  # there may be more to fetch now
                 return self._paths[index]
-            self._failed.pop(index, None)  # the network may be back
-            self._wanted += [index, len(self._files) - 1]
+            self._failed.pop(index, None)  # the network may be available again
+            self._requested += [index, len(self._files) - 1]
             self._start_threads()
             self._change.notify_all()
             started = time.monotonic()
@@ -76,8 +79,8 @@ class Downloads:
                 if not self._change.wait(PATIENCE):
                     file, received = self._files[index], self._under_way.get(index, 0)
                     self._report(
-                        f"waiting for {file.name} of {self._hub.repo} since {time.monotonic() - started:.0f} s: "
-                        f"{received / 1e6:.1f} of {file.size / 1e6:.1f} MB have arrived"
+                        f"waiting for {file.name} of {self._hub.repo} for {time.monotonic() - started:.0f} s: "
+                        f"{received / 1e6:.1f} of {file.size / 1e6:.1f} MB received"
                     )
             return self._paths[index]
 
@@ -110,9 +113,9 @@ class Downloads:
                 self._change.notify_all()
 
     def _pick(self) -> int | None:
-        """What to fetch next."""
+        """Index of the file to fetch next; None when there is nothing to fetch."""
         ahead = range(self._last, min(self._last + 1 + AHEAD, len(self._files) - 1)) if self._last >= 0 else ()
-        for index in (*self._wanted, *ahead):
+        for index in (*self._requested, *ahead):
             if index not in self._paths and index not in self._under_way and index not in self._failed:
                 return index
         return None
@@ -123,7 +126,7 @@ class Downloads:
 
 @attrs.frozen
 class ArrivingFile:
-    """One of the files of a ``Downloads``: opening it waits for it."""
+    """One of the files of a ``Downloads``. Opening it waits for its download."""
 
     name: str
     size: int
@@ -135,10 +138,13 @@ class ArrivingFile:
 
 
 def download_all(hub: Hub, files: Sequence[HubFile], column: str, workers: int) -> list[str]:
-    """Fetch all files, with a progress bar on a terminal, or a line now and then.
+    """Fetch all files, with a progress bar on a terminal and otherwise a line every 10 seconds.
 
     Returns:
-        Why each file that is still missing is missing.
+        One line for each file that could not be fetched: its name and the reason.
+
+    Raises:
+        DataError: when files are missing and the hub is not available, or the disk has no room for them.
     """
     missing = [file for file in files if not hub.local(file)]
     total, here = sum(file.size for file in missing), len(files) - len(missing)
@@ -155,7 +161,7 @@ def download_all(hub: Hub, files: Sequence[HubFile], column: str, workers: int) 
         while queue:
             try:
                 file = queue.pop(0)
-            except IndexError:  # another thread was faster
+            except IndexError:  # another thread took the last file
                 return
             try:
                 hub.fetch(file, column, progress.add)
@@ -168,38 +174,38 @@ def download_all(hub: Hub, files: Sequence[HubFile], column: str, workers: int) 
         thread.start()
     while any(thread.is_alive() for thread in threads):
         time.sleep(0.05)
-        progress.tell()
+        progress.show()
     progress.close()
     return [failures[name] for name in sorted(failures)]
 
 
 class _Progress:
-    """Bytes and files that have arrived."""
+    """Progress of a download in bytes and files, shown as a bar or as lines."""
 
-    EVERY = 10.0  # seconds between lines, where there is no terminal
+    EVERY = 10.0  # seconds between lines where stderr is not a terminal
 
     def __init__(self, total: int, files: int) -> None:
         self._total, self._files = total, files
         self._received = self._done = 0
-        self._started = self._told = time.monotonic()
+        self._started = self._shown = time.monotonic()
         self._bar: Any = None
         if sys.stderr.isatty():
             self._bar = tqdm(total=total, unit="B", unit_scale=True, desc=f"0/{files} files")
 
     def add(self, received: int) -> None:
-        self._received += received  # a display: races between threads don't matter
+        self._received += received  # only displayed: races between threads don't matter
 
     def done(self, file: HubFile) -> None:
         self._done += 1
         if self._bar is None:
-            say(f"{file.name} is here ({self._done} of {self._files}; {self._speed()})")
+            say(f"{file.name} is complete ({self._done} of {self._files}; {self._speed()})")
 
-    def tell(self) -> None:
+    def show(self) -> None:
         if self._bar is not None:
             self._bar.set_description(f"{self._done}/{self._files} files", refresh=False)
             self._bar.update(self._received - self._bar.n)
-        elif time.monotonic() - self._told > self.EVERY:
-            self._told = time.monotonic()
+        elif time.monotonic() - self._shown > self.EVERY:
+            self._shown = time.monotonic()
             say(f"{self._received / 1e6:,.1f} of {self._total / 1e6:,.1f} MB ({self._speed()})")
 
     def _speed(self) -> str:
@@ -209,6 +215,6 @@ class _Progress:
         return f"{speed / 1e6:.1f} MB/s" + (f", {left:.0f} s left" if 0 < left < 1e6 else "")
 
     def close(self) -> None:
-        self.tell()
+        self.show()
         if self._bar is not None:
             self._bar.close()

@@ -15,34 +15,34 @@ import attrs
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from nanochat_core import DataError
-from nanochat_parquet.retries import Remedy, with_retries
+from nanochat_core import DataError, Problem
+from nanochat_parquet.retries import with_retries
 
 Result = TypeVar("Result")
 
 SAMPLE = 2**16
 ATTEMPTS = 5
-TIMEOUT = 30.0  # seconds without a byte
+TIMEOUT = 30.0  # seconds without any data from the server
 
 
 class File(Protocol):
-    """Bytes somewhere."""
+    """A file on disk, in an object store or behind a URL."""
 
     @property
     def name(self) -> str:
-        """What people call it: its path or URL."""
+        """Path or URL, for messages."""
 
     @property
     def size(self) -> int:
-        """In bytes."""
+        """Size in bytes."""
 
     def open(self) -> Any:
-        """Something with read, seek, tell and close that pyarrow reads from."""
+        """Open the file. Returns an object with read, seek, tell and close, for pyarrow to read from."""
 
 
 @attrs.frozen
 class StoredFile:
-    """A file in a file system of pyarrow: the local one, S3, GCS, or one of fsspec's."""
+    """A file in a file system of pyarrow: the local one, S3, GCS, or a file system of fsspec."""
 
     name: str
     size: int
@@ -65,11 +65,11 @@ class HttpFile:
 
 
 class HttpReader(io.RawIOBase):
-    """Reads parts of a file behind a URL, each with a request of its own; what fails for a while is tried again, which
+    """A stream that reads parts of a file behind a URL, each with one request. Requests that fail are repeated, which
     fsspec does not do.
 
     Raises:
-        DataError: while reading, when the server doesn't deliver.
+        DataError: from reading, when the server does not send the data.
     """
 
     def __init__(self, file: HttpFile) -> None:
@@ -103,7 +103,8 @@ class HttpReader(io.RawIOBase):
         data: bytes = _http().cat_file(self._file.name, start, end)
         if len(data) == self._file.size > end - start:
             raise DataError(
-                f"the server of {self._file.name} ignores range requests; download the file instead", key="path"
+                f"the server of {self._file.name} does not support range requests; download the file instead",
+                key="path",
             )
         if len(data) != end - start:
             raise OSError(f"{len(data)} bytes instead of {end - start}")
@@ -111,7 +112,7 @@ class HttpReader(io.RawIOBase):
 
 
 def _http() -> Any:
-    """fsspec's file system of URLs, which it makes once."""
+    """The file system of fsspec for URLs. fsspec creates it once."""
     import aiohttp
     import fsspec
 
@@ -121,47 +122,57 @@ def _http() -> Any:
 
 
 def _from_server(url: str, work: Callable[[], Result]) -> Result:
-    return with_retries(f"{url} can't be read", work, _remedy_for, attempts=ATTEMPTS, pause=0.5, key="path")
+    return with_retries(
+        f"{url} can't be read",
+        work,
+        _permanent_problem,
+        attempts=ATTEMPTS,
+        backoff=0.5,
+        remedy="check the URL, or download the file",
+        key="path",
+    )
 
 
-def _remedy_for(error: BaseException) -> Remedy | None:
-    """The remedy for an error of fsspec that waiting does not mend; None for errors that pass."""
+def _permanent_problem(error: BaseException) -> Problem | None:
+    """Problem for an error of fsspec that another attempt won't remove; None for errors that may be temporary."""
     status = getattr(error, "status", None) or getattr(error.__cause__, "status", None)
     if isinstance(status, int):
-        passes = status in (408, 429) or status >= 500
-        return None if passes else Remedy(f"its server answers {status}; check the URL")
+        temporary = status in (408, 429) or status >= 500
+        return None if temporary else Problem("path", f"its server answers {status}; check the URL")
     if isinstance(error, FileNotFoundError) and error.__cause__ is None:
-        return Remedy("its server has no such file; check the URL")
+        return Problem("path", "its server has no such file; check the URL")
     return None
 
 
 def _http_file(url: str) -> HttpFile:
     size = _from_server(url, lambda: _http().info(url)["size"])
     if size is None:
-        raise DataError(f"the server of {url} doesn't say how long it is; download the file instead", key="path")
+        raise DataError(
+            f"the server of {url} does not report the size of the file; download the file instead", key="path"
+        )
     return HttpFile(url, int(size))
 
 
 def find(places: str | Iterable[str], key: str) -> list[File]:
-    """The parquet files at ``places``, each place's in the order of their names.
+    """The parquet files at ``places``, those of each place sorted by name.
 
     Args:
         places: directories, files, patterns or URLs.
-        key: the option that names them.
+        key: option that names the places, for messages.
 
     Raises:
-        DataError: when a place is missing or holds none.
+        DataError: when a place is missing or holds no parquet files.
     """
-    found: list[File] = []
+    files: list[File] = []
     for place in [places] if isinstance(places, str) else places:
         scheme = urlsplit(place).scheme if "://" in place else ""
         if scheme in ("http", "https"):
-            found.append(_http_file(place))
+            files.append(_http_file(place))
         elif scheme and scheme != "file":
-            found += _find_remote(place, key)
+            files += _find_remote(place, key)
         else:
-            found += _find_local(place.removeprefix("file://"), key)
-    return found
+            files += _find_local(place.removeprefix("file://"), key)
+    return files
 
 
 def _find_local(place: str, key: str) -> list[File]:
@@ -173,17 +184,19 @@ def _find_local(place: str, key: str) -> list[File]:
     elif glob.has_magic(place):
         paths = sorted(p for p in Path(path.anchor).glob(str(path.relative_to(path.anchor))) if p.is_file())
     else:
-        raise DataError(f"{path} is no directory and no file; point it at your *.parquet shards", key=key)
+        raise DataError(
+            f"{path} is neither a directory nor a file; set it to the place of your *.parquet shards", key=key
+        )
     if not paths:
         what = "matches no files" if glob.has_magic(place) else "holds 0 *.parquet files"
-        raise DataError(f"{path} {what}; point it at your *.parquet shards", key=key)
+        raise DataError(f"{path} {what}; set it to the place of your *.parquet shards", key=key)
     local = pafs.LocalFileSystem()
     return [StoredFile(str(p), p.stat().st_size, str(p), local) for p in paths]
 
 
 def _find_remote(place: str, key: str) -> list[File]:
-    """Files of an object store. A pattern's fixed directory is listed, and the names are matched. What follows a
-    question mark are options of the store, as in ``?endpoint_override=minio:9000&scheme=http``."""
+    """Files of an object store. Of a pattern, the directory before the first wildcard is listed and the names are
+    matched. Options of the store follow a question mark, as in ``?endpoint_override=minio:9000&scheme=http``."""
     place, mark, options = place.partition("?")
     magic = glob.has_magic(place)
     base = place[: min(place.find(c) for c in "*[" if c in place)].rpartition("/")[0] if magic else place
@@ -203,7 +216,7 @@ def _find_remote(place: str, key: str) -> list[File]:
     pattern = path + place[len(base) :] if magic else "*.parquet" if len(infos) != 1 or infos[0].path != path else "*"
     infos = [i for i in infos if i.type == pafs.FileType.File and fnmatch.fnmatchcase(i.path, pattern)]
     if not infos:
-        raise DataError(f"{place} holds no parquet files; point it at your *.parquet shards", key=key)
+        raise DataError(f"{place} holds no parquet files; set it to the place of your *.parquet shards", key=key)
     prefix = place.partition("://")[0] + "://"
     return [StoredFile(prefix + i.path, i.size, i.path, filesystem) for i in sorted(infos, key=lambda i: i.path)]
 
@@ -218,7 +231,7 @@ def _filesystem(url: str) -> tuple[pafs.FileSystem, str]:
 
 
 def hash_file(file: File) -> bytes:
-    """sha256 of all bytes."""
+    """sha256 of a whole file, 32 bytes."""
     with file.open() as stream:
         digest = hashlib.sha256()
         while block := stream.read(2**22):
@@ -227,7 +240,7 @@ def hash_file(file: File) -> bytes:
 
 
 def hash_samples(file: File) -> bytes:
-    """sha256 of the footer and of 64 KiB at the start, in the middle and at the end."""
+    """sha256 of a parquet file's footer and of 64 KiB at its start, in its middle and at its end, 32 bytes."""
     digest = hashlib.sha256()
     tail = read_tail(file)
     with file.open() as stream:
@@ -251,7 +264,12 @@ def read_tail(file: File) -> bytes:
 
 
 def footer_bytes(part: Callable[[int], bytes], size: int) -> bytes:
-    """Footer of a parquet file and the eight bytes after it, given how to read from some position to the end."""
+    """Footer of a parquet file and the eight bytes after it.
+
+    Args:
+        part: reads the file from a position to its end.
+        size: of the file, in bytes.
+    """
     tail = part(max(0, size - SAMPLE))
     length = int.from_bytes(tail[-8:-4], "little") + 8
     if length > len(tail) and length <= size:

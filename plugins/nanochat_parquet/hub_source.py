@@ -12,21 +12,22 @@ from nanochat_core import DataContext, DataError, DataSource, Documents, Split, 
 from nanochat_parquet.config import ClimbmixConfig, FinewebEduConfig, HubConfig, HubParquetConfig
 from nanochat_parquet.documents import ParquetDocuments, Shard
 from nanochat_parquet.downloads import ArrivingFile, Downloads, download_all, say
-from nanochat_parquet.hub import Hub, HubFile
+from nanochat_parquet.hub import Hub
+from nanochat_parquet.hub_listing import HubFile
 
 FOOTERS_AT_ONCE = 16
 
 
 class HubSource(DataSource):
-    """The first shards of a data set on the hub for training, its last one for validation.
+    """A data set on the hub: its first shards for training, the last one for validation.
 
     The number of documents comes from the shards' footers, a few KB each; the shards themselves are fetched in the
-    background from the first document that is read, some ahead of the reader.
+    background once the first document is read, some of them ahead of the reader.
 
     Args:
         hub: the data set.
-        config: what to take of it.
-        names: of all its shards, in order; None asks the hub, by ``config.files``.
+        config: the options.
+        names: of all its shards, in order; None: those on the hub that match ``config.files``.
     """
 
     def __init__(self, hub: Hub, config: HubConfig, names: Sequence[str] | None = None) -> None:
@@ -57,7 +58,7 @@ class HubSource(DataSource):
         missing = sum(self._hub.local(file) is None for file in self._files)
         if missing:
             here = len(self._files) - missing
-            say(f"{self._hub.repo}: {here} of {len(self._files)} shards are here, the others come as they are needed")
+            say(f"{self._hub.repo}: {here} of {len(self._files)} shards are here, the others are fetched when needed")
         column = self._config.text_column
         with ThreadPoolExecutor(FOOTERS_AT_ONCE) as threads:
             footers = list(threads.map(lambda file: self._hub.footer(file, column), self._files))
@@ -67,10 +68,10 @@ class HubSource(DataSource):
         ]
 
     def documents(self, split: Split) -> Documents:
-        """The split's documents. Reading one of a shard that isn't here waits until it is.
+        """The split's documents. Reading a document of a shard that is not on this machine waits for its download.
 
         Raises:
-            DataError: when the hub can't be asked, a shard has no such column, or (from reading) can't be had.
+            DataError: when the hub is not available or a shard lacks the column; from reading, when a download fails.
         """
         return self._train if split == "train" else self._val
 
@@ -84,7 +85,7 @@ class HubSource(DataSource):
         return ParquetDocuments(self._shards[-1:], self._config.text_column, self._problems)
 
     def fingerprint(self, split: Split) -> str:
-        """Digest of the column's name and of each shard's name and content, as the hub states it."""
+        """Digest of the column's name and of each shard's name, size and checksum from the hub."""
         digest = hashlib.sha256(self._config.text_column.encode())
         for file in self._files[:-1] if split == "train" else self._files[-1:]:
             digest.update(f"\n{file.name} {file.size} {file.etag}".encode())
@@ -109,7 +110,7 @@ class HubSource(DataSource):
 
 
 def numbered(count: int) -> list[str]:
-    """Names of ``count`` shards."""
+    """Names of ``count`` shards: ``shard_00000.parquet`` and so on."""
     return [f"shard_{i:05d}.parquet" for i in range(count)]
 
 

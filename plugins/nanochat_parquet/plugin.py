@@ -1,4 +1,4 @@
-"""Hook implementations."""
+"""Registers the data sources ``parquet``, ``fineweb_edu``, ``climbmix`` and ``hub_parquet``."""
 
 from __future__ import annotations
 

@@ -1,56 +1,47 @@
-"""Trying again what may go well the next time."""
+"""Repeating requests that may succeed at another attempt."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential
 
-from nanochat_core import DataError
+from nanochat_core import DataError, Problem
 
 Result = TypeVar("Result")
-
-
-class Remedy(NamedTuple):
-    """What a user can do about an error that another attempt does not mend.
-
-    Args:
-        text: ends the message.
-        key: the option that it is about, if any.
-    """
-
-    text: str
-    key: str = ""
 
 
 def with_retries(
     failed: str,
     work: Callable[[], Result],
-    remedy_for: Callable[[BaseException], Remedy | None],
+    permanent: Callable[[BaseException], Problem | None],
     *,
-    attempts: int = 6,
-    pause: float = 1.0,
-    later: str = "",
+    attempts: int,
+    backoff: float,
+    remedy: str,
     key: str = "",
 ) -> Result:
-    """What ``work`` returns.
+    """Return the result of ``work``, which is repeated while its errors may be temporary.
 
     Args:
-        failed: begins the message, as in ``the list of shards can't be had``.
-        remedy_for: gives the remedy for an error that another attempt does not mend; None for errors that pass.
-        pause: seconds before the second attempt; doubles with every other.
-        later: ends the message of errors that did not pass.
-        key: the option that the message is about, unless the remedy names one.
+        failed: beginning of the error message, as in ``the list of shards can't be fetched``.
+        work: the request.
+        permanent: returns the problem for an error that another attempt won't remove; None for errors that may be
+            temporary.
+        attempts: how often ``work`` is called at most.
+        backoff: seconds before the second attempt; doubles with each further attempt.
+        remedy: end of the error message when all attempts have failed.
+        key: option that such an error is about.
 
     Raises:
-        DataError: when all attempts have failed; or what ``work`` raises of that kind, at once.
+        DataError: when all attempts have failed or another attempt would not help; a DataError of ``work``, at once.
     """
     retrying = Retrying(
         stop=stop_after_attempt(attempts),
-        wait=wait_exponential(multiplier=pause),
+        wait=wait_exponential(multiplier=backoff),
         retry=retry_if_exception(
-            lambda e: isinstance(e, Exception) and not isinstance(e, DataError) and remedy_for(e) is None
+            lambda e: isinstance(e, Exception) and not isinstance(e, DataError) and permanent(e) is None
         ),
         reraise=True,
     )
@@ -59,8 +50,8 @@ def with_retries(
     except DataError:
         raise
     except Exception as error:
-        remedy = remedy_for(error)
-        if remedy is not None:
-            raise DataError(f"{failed}: {remedy.text}", key=remedy.key or key) from error
+        problem = permanent(error)
+        if problem is not None:
+            raise DataError(f"{failed}: {problem.message}", key=problem.key) from error
         text = f"{type(error).__name__}: {str(error).strip() or 'no details'}"
-        raise DataError(f"{failed}, after {attempts} attempts ({text}){later and f'; {later}'}", key=key) from error
+        raise DataError(f"{failed}, after {attempts} attempts ({text}); {remedy}", key=key) from error

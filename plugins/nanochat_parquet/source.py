@@ -19,7 +19,7 @@ HASH_WHOLE = 2**30
 
 
 class ParquetSource(DataSource):
-    """Shards of one or more places. Row groups may have any size.
+    """Parquet shards of one or more places. Row groups may have any size.
 
     Raises:
         DataError: when a place is missing, or holds too few shards.
@@ -33,7 +33,10 @@ class ParquetSource(DataSource):
             self._files["val"] = find(config.val_path, "val_path")
             shared = {f.name for f in files} & {f.name for f in self._files["val"]}
             if shared:
-                raise DataError(f"{sorted(shared)[0]} is among the training shards too; keep it apart", key="val_path")
+                raise DataError(
+                    f"{sorted(shared)[0]} is among the training shards too; remove it from one of the two",
+                    key="val_path",
+                )
         elif config.val_fraction is None:
             if len(files) < 2:
                 raise DataError(
@@ -44,10 +47,10 @@ class ParquetSource(DataSource):
             self._files = {"train": files[:-1], "val": files[-1:]}
 
     def documents(self, split: Split) -> Documents:
-        """The split's documents; rows are read when they are asked for.
+        """The split's documents; rows are read on demand.
 
         Raises:
-            DataError: when a shard is unreadable or has no such column of strings, here or at the first access.
+            DataError: when a shard is unreadable or has no such column of strings, here or from reading.
         """
         return self._train if split == "train" else self._val
 
@@ -75,24 +78,25 @@ class ParquetSource(DataSource):
         try:
             return read_shard(file, self._config.text_column)
         except (pa.ArrowException, OSError) as error:
-            remedy = "get this file again, or remove it"
+            remedy = "download or copy this file again, or remove it"
             self._problems.report(f"{file.name} can't be read as parquet ({error})", remedy, error)
             return None
 
     def _open(self, split: Split) -> ParquetDocuments:
-        found = [self._shards[file.name] for file in self._files[split]]
-        shards = [shard for shard in found if shard is not None]
+        readable = (self._shards[file.name] for file in self._files[split])
+        shards = [shard for shard in readable if shard is not None]
         if not any(sum(shard.footer.rows) for shard in shards):
             raise DataError(
-                f"the {split} shards in {_join(self._config.path)} hold no rows; get them again", key="path"
+                f"the {split} shards in {_join(self._config.path)} hold no rows; check how they were written",
+                key="path",
             )
         return ParquetDocuments(shards, self._config.text_column, self._problems)
 
     def fingerprint(self, split: Split) -> str:
         """Digest of the column's name and of each shard's name, size and bytes.
 
-        Of splits larger than 1 GiB, and of files behind URLs, it takes the footers (they hold the compressed size of
-        every row group) and three samples a shard instead of all bytes: a change that keeps all of these goes unseen.
+        For splits larger than 1 GiB and for files behind URLs it hashes footers (they hold the compressed size of every
+        row group) and three samples per shard instead of all bytes: a change that keeps all of these is not noticed.
         """
         files = self._files[split]
         remote = any("://" in file.name for file in files)

@@ -1,1 +1,1 @@
-"""Documents that every Python carries: no download."""
+"""Data source ``python_docs``: the documentation inside Python, without a download."""

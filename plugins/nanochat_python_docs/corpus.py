@@ -1,6 +1,5 @@
-"""Readable documents from the Python that runs: the language reference that ``help()`` shows, and the docstrings of
-the standard library, found by parsing its files. No module of the library is imported for it (but for the text of the
-reference)."""
+"""Documents from the running Python: the language reference that ``help()`` shows, and the docstrings of the standard
+library. The files of the library are parsed; only the module with the text of the reference is imported."""
 
 from __future__ import annotations
 
@@ -16,9 +15,9 @@ from pathlib import Path
 
 PART = 8_000  # characters; longer documents are cut at paragraph ends
 SHORTEST = 200  # shorter documents are dropped
-REPEATED = 60  # docstrings at least this long appear once in all documents
+REPEATED = 60  # docstrings of at least this length appear only once in all documents
 
-# Tests, what isn't the library's own, generated data, and documents of other tools.
+# Tests, packages that are not part of the library, generated data, and documents of other tools.
 SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "_bundled", "lib-dynload"}
 SKIPPED |= {"encodings", "pydoc_data", "lib2to3", "__phello__", "turtledemo"}
 
@@ -28,7 +27,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def library_files(library: Path) -> Iterator[tuple[str, Path]]:
-    """Dotted names and files of the library's modules, sorted."""
+    """Dotted names and files of the library's modules, sorted by file."""
     paths: list[Path] = []
     for directory, children, names in os.walk(library):
         children[:] = [c for c in children if c not in SKIPPED and c.isidentifier()]
@@ -39,7 +38,7 @@ def library_files(library: Path) -> Iterator[tuple[str, Path]]:
 
 
 def clean(text: str) -> str:
-    """Line ends and blank lines made regular; control characters and surrogates removed."""
+    """Normalize line ends and blank lines; remove control characters and surrogates."""
     text = re.sub(r"[^\S\n]+$", "", text.expandtabs().replace("\r\n", "\n"), flags=re.MULTILINE)
     text = re.sub(r"^\$(Id|Revision|Date).*\$$", "", text, flags=re.MULTILINE)
     text = re.sub(r"[\x00-\x09\x0b-\x1f\x7f\ud800-\udfff]", "", text)
@@ -51,7 +50,7 @@ def title(text: str) -> str:
 
 
 def signature(node: Function, method: bool) -> str:
-    """Arguments in parentheses, without self or cls."""
+    """Arguments of a function in parentheses, without self or cls."""
     arguments = node.args
     static = any(isinstance(d, ast.Name) and d.id == "staticmethod" for d in node.decorator_list)
     if method and not static:
@@ -62,7 +61,7 @@ def signature(node: Function, method: bool) -> str:
 
 
 def heading(node: Function | ast.ClassDef, qualified: str, method: bool) -> str:
-    """One line, in the manner of Python's own manual."""
+    """Heading of a class or function in one line, in the style of Python's manual."""
     if isinstance(node, ast.ClassDef):
         bases = [ast.unparse(base) for base in node.bases if ast.unparse(base) != "object"]
         return f"class {qualified}" + (f"({', '.join(bases)})" if bases else "")
@@ -89,9 +88,9 @@ def docstrings(body: list[ast.stmt], module: str, owner: str = "") -> Iterator[t
 
 
 def module_document(name: str, tree: ast.Module, seen: set[str]) -> str:
-    """Title, the module's docstring, and an entry for each thing it documents; "" when there is nothing.
+    """Title, the module's docstring, and an entry for each documented class and function; "" without any docstring.
 
-    Docstrings in ``seen`` are left out, and what is used is added to it.
+    Docstrings in ``seen`` are left out, and those that are used are added to it.
     """
     blocks = []
     if text := clean(inspect.cleandoc(ast.get_docstring(tree, clean=False) or "")):
@@ -113,7 +112,7 @@ def topic_documents() -> dict[str, str]:
     """The language reference. Topics that mostly repeat longer ones are left out."""
     try:
         from pydoc_data.topics import topics
-    except ImportError:  # some distributions package it apart
+    except ImportError:  # some distributions package it separately
         return {}
     seen: set[str] = set()
     kept = {}
@@ -127,7 +126,12 @@ def topic_documents() -> dict[str, str]:
 
 
 def documents(source: bool, library: Path | None = None) -> dict[str, str]:
-    """All documents by name: ``topic:...``, then ``module:...``, then, if asked for, ``source:...``."""
+    """All documents by name: ``topic:...``, then ``module:...``, then, if ``source`` is true, ``source:...``.
+
+    Args:
+        source: whether to add source code.
+        library: directory of the standard library; None: that of the running Python.
+    """
     found = {f"topic:{name}": text for name, text in topic_documents().items()}
     sources = {}
     seen: set[str] = set()
@@ -136,7 +140,7 @@ def documents(source: bool, library: Path | None = None) -> dict[str, str]:
             with tokenize.open(path) as file:
                 code = file.read()
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # old escapes in docstrings
+                warnings.simplefilter("ignore")  # old escape sequences in docstrings
                 tree = ast.parse(code)
         except (OSError, SyntaxError, ValueError):
             continue
@@ -146,7 +150,7 @@ def documents(source: bool, library: Path | None = None) -> dict[str, str]:
 
 
 def parts(text: str) -> list[str]:
-    """``text`` in pieces of about ``PART`` characters: cut before an unindented paragraph, else any, else a line."""
+    """Split a text into pieces of about ``PART`` characters: before an unindented paragraph, a paragraph, or a line."""
     pieces: list[str] = []
     while len(text) > PART * 5 // 4:
         window = text[:PART]
@@ -157,11 +161,11 @@ def parts(text: str) -> list[str]:
     return [piece for piece in [*pieces, text] if piece]
 
 
-def all_parts(found: Mapping[str, str]) -> dict[str, list[str]]:
-    """Documents cut into parts, without those that occurred before."""
+def all_parts(texts: Mapping[str, str]) -> dict[str, list[str]]:
+    """Parts of each document, without parts that occurred before."""
     seen: set[str] = set()
     cut = {}
-    for name, text in found.items():
+    for name, text in texts.items():
         fresh = [part for part in parts(text) if part not in seen]
         seen.update(fresh)
         cut[name] = fresh

@@ -1,4 +1,4 @@
-"""Hook implementations."""
+"""Registers the data source ``python_docs``."""
 
 from __future__ import annotations
 

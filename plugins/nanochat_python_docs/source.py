@@ -1,4 +1,4 @@
-"""The data source ``python_docs``: what ``corpus`` finds, split, shuffled and kept for the next start."""
+"""The data source ``python_docs``: documents of the running Python, split, shuffled and cached."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from nanochat_core import DataContext, DataError, DataSource, Split, write_atomi
 from nanochat_python_docs import corpus
 from nanochat_python_docs.config import PythonDocsConfig
 
-FORMAT = 1  # goes up whenever the documents of the same Python change
-FEWEST = 100  # documents; a complete Python gives six hundred
+FORMAT = 1  # increased when the documents of the same Python change
+FEWEST = 100  # documents; a complete Python has about six hundred
 
 
 class PythonDocs(DataSource):
-    """Documents of both splits, in memory."""
+    """A data source with the documents of both splits in memory."""
 
     def __init__(self, splits: dict[Split, list[str]]) -> None:
         self._splits = splits
@@ -28,14 +28,14 @@ class PythonDocs(DataSource):
 
 
 def _fraction(text: str) -> float:
-    """A number in [0, 1) that depends on nothing but the text."""
+    """A number in [0, 1) that depends only on the text."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
 
 
 def make_splits(config: PythonDocsConfig, library: Path) -> dict[Split, list[str]]:
     """The documents of both splits, shuffled by a hash of their names.
 
-    A module's documentation and its source are on the same side, with all their parts.
+    All parts of a module's documentation and source are in the same split.
     """
     splits: dict[Split, list[tuple[float, str]]] = {"train": [], "val": []}
     for name, parts in corpus.all_parts(corpus.documents(config.source, library)).items():
@@ -45,17 +45,17 @@ def make_splits(config: PythonDocsConfig, library: Path) -> dict[Split, list[str
 
 
 def build(config: PythonDocsConfig, context: DataContext) -> PythonDocs:
-    """Find the documents, or read what an earlier start found.
+    """Extract the documents, or read them from the cache.
 
     Raises:
-        DataError: when this Python carries next to no documentation.
+        DataError: when this Python has almost no documentation.
     """
     library = Path(sysconfig.get_path("stdlib"))
     key = [FORMAT, sys.version, str(library), config.source, config.val_fraction]
     cached = context.cache_dir / f"python_docs-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
     try:
         splits: dict[Split, list[str]] = json.loads(cached.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # not there, or damaged
+    except (OSError, ValueError):  # absent or damaged
         splits = make_splits(config, library)
         if len(splits["train"]) < FEWEST or not splits["val"]:
             raise DataError(
@@ -63,6 +63,6 @@ def build(config: PythonDocsConfig, context: DataContext) -> PythonDocs:
                 f"missing, or packed into an archive); install it in full, or choose another data source",
                 key="plugin",
             ) from None
-        with suppress(OSError):  # a cache that can't be written costs seconds at every start, no more
+        with suppress(OSError):  # without a cache every start takes a few seconds longer
             write_atomic(cached, json.dumps(splits))
     return PythonDocs(splits)

@@ -1,4 +1,4 @@
-"""Samples for people to read."""
+"""The evaluator ``samples``."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from nanochat_samples.config import SamplesConfig
 
 
 class Samples(Evaluator):
-    """Texts ``samples/0``, ``samples/1``, ...: each prompt with its continuation; ``samples/0/sampled/0``, ... those
-    that are sampled besides. Rank 0 writes them alone."""
+    """Evaluator that continues prompts, on rank 0.
+
+    Its texts are each prompt with its continuation (``samples/0``, ``samples/1``, ...) and additional sampled
+    continuations (``samples/0/sampled/0``, ...).
+    """
 
     def __init__(self, config: SamplesConfig, context: EvaluatorContext) -> None:
         self.config = config
@@ -36,7 +39,7 @@ class Samples(Evaluator):
             temperature=temperature,
             top_k=self.config.top_k,
             seed=seed,
-            stop=(tokenizer.bos_id,),  # the next document would start
+            stop=(tokenizer.bos_id,),  # start of another document
             vocab_size=tokenizer.vocab_size,
         )
         return prompt + tokenizer.decode(list(new))

@@ -1,1 +1,1 @@
-"""Subword pieces by sentencepiece: trained here, or a .model file."""
+"""Tokenizer ``sentencepiece``: trained on the training documents, or a .model file."""

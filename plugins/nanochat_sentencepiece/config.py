@@ -12,12 +12,12 @@ LEAST = 1 + 256 + len(SPECIAL_TOKENS)  # <unk>, the bytes, special tokens
 
 def _is_file(_: Any, attribute: Any, value: Path | None) -> None:
     if value is not None and not value.is_file():
-        raise ValueError(f"{value} is no file: give the path of a .model file")
+        raise ValueError(f"{value} is not a file: set it to a .model file")
 
 
 @attrs.frozen
 class SentencePieceConfig:
-    """Pieces of text that is not normalised in any way; what no piece covers is spelt in bytes."""
+    """Options of ``sentencepiece``. Text is not normalized; parts that no piece covers are spelled in bytes."""
 
     vocab_size: int | None = option(
         None,
@@ -25,16 +25,20 @@ class SentencePieceConfig:
         validator=at_least(LEAST + 1),
     )
     model_file: Path | None = option(
-        None, "a .model file to use instead of training; it must leave text as it is and know bytes",
-        on_resume="free", validator=_is_file,
-    )  # fmt: skip
-    model_type: Literal["bpe", "unigram"] = option("bpe", "how pieces are learnt")
-    character_coverage: float = option(
-        0.9995, "part of the text's characters that get a piece of their own", validator=between(0.9, 1)
+        None,
+        "a .model file to use instead of training; it must not change text and must have byte pieces",
+        on_resume="free",
+        validator=_is_file,
     )
-    max_chars: int = option(200_000_000, "characters of training documents to learn from", validator=at_least(1))
+    model_type: Literal["bpe", "unigram"] = option("bpe", "algorithm that learns the pieces")
+    character_coverage: float = option(
+        0.9995, "share of the text's characters that get their own piece", validator=between(0.9, 1)
+    )
+    max_chars: int = option(
+        200_000_000, "number of characters of training documents to learn from", validator=at_least(1)
+    )
     doc_cap: int = option(
-        10_000, "characters of one document to learn from; the rest is left out", validator=at_least(1)
+        10_000, "number of characters of each document to learn from; the rest is ignored", validator=at_least(1)
     )
 
     def __attrs_post_init__(self) -> None:

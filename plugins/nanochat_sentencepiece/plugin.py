@@ -1,4 +1,4 @@
-"""Hook implementations."""
+"""Registers the tokenizer ``sentencepiece``."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The tokenizer ``sentencepiece``: pieces learnt from raw text, bytes for what they don't cover.
+"""The tokenizer ``sentencepiece``: pieces learned from raw text, and bytes for text that they don't cover.
 
-Sentencepiece writes a space as U+2581; here that is exact, because a U+2581 in the text itself is spelt in bytes. Two
-lone halves of a surrogate pair can't be written in UTF-8: text is read as if they were U+FFFD.
+Sentencepiece writes a space as U+2581; here that is exact, because a U+2581 in the text itself is spelled in bytes.
+Unpaired surrogates can't be written in UTF-8: each is read as U+FFFD.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ SPACE = "\u2581"
 
 
 class SentencePieceTokenizer(TableTokenizer):
-    """The pieces of a model, then special tokens.
+    """A tokenizer with the pieces of a sentencepiece model, followed by special tokens.
 
     Args:
         model: a serialized model.
 
     Raises:
-        ConfigError: when the model changes text, or has no bytes for what its pieces don't cover.
+        ConfigError: when it is not a sentencepiece model, changes text, or has no byte pieces.
     """
 
     format = "nanochat-sentencepiece-1"
@@ -51,12 +51,12 @@ class SentencePieceTokenizer(TableTokenizer):
         try:
             self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
-            raise ConfigError(f"no model of sentencepiece: {error}", key="model_file") from error
+            raise ConfigError(f"it is not a sentencepiece model: {error}", key="model_file") from error
         count = self._pieces.vocab_size()
         super().__init__([self._bytes_of(i) for i in range(count)], special_tokens_from(count))
         by_byte = {self._bytes[i]: i for i in range(count) if self._pieces.IsByte(i)}
         if len(by_byte) < 256:
-            raise ConfigError("the model has no bytes; train it with byte_fallback = true", key="model_file")
+            raise ConfigError("the model has no byte pieces; train it with byte_fallback = true", key="model_file")
         self._space_in_bytes = [by_byte[bytes([b])] for b in SPACE.encode()]
         if not self.keeps_text():
             raise ConfigError(
@@ -96,7 +96,7 @@ class SentencePieceTokenizer(TableTokenizer):
 
 
 def _training_text(documents: Iterable[str], config: SentencePieceConfig) -> Iterator[str]:
-    """Paragraphs: sentencepiece learns from each by itself."""
+    """Paragraphs of the documents; sentencepiece learns from each separately."""
     left = config.max_chars
     for document in documents:
         text = document[: min(config.doc_cap, left)]
@@ -107,7 +107,7 @@ def _training_text(documents: Iterable[str], config: SentencePieceConfig) -> Ite
 
 
 def train(documents: Iterable[str], config: SentencePieceConfig) -> SentencePieceTokenizer:
-    """Learn pieces. The same documents give the same tokenizer.
+    """Train a tokenizer. The same documents give the same pieces.
 
     Raises:
         DataError: when the documents are too few for ``vocab_size`` tokens.
@@ -120,7 +120,7 @@ def train(documents: Iterable[str], config: SentencePieceConfig) -> SentencePiec
         try:
             yield from _training_text(documents, config)
         except BaseException as raised:
-            error.append(raised)  # sentencepiece would hide it
+            error.append(raised)  # sentencepiece hides it
             raise
 
     try:
@@ -135,12 +135,12 @@ def train(documents: Iterable[str], config: SentencePieceConfig) -> SentencePiec
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
             byte_fallback=True,
-            max_sentence_length=4 * config.doc_cap,  # bytes; longer ones would be left out
+            max_sentence_length=4 * config.doc_cap,  # bytes; longer paragraphs are ignored
             unk_id=0,
             bos_id=-1,
             eos_id=-1,
             pad_id=-1,
-            num_threads=1,  # unigram pieces depend on it
+            num_threads=1,  # unigram pieces depend on the number of threads
             minloglevel=2,
         )
     except RuntimeError as failure:
@@ -157,7 +157,7 @@ def train(documents: Iterable[str], config: SentencePieceConfig) -> SentencePiec
 
 
 def load(directory: Path) -> SentencePieceTokenizer:
-    """Read what ``save`` wrote.
+    """Load a tokenizer from a directory that ``save`` wrote.
 
     Raises:
         CheckpointError: when a file is missing or damaged.
@@ -170,11 +170,13 @@ def load(directory: Path) -> SentencePieceTokenizer:
 
 
 def build(config: SentencePieceConfig, context: TokenizerContext) -> SentencePieceTokenizer:
-    """The saved tokenizer if there is one, else that of ``model_file``, else a freshly trained one.
+    """Load the saved tokenizer if there is one; otherwise load ``model_file``, or train.
 
     Raises:
-        CheckpointError: when the saved one is damaged, or isn't what the config asks for.
-        ConfigError, DataError: see ``SentencePieceTokenizer`` and ``train``.
+        CheckpointError: when the saved tokenizer is damaged, or differs from the config.
+        ConfigError: when ``model_file`` is not a sentencepiece model, changes text, has no byte pieces, or differs from
+            ``vocab_size``.
+        DataError: when the documents are too few for ``vocab_size`` tokens.
     """
     if context.saved is not None:
         tokenizer = load(context.saved)

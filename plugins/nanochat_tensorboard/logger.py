@@ -1,4 +1,4 @@
-"""Event files for TensorBoard, written with TensorBoard's own library: torch's writer would import torch."""
+"""The logger ``tensorboard``. It uses TensorBoard's own library, because torch's writer imports torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from nanochat_tensorboard.config import TensorBoardConfig
 
 
 class TensorBoard(Logger):
-    """Scalars and texts under their metric names, at the step and wall time of the record; the experiment as JSON."""
+    """A logger that writes event files: scalars and texts under their metric names, at the step and wall time of the
+    record, and the experiment as JSON."""
 
     rewinds: ClassVar[bool] = True
 
@@ -29,7 +30,7 @@ class TensorBoard(Logger):
             directory = config.directory / context.name / context.id
         writer: Any = EventFileWriter(str(directory), flush_secs=config.flush_seconds)
         self.writer, self.step, self.context = writer, context.start_step, context
-        # A resumed run writes one more file there; TensorBoard hides what older files say about steps done again.
+        # A resumed run adds a file; this event makes TensorBoard hide repeated steps in older files.
         start = SessionLog(status=SessionLog.START)
         writer.add_event(Event(wall_time=time.time(), step=context.start_step, session_log=start))
         about = {
@@ -61,7 +62,7 @@ class TensorBoard(Logger):
 
 
 def _text(name: str, text: str) -> Any:
-    """Markdown that shows ``text`` as it is."""
+    """A value whose Markdown shows ``text`` verbatim."""
     verbatim = textwrap.indent(text, "    ", lambda line: True)
     return Summary.Value(
         tag=f"{name}/text_summary",

@@ -1,1 +1,1 @@
-"""Documents from JSON lines and from text files, plain or compressed."""
+"""Data sources ``jsonl`` and ``text``: documents from JSON lines and text files, plain or compressed."""

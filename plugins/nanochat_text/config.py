@@ -20,7 +20,7 @@ def _one_line(_: Any, attribute: Any, value: Any) -> None:
 
 @attrs.frozen(kw_only=True)
 class FilesConfig:
-    """What both sources have."""
+    """Options that both sources share."""
 
     path: str | tuple[str, ...] = option(
         help="directory, file, or pattern such as notes/**/*.md; or a list of these; .gz and .zst are decompressed",
@@ -28,20 +28,24 @@ class FilesConfig:
         on_resume="free",  # the fingerprint notices other data
     )
     val_path: str | tuple[str, ...] | None = option(
-        None, "the same for validation; all documents of path are for training then",
-        validator=_not_empty, on_resume="free",
-    )  # fmt: skip
+        None,
+        "directory, file, pattern or list of these, for validation; all documents of path are for training then",
+        validator=_not_empty,
+        on_resume="free",
+    )
     val_fraction: float = option(
-        0.05, "without val_path, every k-th document is for validation, k = 1 / val_fraction",
+        0.05,
+        "without val_path, every k-th document is for validation, k = 1 / val_fraction",
         validator=between(1e-6, 0.5),
-    )  # fmt: skip
+    )
     on_error: Literal["fail", "skip"] = option(
-        "fail", "what a text or file that can't be read does: fail ends the run; skip leaves an empty document",
+        "fail",
+        "effect of a text or file that can't be read: fail ends the run; skip makes the document empty",
         on_resume="warn",
-    )  # fmt: skip
+    )
 
     def __attrs_post_init__(self) -> None:
-        for name in ("path", "val_path"):  # a resumed run may start in another directory
+        for name in ("path", "val_path"):  # a run may be resumed from another directory
             object.__setattr__(self, name, _absolute(getattr(self, name)))
 
 
@@ -53,16 +57,17 @@ def _absolute(path: Any) -> Any:
 
 @attrs.frozen(kw_only=True)
 class JsonlConfig(FilesConfig):
-    """One JSON object a line; blank lines don't count. Of directories, *.jsonl and *.ndjson, however deep."""
+    """One JSON object per line; blank lines are ignored. In directories: *.jsonl and *.ndjson at any depth."""
 
     text_field: str = option("text", "key of the document's text; null is an empty document")
 
 
 @attrs.frozen(kw_only=True)
 class TextConfig(FilesConfig):
-    """UTF-8 text. Of directories, *.txt, however deep."""
+    """UTF-8 text. In directories: *.txt at any depth."""
 
     separator: str | None = option(
-        None, 'line that stands between documents ("" is an empty line); without it each file is a document',
+        None,
+        'line that separates documents ("" is an empty line); without it each file is a document',
         validator=_one_line,
-    )  # fmt: skip
+    )

@@ -22,30 +22,31 @@ SAMPLE, SAMPLES = 2**16, 64
 
 
 def find(places: str | Iterable[str], suffixes: Sequence[str], key: str) -> list[Path]:
-    """The files at ``places``, each place's in the order of their names.
+    """The files at ``places``, those of each place sorted by name.
 
     Args:
-        suffixes: what counts in a directory, such as ``.jsonl``; with ``.gz`` or ``.zst`` behind it too.
-        key: the option that named the places, for messages.
+        places: directories, files or patterns.
+        suffixes: of the files to use in a directory, such as ``.jsonl``; followed by ``.gz`` or ``.zst`` too.
+        key: option that names the places, for messages.
 
     Raises:
-        DataError: when a place is missing or holds none.
+        DataError: when a place is missing or holds no such files.
     """
-    found: list[Path] = []
-    wanted = tuple(suffix + end for suffix in suffixes for end in ("", *COMPRESSED))
+    files: list[Path] = []
+    endings = tuple(suffix + end for suffix in suffixes for end in ("", *COMPRESSED))
     for place in [places] if isinstance(places, str) else places:
         path = Path(place).expanduser().absolute()
         if path.is_dir():
-            here = sorted(p for p in path.rglob("*") if p.name.endswith(wanted) and p.is_file())
+            here = sorted(p for p in path.rglob("*") if p.name.endswith(endings) and p.is_file())
         elif path.is_file():
             here = [path]
         else:
             here = sorted(p for p in Path(path.anchor).glob(str(path.relative_to(path.anchor))) if p.is_file())
         if not here:
-            what = f"holds no {', '.join('*' + s for s in suffixes)}" if path.is_dir() else "is not there"
-            raise DataError(f"{path} {what}; give a file, a directory, or a pattern that matches files", key=key)
-        found += here
-    return found
+            what = f"holds no {', '.join('*' + s for s in suffixes)}" if path.is_dir() else "does not exist"
+            raise DataError(f"{path} {what}; set it to a file, a directory, or a pattern that matches files", key=key)
+        files += here
+    return files
 
 
 def open_compressed(path: Path) -> pa.NativeFile:
@@ -54,23 +55,23 @@ def open_compressed(path: Path) -> pa.NativeFile:
 
 
 def is_damage(error: Exception) -> bool:
-    """Whether an error of a decompressor speaks of the file's content: those of the system have a number."""
+    """Whether an error of a decompressor is about the file's content. (Errors of the system have a number.)"""
     return isinstance(error, pa.ArrowException) or (isinstance(error, OSError) and error.errno is None)
 
 
 def identity(path: Path) -> str:
-    """Changes with the file: digest of its path, size and time of change."""
+    """Digest of a file's path, size and modification time, 32 hexadecimal digits."""
     stat = path.stat()
     return hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:32]
 
 
 @attrs.frozen
 class Plain:
-    """A file that can be read at any place.
+    """A file without compression, which can be read at any position.
 
     Args:
-        path: the file, or what was decompressed from it.
-        problem: what part of it is missing because it could not be decompressed; empty when all is there.
+        path: the file, or its decompressed copy.
+        problem: describes the part that could not be decompressed; empty when the file is complete.
     """
 
     path: Path
@@ -78,13 +79,15 @@ class Plain:
 
 
 def plain(path: Path, directory: Path, keep_damaged: bool) -> Plain:
-    """A file as it is, or decompressed into ``directory``, once: later calls, of other processes too, find it there.
+    """Return a plain file unchanged; decompress other files into ``directory``, once for all processes and runs.
 
     Args:
-        keep_damaged: keep what precedes a damaged place, instead of raising.
+        path: the file.
+        directory: for decompressed copies.
+        keep_damaged: keep the part before the damage, instead of raising.
 
     Raises:
-        DataError: when it is damaged, or there is no room.
+        DataError: when it is damaged, or the disk is full.
     """
     if path.suffix not in COMPRESSED:
         return Plain(path)
@@ -99,7 +102,7 @@ def plain(path: Path, directory: Path, keep_damaged: bool) -> Plain:
 
 
 def _decompress(path: Path, done: Path, keep_damaged: bool) -> str:
-    """Write what is in ``path`` to ``done``. Returns what could not be read."""
+    """Decompress ``path`` to ``done``. Returns a description of the part that could not be read, or ""."""
     problem = ""
     try:
         with open_atomic(done) as target, open_compressed(path) as source:
@@ -125,7 +128,7 @@ def _decompress(path: Path, done: Path, keep_damaged: bool) -> str:
 
 
 def fingerprint(paths: Sequence[Path], settings: Any) -> str:
-    """Digest of settings and of each file's name, size and bytes; of more than 1 GiB, of 64 samples a file."""
+    """Digest of settings and of each file's name, size and bytes; beyond 1 GiB in all, of 64 samples per file."""
     sizes = [path.stat().st_size for path in paths]
     digest = hashlib.sha256(json.dumps(settings).encode())
     for path, size in zip(paths, sizes, strict=True):

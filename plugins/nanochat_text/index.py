@@ -1,4 +1,4 @@
-"""Where the documents of a file begin and end: an array on disk that is mapped, not read, into memory."""
+"""The index of a file: start and end of each document, in an array on disk that is mapped into memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NEWLINE, RETURN = 10, 13
 
 def line_spans(path: Path) -> Iterator[Spans]:
     """Spans of all lines, without their line breaks (LF or CRLF), in blocks of bounded size unless a line is larger."""
-    position = line_start = 0  # of the block; of the line that goes on from earlier blocks
+    position = line_start = 0  # of the block; of the line that continues from earlier blocks
     last = -1  # byte before the block
     with path.open("rb") as file:
         while data := file.read(BLOCK):
@@ -42,39 +42,45 @@ def line_spans(path: Path) -> Iterator[Spans]:
 
 
 def jsonl_spans(path: Path) -> Iterator[Spans]:
-    """One document a line that isn't empty."""
+    """Spans of the lines that are not empty: each is a document."""
     for spans in line_spans(path):
         yield spans[spans[:, 1] > spans[:, 0]]
 
 
 def text_spans(path: Path, separator: str) -> Iterator[Spans]:
-    """Documents between the lines that equal ``separator``; empty ones don't count."""
-    wanted = separator.encode()
-    start = end = -1  # of the document so far: from its first line to the end of its last
+    """Spans of the documents between lines that equal ``separator``, without empty documents."""
+    separator_bytes = separator.encode()
+    start = end = -1  # of the current document: start of its first line, end of its last line
     with path.open("rb") as file:
         for spans in line_spans(path):
-            candidates = np.flatnonzero(spans[:, 1] - spans[:, 0] == len(wanted))
-            cuts = [i for i in candidates.tolist() if os.pread(file.fileno(), len(wanted), spans[i, 0]) == wanted]
-            found = []
+            candidates = np.flatnonzero(spans[:, 1] - spans[:, 0] == len(separator_bytes))
+            cuts = [
+                i
+                for i in candidates.tolist()
+                if os.pread(file.fileno(), len(separator_bytes), spans[i, 0]) == separator_bytes
+            ]
+            documents = []
             first = 0
             for cut in [*cuts, len(spans)]:
                 if cut > first:  # lines of a document
                     start = int(spans[first, 0]) if start < 0 else start
                     end = int(spans[cut - 1, 1])
                 if cut < len(spans) and start >= 0:
-                    found.append((start, end))
+                    documents.append((start, end))
                     start = -1
                 first = cut + 1
-            yield np.array(found, dtype=np.int64).reshape(-1, 2)
+            yield np.array(documents, dtype=np.int64).reshape(-1, 2)
     if start >= 0:
         yield np.array([[start, end]], dtype=np.int64)
 
 
 def load_index(path: Path, directory: Path, separator: str | None = None) -> Spans:
-    """The spans of a plain file's documents, made once and kept in ``directory``.
+    """Spans of the documents of a plain file, int64 [documents, 2], computed once and kept in ``directory``.
 
     Args:
-        separator: of text documents; None for JSON lines.
+        path: the file.
+        directory: for indices.
+        separator: line between text documents; None for JSON lines.
     """
     directory.mkdir(parents=True, exist_ok=True)
     kind = "jsonl" if separator is None else f"text-{separator.encode().hex()[:64]}"

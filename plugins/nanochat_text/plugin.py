@@ -1,4 +1,4 @@
-"""Hook implementations."""
+"""Registers the data sources ``jsonl`` and ``text``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def nanochat_register_data_sources(registry: Registrar) -> None:
         "jsonl",
         config=JsonlConfig,
         factory="nanochat_text.source:build_jsonl",
-        summary="JSON lines, one document a line, plain or compressed (.gz, .zst)",
+        summary="JSON lines, one document per line, plain or compressed (.gz, .zst)",
         requires=("pyarrow",),
         install="pip install pyarrow",
     )
@@ -25,7 +25,7 @@ def nanochat_register_data_sources(registry: Registrar) -> None:
         "text",
         config=TextConfig,
         factory="nanochat_text.source:build_text",
-        summary="text files, one document a file or split at a line, plain or compressed (.gz, .zst)",
+        summary="text files, one document per file, or separated by a line, plain or compressed (.gz, .zst)",
         requires=("pyarrow",),
         install="pip install pyarrow",
     )

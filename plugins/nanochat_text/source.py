@@ -15,15 +15,16 @@ from nanochat_text.config import FilesConfig, JsonlConfig, TextConfig
 from nanochat_text.files import COMPRESSED, find, fingerprint, is_damage, open_compressed, plain
 from nanochat_text.index import Spans, load_index
 
-MEND = "mend it"
+REPAIR = "repair it"
 
 
 class SpanDocuments(Documents):
-    """Documents that are parts of files.
+    """Documents that are spans of files.
 
     Args:
-        files: name for people, plain file, and spans of its documents.
-        parse: the text in the bytes of a span. Raises ValueError when there is none.
+        files: for each file its path for messages, its plain file, and the spans of its documents.
+        parse: returns the text of a span's bytes; raises ValueError when they are not valid.
+        problems: records documents that can't be read.
     """
 
     def __init__(
@@ -54,11 +55,14 @@ class SpanDocuments(Documents):
 
     def _text(self, data: bytes, size: int, name: Path, start: int) -> str:
         if len(data) != size:
-            raise DataError(f"{name} has become shorter since the run started; leave it as it is", key="path")
+            raise DataError(
+                f"{name} has become shorter since the run started; restore it, and don't change it during a run",
+                key="path",
+            )
         try:
             return self._parse(data)
         except ValueError as error:
-            self._problems.report(f"the document at byte {start:,} of {name} can't be read ({error})", MEND, error)
+            self._problems.report(f"the document at byte {start:,} of {name} can't be read ({error})", REPAIR, error)
             return ""
 
 
@@ -66,11 +70,11 @@ def _open(path: Path, name: Path) -> int:
     try:
         return os.open(path, os.O_RDONLY)
     except OSError as error:
-        raise DataError(f"{name} can't be read any more ({error}); put it back", key="path") from error
+        raise DataError(f"{name} can't be read any more ({error}); restore it", key="path") from error
 
 
 class FileDocuments(Documents):
-    """One document a file."""
+    """Documents that are whole files."""
 
     def __init__(self, paths: Sequence[Path], problems: UnreadablePlaces) -> None:
         self._paths, self._problems = paths, problems
@@ -85,9 +89,9 @@ class FileDocuments(Documents):
                 yield parse_text(self._bytes(path))
                 continue
             except OSError as error:
-                raise DataError(f"{path} can't be read ({error}); put it back", key="path") from error
+                raise DataError(f"{path} can't be read ({error}); restore it", key="path") from error
             except ValueError as error:
-                self._problems.report(f"{path} can't be read ({error})", MEND, error)
+                self._problems.report(f"{path} can't be read ({error})", REPAIR, error)
             yield ""
 
     def _bytes(self, path: Path) -> bytes:
@@ -103,35 +107,39 @@ class FileDocuments(Documents):
 
 
 def parse_text(data: bytes) -> str:
-    """UTF-8, without a byte-order mark."""
+    """Decode UTF-8, and remove a byte-order mark."""
     return data.decode().removeprefix("\ufeff")
 
 
 class _Field:
-    """The text of a JSON line. A class, so that it can be sent to other processes."""
+    """Parser that returns a field of a JSON object. It is a class, so that it can be pickled."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
     def __call__(self, data: bytes) -> str:
         try:
-            found = json.loads(data)
+            parsed = json.loads(data)
         except RecursionError as error:
             raise ValueError("nested too deeply") from error
-        if not isinstance(found, dict) or self.name not in found:
-            has = f"it has {', '.join(map(repr, list(found)[:5]))}" if isinstance(found, dict) else "it is no object"
-            raise ValueError(f"no field {self.name!r}: {has}; data.text_field names it")
-        text = found[self.name]
+        if not isinstance(parsed, dict) or self.name not in parsed:
+            has = (
+                f"it has {', '.join(map(repr, list(parsed)[:5]))}"
+                if isinstance(parsed, dict)
+                else "it is not an object"
+            )
+            raise ValueError(f"no field {self.name!r}: {has}; set data.text_field to the field with the text")
+        text = parsed[self.name]
         if text is None:
             return ""
         if not isinstance(text, str):
             raise ValueError(f"field {self.name!r} holds {type(text).__name__}, not a string")
-        text.encode()  # half a surrogate pair is no text
+        text.encode()  # raises for unpaired surrogates
         return text
 
 
 class FilesSource(DataSource):
-    """Documents of files. With ``val_fraction`` every k-th document of all is for validation."""
+    """Data source of the documents of files. With ``val_fraction`` every k-th document is for validation."""
 
     def __init__(self, config: FilesConfig, cache_dir: Path) -> None:
         self._config, self._directory = config, cache_dir / "text"
@@ -143,10 +151,12 @@ class FilesSource(DataSource):
             self._val_files = find(config.val_path, self._suffixes, "val_path")
             shared = {*self._train_files} & {*self._val_files}
             if shared:
-                raise DataError(f"{min(shared)} is among the training files too; keep it apart", key="val_path")
+                raise DataError(
+                    f"{min(shared)} is among the training files too; remove it from one of the two", key="val_path"
+                )
 
     def documents(self, split: Split) -> Documents:
-        """The split's documents, read when they are asked for.
+        """The split's documents, read on demand.
 
         Raises:
             DataError: when there are too few, or a file is damaged.
@@ -166,7 +176,7 @@ class FilesSource(DataSource):
                 hint = ', or data.separator to the line between the documents of a file ("" for an empty line)'
             raise DataError(
                 f"{len(splits[0]) + len(splits[1])} documents are too few for a training and a validation "
-                f"part ({needed} or more are needed); give more, or set data.val_path or data.val_fraction{hint}",
+                f"part ({needed} or more are needed); add documents, or set data.val_path or data.val_fraction{hint}",
                 key="path",
             )
         return splits
@@ -179,18 +189,18 @@ class FilesSource(DataSource):
         for path in paths:
             content = plain(path, self._directory, keep_damaged=config.on_error == "skip")
             if content.problem:
-                self._problems.report(content.problem, MEND)
+                self._problems.report(content.problem, REPAIR)
             spans = load_index(
                 content.path, self._directory, config.separator if isinstance(config, TextConfig) else None
             )
             if content.problem and len(spans):
-                spans = spans[:-1]  # half of its last document is missing
+                spans = spans[:-1]  # its last document is incomplete
             files.append((path, content.path, spans))
         parse = _Field(config.text_field) if isinstance(config, JsonlConfig) else parse_text
         return SpanDocuments(files, parse, self._problems)
 
     def fingerprint(self, split: Split) -> str:
-        """Digest of the options that decide what a document is, and of the files (their bytes as they are on disk)."""
+        """Digest of the options that determine the documents, and of the files' bytes on disk."""
         config = self._config
         settings = [type(config).__name__]
         settings += [config.text_field] if isinstance(config, JsonlConfig) else []

@@ -1,1 +1,1 @@
-"""Published encodings of tiktoken, from its cache or a file."""
+"""Tokenizer ``tiktoken``: published encodings, from tiktoken's cache or a file."""

@@ -10,24 +10,28 @@ from nanochat_core import option
 
 def _is_file(_: Any, attribute: Any, value: Path | None) -> None:
     if value is not None and not value.is_file():
-        raise ValueError(f"{value} is no file: give the path of a .tiktoken file")
+        raise ValueError(f"{value} is not a file: set it to a .tiktoken file")
 
 
 @attrs.frozen
 class TiktokenConfig:
-    """A published encoding, with nine special tokens after its own. Nothing is trained, and nothing is downloaded."""
+    """Options of ``tiktoken``, a published encoding and nine special tokens. Nothing is trained or downloaded."""
 
     encoding: str | None = option(
-        None, "name of an encoding that tiktoken knows, such as gpt2 or cl100k_base, read from tiktoken's cache"
+        None, "name of an encoding of tiktoken, such as gpt2 or cl100k_base, read from tiktoken's cache"
     )
     path: Path | None = option(
-        None, "a file of merges instead: lines of base64 bytes and rank, as tiktoken publishes them",
-        validator=_is_file, on_resume="free",
-    )  # fmt: skip
-    pattern: str | None = option(None, "regular expression of the words that merges never cross; needed with path")
+        None,
+        "a file of merges to use instead of encoding: lines of base64 bytes and rank, the format of tiktoken",
+        validator=_is_file,
+        on_resume="free",
+    )
+    pattern: str | None = option(
+        None, "regular expression whose matches are the words; merges don't cross their ends; required with path"
+    )
 
     def __attrs_post_init__(self) -> None:
         if (self.encoding is None) == (self.path is None):
-            raise ValueError("give encoding or path, one of them")
+            raise ValueError("set either encoding or path")
         if (self.path is None) != (self.pattern is None):
-            raise ValueError("path and pattern belong together: give both or none")
+            raise ValueError("path and pattern belong together: set both or neither")

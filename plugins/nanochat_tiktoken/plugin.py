@@ -1,4 +1,4 @@
-"""Hook implementations."""
+"""Registers the tokenizer ``tiktoken``."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""The tokenizer ``tiktoken``: an encoding that somebody has published.
+"""The tokenizer ``tiktoken``: a published encoding.
 
-Two lone halves of a surrogate pair can't be written in UTF-8: text is read as if they were U+FFFD.
+Unpaired surrogates can't be written in UTF-8: each is read as U+FFFD.
 
-Like ``bpe`` it encodes with the library tiktoken. The few lines that call it stand in both: plugins don't import each
-other, and the core knows no tokenizer library.
+Like ``bpe`` it encodes with the library tiktoken. Both repeat the few lines that call it: plugins don't import each
+other, and the core uses no tokenizer library.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MERGES = "merges.tiktoken"
 
 
 class TiktokenTokenizer(TableTokenizer):
-    """An encoding of tiktoken. Its ids stay what they are; special tokens of ours follow unless it has them.
+    """An encoding of tiktoken. It keeps its ids; our special tokens follow unless it has them.
 
     Args:
         pattern: regular expression whose matches are encoded one by one.
@@ -45,13 +45,13 @@ class TiktokenTokenizer(TableTokenizer):
         special: id of each special token of the encoding.
 
     Raises:
-        ConfigError: when the pattern is no regular expression, or leaves out text.
+        ConfigError: when the pattern is not a regular expression, or some text does not match it.
     """
 
     format = "nanochat-tiktoken-1"
 
     def __init__(self, pattern: str, ranks: Mapping[bytes, int], special: Mapping[str, int]) -> None:
-        tokens = [b""] * (max(ranks.values()) + 1)  # some ids may mean nothing
+        tokens = [b""] * (max(ranks.values()) + 1)  # some ids may be unused
         for token, rank in ranks.items():
             tokens[rank] = token
         super().__init__(tokens, special_tokens_from(max([*ranks.values(), *special.values()]) + 1, special))
@@ -65,9 +65,13 @@ class TiktokenTokenizer(TableTokenizer):
         try:
             self._encodings.get()
         except ValueError as error:
-            raise ConfigError(f"no regular expression that tiktoken knows: {error}", key="pattern") from error
+            raise ConfigError(
+                f"it is not a regular expression that tiktoken can use: {error}", key="pattern"
+            ) from error
         if not self.keeps_text():
-            raise ConfigError("some characters match no part of it and would be lost", key="pattern")
+            raise ConfigError(
+                "some characters match no part of it and would be lost; use the encoding's own pattern", key="pattern"
+            )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return TiktokenTokenizer, (self._pattern, self._ranks, self._own_special)
@@ -99,19 +103,19 @@ class TiktokenTokenizer(TableTokenizer):
 
 
 def from_name(name: str) -> TiktokenConfig | None:
-    """The config of an encoding that tiktoken knows by name; None when it knows none of that name."""
+    """The config for an encoding of tiktoken by name; None when there is no such encoding."""
     return TiktokenConfig(encoding=name) if name in tiktoken.list_encoding_names() else None
 
 
 class _NotInCache(Exception):
-    """tiktoken wants to download something."""
+    """tiktoken tried to download a file."""
 
 
 _no_downloads = threading.Lock()
 
 
 def named(encoding: str) -> TiktokenTokenizer:
-    """An encoding that tiktoken knows by name, from its cache.
+    """Load an encoding of tiktoken by name from its cache, without a download.
 
     Raises:
         ConfigError: when there is no encoding of that name.
@@ -119,34 +123,34 @@ def named(encoding: str) -> TiktokenTokenizer:
     """
     if encoding not in tiktoken.list_encoding_names():
         raise ConfigError(
-            f"tiktoken knows no {encoding!r}; it has {', '.join(tiktoken.list_encoding_names())}", key="encoding"
+            f"tiktoken has no encoding {encoding!r}; it has {', '.join(tiktoken.list_encoding_names())}", key="encoding"
         )
 
     def refuse(blobpath: str) -> bytes:
         raise _NotInCache(blobpath)
 
-    with _no_downloads:  # tiktoken has no way to ask for what is there only
+    with _no_downloads:  # tiktoken has no option that forbids downloads
         fetch = tiktoken.load.read_file
         tiktoken.load.read_file = refuse
         try:
-            found = tiktoken.get_encoding(encoding)
+            loaded = tiktoken.get_encoding(encoding)
         except _NotInCache as missing:
             raise DataError(
                 f"{encoding} isn't in tiktoken's cache ({missing} is missing). With a network, "
-                f"fetch it: python -c \"import tiktoken; tiktoken.get_encoding('{encoding}')\"; "
+                f"download it: python -c \"import tiktoken; tiktoken.get_encoding('{encoding}')\"; "
                 f"without, copy the cache from another machine and name it in TIKTOKEN_CACHE_DIR",
                 key="encoding",
             ) from None
         finally:
             tiktoken.load.read_file = fetch
-    return TiktokenTokenizer(found._pat_str, found._mergeable_ranks, found._special_tokens)
+    return TiktokenTokenizer(loaded._pat_str, loaded._mergeable_ranks, loaded._special_tokens)
 
 
 def read_merges(path: Path) -> dict[bytes, int]:
-    """Ranks by token. ``path``: lines of base64, a space, and the rank.
+    """Read a file of merges, whose lines are a token in base64, a space, and its rank. Returns ranks by token.
 
     Raises:
-        ValueError: when it is something else, or lacks one of the 256 bytes.
+        ValueError: when its format is different, ranks are repeated or negative, or one of the 256 bytes is missing.
     """
     ranks = {}
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
@@ -159,12 +163,12 @@ def read_merges(path: Path) -> dict[bytes, int]:
     if any(bytes([b]) not in ranks for b in range(256)):
         raise ValueError("not all 256 bytes are among its tokens")
     if len(set(ranks.values())) < len(ranks) or min(ranks.values()) < 0:
-        raise ValueError("two tokens have the same number, or one is negative")
+        raise ValueError("two tokens have the same rank, or a rank is negative")
     return ranks
 
 
 def load(directory: Path) -> TiktokenTokenizer:
-    """Read what ``save`` wrote.
+    """Load a tokenizer from a directory that ``save`` wrote.
 
     Raises:
         CheckpointError: when a file is missing or damaged.
@@ -177,11 +181,12 @@ def load(directory: Path) -> TiktokenTokenizer:
 
 
 def build(config: TiktokenConfig, context: TokenizerContext) -> TiktokenTokenizer:
-    """The saved tokenizer if there is one, else what the config names.
+    """Load the saved tokenizer if there is one; otherwise the encoding or file of the config.
 
     Raises:
-        CheckpointError: when the saved one is damaged.
-        ConfigError, DataError: when what the config names is missing or no encoding.
+        CheckpointError: when the saved tokenizer is damaged.
+        ConfigError: when there is no such encoding, or file or pattern are not valid.
+        DataError: when the encoding isn't in tiktoken's cache.
     """
     if context.saved is not None:
         return load(context.saved)
@@ -192,5 +197,5 @@ def build(config: TiktokenConfig, context: TokenizerContext) -> TiktokenTokenize
     try:
         ranks = read_merges(config.path)
     except ValueError as error:
-        raise ConfigError(f"{config.path} is no file of merges: {error}", key="path") from error
+        raise ConfigError(f"{config.path} is not a file of merges: {error}", key="path") from error
     return TiktokenTokenizer(config.pattern, ranks, {})

@@ -1,4 +1,4 @@
-"""Weights & Biases. The backend is a process of its own too, so ``log`` returns before anything is sent."""
+"""The logger ``wandb``. Its backend is a separate process, so ``log`` does not wait for the network."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from nanochat_wandb.config import WandbConfig
 
 _PROBE_SECONDS = 5.0
 
-# The service of a process that started this one, such as a sweep's agent: sharing it would share its runs and its fate.
+# Don't share the service of a parent process, such as a sweep's agent: it has other runs and may end earlier.
 os.environ.pop("WANDB_SERVICE", None)
 
 
 class Wandb(Logger):
-    """One run under an id made of the run's name and id, so that a resumed run goes on in it.
+    """A logger to Weights & Biases. Its run's id consists of the run's name and id, so that a resumed run continues it.
 
-    Every record is a row of its own with its ``step`` as a value, the x-axis of all charts. wandb's internal step only
-    counts rows: it can't go back, and an evaluation and a training step of the same number would have to share a row.
+    Every record is a row with its ``step`` as a value, which is the x-axis of all charts. wandb's internal step only
+    counts rows: it can't decrease, and an evaluation and a training step of the same number would have to share a row.
     """
 
     def __init__(self, config: WandbConfig, context: LoggerContext) -> None:
@@ -41,11 +41,11 @@ class Wandb(Logger):
             if config.mode == "online":
                 raise
             context.report(f"offline, because the server does not accept the run: {' '.join(str(error).split())[:200]}")
-            wandb.teardown(exit_code=1)  # the run that was not accepted holds the id
+            wandb.teardown(exit_code=1)  # releases the id of the run that was not accepted
             online = False
             self.run = self._init(config, online)
         self.run.define_metric("*", step_metric="step")
-        # All parts of a run that was resumed, in one command: wandb appends them in order.
+        # One command uploads all parts of a resumed run: wandb appends them in order.
         self.upload = f"wandb sync {os.path.relpath(context.directory)}/wandb/*run-*-{self.run.id}"
         context.report(
             f"{self.run.url}" if online else f"writes to {os.path.relpath(self.run.dir + '/..')}; upload: {self.upload}"
@@ -76,8 +76,8 @@ class Wandb(Logger):
             config=dict(context.experiment),
             dir=str(context.directory),
             mode="online" if online else "offline",
-            # wandb sync appends a part that says so, and else writes from the run's start: right for the first part, of
-            # which some may have been uploaded already; a later one would overwrite the first.
+            # With "allow", wandb sync appends this part to the run; otherwise it writes from the run's start, which is
+            # right for the first part (some of it may have been uploaded) and would overwrite it later.
             resume="allow" if any((context.directory / "wandb").glob(f"*run-*-{run_id}")) else None,
             settings=wandb.Settings(**known),
         )
@@ -101,16 +101,18 @@ class Wandb(Logger):
         try:
             self.run.finish(exit_code=0 if status == "finished" else 1)
         except TimeoutError:
-            self.context.report(f"not all was uploaded in time; send the rest with: {self.upload} --include-online")
+            self.context.report(
+                f"the upload did not finish in time; send the rest with: {self.upload} --include-online"
+            )
 
 
 def _is_online(config: WandbConfig) -> tuple[bool, str]:
-    """Whether to send while the run runs, and why not."""
+    """Whether to send records during the run, and the reason if not."""
     if config.mode != "auto":
-        return config.mode == "online", "the experiment says so"
-    wish = os.environ.get("WANDB_MODE", "")
-    if wish:
-        return wish == "online", f"WANDB_MODE is {wish}"
+        return config.mode == "online", "the experiment sets mode"
+    mode = os.environ.get("WANDB_MODE", "")
+    if mode:
+        return mode == "online", f"WANDB_MODE is {mode}"
     url = str(wandb.setup().settings.base_url)
     if not _has_key(url):
         return False, "there is no key (wandb login, or WANDB_API_KEY)"
@@ -130,7 +132,7 @@ def _has_key(url: str) -> bool:
 
 
 def _answers(url: str, seconds: float) -> bool:
-    """Whether a query gets any answer, an error too. Looking up a name can hang, so a thread does it."""
+    """Whether a query gets any answer, which may be an error. It runs in a thread, because name resolution can hang."""
     answered = threading.Event()
 
     def ask() -> None:

@@ -1,1 +1,1 @@
-"""What tests share: processes, servers, files and plugins that they make."""
+"""Helpers that tests share: processes, servers, files and plugins."""

@@ -1,4 +1,4 @@
-"""A small bundle of the layout of the real one, with every odd case of its data; and CORE read plainly."""
+"""A small evaluation bundle with the layout and special cases of the real one, and a plain implementation of CORE."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BASELINES = {"arc_easy": 25, "copa": 50, "winograd": 50, "jeopardy": 0, "somethi
 
 
 def examples() -> dict[str, list[dict[str, Any]]]:
-    """Examples by task: prefixes of each other, identical choices, identical contexts, trailing spaces, duplicates."""
+    """Examples by task; some have choices that are prefixes of others, equal choices or contexts, or trailing spaces."""
     rng = random.Random(0)
 
     def words(low: int, high: int) -> str:
@@ -57,7 +57,7 @@ def examples() -> dict[str, list[dict[str, Any]]]:
 
 
 def write_bundle(root: Path, baselines: dict[str, float] | None = None) -> Path:
-    """The bundle as a directory."""
+    """Write the bundle to a directory, which is returned. ``baselines`` replace some baselines (percent)."""
     from yaml import safe_dump
 
     root.mkdir(parents=True, exist_ok=True)
@@ -76,8 +76,13 @@ def write_bundle(root: Path, baselines: dict[str, float] | None = None) -> Path:
 def plain_reading(
     model: Model, tokenizer: Tokenizer, task: dict[str, Any], data: list[dict[str, Any]], limit: int, max_len: int
 ) -> list[tuple[int, bool, list[float]]]:
-    """(chosen, right, mean losses) of each example, one forward pass a text, straight from the recipe; the start of
-    an empty span moves back so that a token is left, and a continuation's too."""
+    """Score examples by a plain implementation of the recipe, with one forward pass per text.
+
+    The start of an empty span or continuation moves back so that one token is left.
+
+    Returns:
+        Chosen index (-1 for language modeling), whether it is right, and mean losses of the choices, per example.
+    """
     order = list(data)
     random.Random(1337).shuffle(order)
     order = order[:limit]
@@ -129,7 +134,7 @@ def plain_reading(
         if kind == "language_modeling":
             found.append((-1, right, losses))
         else:
-            # what is the same text has the same loss, however it was rounded
+            # equal texts get equal losses, independent of rounding
             losses = [losses[rows.index(row)] for row in rows]
             chosen = losses.index(min(losses))
             found.append((chosen, chosen == example["gold"], losses))

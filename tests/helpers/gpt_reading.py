@@ -1,4 +1,4 @@
-"""Small GPTs for tests, and the recipe of the model read plainly."""
+"""Small GPTs for tests, and a plain implementation of the model's recipe."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SMALL = GPTConfig(depth=2, aspect_ratio=16, head_dim=8)  # width 32, 4 heads
 
 
 def make(config: GPTConfig = SMALL, dtype: torch.dtype = torch.float64, seed: int = 0) -> GPT:
-    """A model whose every parameter matters: the init leaves some at zero."""
+    """A model with random values for all parameters. (Initialization leaves some at zero.)"""
     torch.manual_seed(seed)
     model = build(config, ModelContext(VOCAB, T, torch.device("cpu"), dtype))
     for name, parameter in model.named_parameters():
@@ -37,7 +37,7 @@ def norm(x: Tensor, eps: float) -> Tensor:
 
 
 def recipe_logits(model: GPT, ids: Tensor) -> Tensor:
-    """The recipe read plainly, head by head and position by position, in the dtype of the weights."""
+    """Logits [B, T, V] by a plain implementation of the recipe, head by head, in the dtype of the weights."""
     config, shape = model.config, model.config.shape()
     eps, C, L = config.norm_eps, shape.head_dim, config.depth
     weights = dict(model.named_parameters())
@@ -95,7 +95,7 @@ CONFIGS = [
     GPTConfig(depth=1, aspect_ratio=16, head_dim=8, n_kv_head=1, softcap=0.0, rope_base=500.0, norm_eps=1e-2),
     GPTConfig(depth=1, aspect_ratio=20, head_dim=8, softcap=40.0),  # width rounded up
 ]
-# Each option by itself, then all of them.
+# Each option alone, then all of them.
 OPTIONS: dict[str, dict[str, Any]] = {
     "qk_scale": {"qk_scale": 1.2},
     "window_pattern": {"window_pattern": "SL", "window": 2},

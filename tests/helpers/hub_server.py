@@ -1,4 +1,4 @@
-"""A Hugging Face hub on loopback: the routes that ``huggingface_hub`` needs to read a data set, and faults."""
+"""A Hugging Face hub on the loopback interface, with the routes that reading a data set needs, and with faults."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ BLOCK = 2**16
 
 
 class HubServer(ThreadingHTTPServer):
-    """Serves the files of one directory as the data set ``repo``, and any file of it at ``/plain/NAME``.
+    """A server of the files of one directory as the data set ``repo``, and of each file at ``/plain/NAME``.
 
     Attributes:
-        faults: what goes wrong with the next GETs of whole files: "503", "drop" (the connection, halfway), "stall",
-            "truncate" (fewer bytes than the hub says, politely), "flip" (one wrong byte), "404"; each uses up one.
-        spare_ends: whether requests for the last 64 KiB of a file, where its footer is, go well all the same.
-        speed: bytes a second of each connection; None is unlimited.
-        requests: how often each "METHOD path" was asked for.
-        ranges: the Range headers of GETs, by name.
-        stalled: set it to end stalls.
-        down: whether connections are closed without an answer.
-        has_ranges: whether it knows requests for all from some byte on; otherwise it sends all of the file.
+        faults: faults of the next GETs of whole files, one each: "503", "drop" (the connection breaks halfway),
+        "stall",
+            "truncate" (a complete response with fewer bytes than announced), "flip" (one wrong byte), "404".
+        spare_ends: whether requests for the last 64 KiB of a file, where its footer is, have no faults.
+        speed: bytes per second of each connection; None is unlimited.
+        requests: number of requests by "METHOD path".
+        ranges: file name and Range header of each GET, in order.
+        stalled: an event that ends stalls when it is set.
+        down: whether connections are closed without a response.
+        has_ranges: whether it supports requests for all bytes from some position on; otherwise it sends the whole file.
     """
 
     daemon_threads = True
@@ -166,7 +167,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self.wfile.write(body[i : i + BLOCK])
                 if self.server.speed is not None:
                     time.sleep(BLOCK / self.server.speed)
-        except OSError:  # the client has gone
+        except OSError:  # the client has closed the connection
             self.close_connection = True
 
 

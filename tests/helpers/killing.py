@@ -1,4 +1,4 @@
-"""Runs of several ranks that are traced, killed at a chosen event, and started again; see killer/sitecustomize.py."""
+"""Runs of several ranks that are traced, killed at a chosen event, and started again, with killer/sitecustomize.py."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from helpers.support import assert_same_end, losses, metrics
 from nanochat_core.runs.checkpoint import verify
 
 KILLER = Path(__file__).parent / "killer"
-SECONDS = 600  # a launch takes a few; the machine may be busy with other things
+SECONDS = 600  # a launch takes a few seconds, but the machine may be busy
 SAVE_EVERY, KEEP_LAST, KEEP_EVERY = 3, 2, 12
 
 EXPERIMENT = """
@@ -80,7 +80,7 @@ max_new_tokens = 4
 
 
 def write_killed(directory: Path, steps: int, asynchronous: bool) -> Path:
-    """The experiment, and its data: documents of made-up words."""
+    """Write the experiment and its data, documents of made-up words. Returns the experiment's file."""
     draw = random.Random(1)
     words = ["".join(draw.choices("abcdefghij", k=draw.randint(2, 7))) for _ in range(60)]
     documents = [" ".join(draw.choices(words, k=draw.randint(5, 60))) for _ in range(200)]
@@ -99,7 +99,7 @@ def write_killed(directory: Path, steps: int, asynchronous: bool) -> Path:
 
 @attrs.frozen
 class Point:
-    """The ``nth`` time that a rank comes to a phase."""
+    """An event: the ``nth`` time that a rank reaches a phase."""
 
     rank: int
     phase: str
@@ -112,7 +112,7 @@ class Point:
 
 @attrs.frozen
 class Launch:
-    """What became of a launch: whether the event was met, and the phases that each rank came to, in order."""
+    """Result of a launch: exit code, output, whether the event occurred, and the phases of each rank in order."""
 
     code: int
     out: str
@@ -126,12 +126,12 @@ class Launch:
 
 @attrs.define
 class Place:
-    """Where one experiment is run again and again, with a home of its own."""
+    """Directories in which one experiment is run repeatedly, with its own ``NANOCHAT_HOME``."""
 
     file: Path
     directory: Path
     nproc: int = 2
-    saved: list[Path] = attrs.field(factory=list)  # what all launches reported
+    saved: list[Path] = attrs.field(factory=list)  # checkpoints that all launches reported as saved
 
     def __attrs_post_init__(self) -> None:
         for path in (self.runs, self.home):
@@ -150,7 +150,7 @@ class Place:
         return max(self.runs.glob("*/*/experiment.toml"), key=lambda p: p.parent.name).parent
 
     def launch(self, point: Point | None = None, cut: float = 0.5, more: tuple[str, ...] = ()) -> Launch:
-        """``nanochat run --resume auto``, to its end or to the event."""
+        """Run ``nanochat run --resume auto`` to its end or to the event."""
         scratch = self.directory / "scratch"
         scratch.mkdir(exist_ok=True)
         for old in scratch.iterdir():
@@ -165,7 +165,7 @@ class Place:
             **os.environ, "PYTHONPATH": path, "NANOCHAT_KILLER": json.dumps(spec), "NANOCHAT_HOME": str(self.home),
             "OMP_NUM_THREADS": "1",
         }  # fmt: skip
-        out, err = self.directory / "out", self.directory / "err"  # a pipe would be kept open by whoever is left
+        out, err = self.directory / "out", self.directory / "err"  # remaining processes would keep a pipe open
         with out.open("wb") as stdout, err.open("wb") as stderr:
             process = subprocess.Popen(arguments, env=environment, stdout=stdout, stderr=stderr)
             try:
@@ -180,14 +180,14 @@ class Place:
         return Launch(code, said, err.read_text(), (scratch / "struck").exists(), trace)
 
     def leftovers(self) -> set[Path]:
-        """What should only be there while somebody writes it."""
+        """Paths that should exist only while a process writes them."""
         hidden = set(self.runs.rglob(".*"))
         starts = {path for path in self.runs.glob("*/*") if not (path / "experiment.toml").exists()}
         keys = {path for path in self.home.glob("tokenizers/*") if re.search(r"\.[0-9a-f]{8}$", path.name)}
         return hidden | starts | keys | set(self.home.glob("tokenizers/.*"))
 
     def assert_nothing_lost(self) -> None:
-        """What has the name of a checkpoint is sound; what was reported saved is there unless it need not be kept."""
+        """Check that all checkpoints are complete, and that reported ones exist if they must be kept."""
         for checkpoint in self.runs.glob("*/*/checkpoints/step_*"):
             assert verify(checkpoint) == ""
         for run in {path.parents[1] for path in self.saved}:
@@ -197,7 +197,7 @@ class Place:
                     assert (run / f"checkpoints/step_{step:06d}").is_dir(), f"step {step} was reported as saved"
 
     def assert_ended_like(self, whole: Path) -> None:
-        """The run is what it is when nothing interrupts it, and nothing else is left."""
+        """Check that the run equals an uninterrupted one, and that nothing else is left."""
         run = self.run()
         assert json.loads((run / "status.json").read_text())["status"] == "finished"
         assert_same_end(run, whole)
@@ -224,7 +224,7 @@ def _draws(state: torch.Tensor) -> list[float]:
 
 
 def _end_workers(scratch: Path) -> None:
-    """Workers that outlived their launcher, such as those of a launch that took too long."""
+    """Kill workers that outlived their launcher, such as those of a launch that took too long."""
     for file in scratch.glob("*.pid"):
         with contextlib.suppress(OSError, ValueError):  # it has ended
             pid = int(file.read_text())

@@ -1,4 +1,4 @@
-"""Tasks of the harness with data of their own."""
+"""Tasks of the lm-evaluation-harness with made-up data."""
 
 from __future__ import annotations
 

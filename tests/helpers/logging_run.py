@@ -1,4 +1,4 @@
-"""A run of which only the logging is real."""
+"""A simulated run with real logging."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nanochat_core.runs.directory import RunDirectory
 
 
 class Run:
-    """Its ledger and one logger."""
+    """Ledger and one logger of a simulated run."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory / "runs" / "mine" / "1"
@@ -54,7 +54,7 @@ class Run:
 
     @property
     def told(self) -> list[tuple[int, str]]:
-        """Step and stream of the records the logger was told."""
+        """Step and evaluator ("" for training steps) of the records that the logger received."""
         return [(line["step"], line.get("evaluator", "")) for line in self.lines if "step" in line]
 
     @property

@@ -1,4 +1,4 @@
-"""Runs in processes of their own, which tests signal, stop and kill."""
+"""Runs in separate processes, which tests signal, stop and kill."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ SECONDS = 300  # that a process may take; the machine may be busy with other thi
 
 
 class Process:
-    """A command in a session of its own. Entered, neither it nor what it started outlives the test.
+    """A command in its own session. As a context manager, it is killed at the end of the block.
 
     Args:
-        site: a directory with packages, on its path.
+        command: program and arguments.
+        site: a directory with packages, which is added to its PYTHONPATH.
+        env: additional environment variables.
     """
 
     def __init__(
@@ -33,7 +35,7 @@ class Process:
 
     @classmethod
     def run(cls, *arguments: object, site: Path | None = None, env: Mapping[str, str] | None = None) -> Process:
-        """``nanochat run ARGUMENTS``."""
+        """Start ``nanochat run ARGUMENTS``."""
         return cls([sys.executable, "-m", "nanochat_core", "run", *arguments], site, env)
 
     def __enter__(self) -> Process:
@@ -49,7 +51,7 @@ class Process:
         end = time.monotonic() + SECONDS
         while not condition():
             assert self.process.poll() is None, self.process.communicate()
-            assert time.monotonic() < end, "it did not happen in time"
+            assert time.monotonic() < end, "the condition did not become true in time"
             time.sleep(0.02)
 
     def end(self, timeout: float = SECONDS) -> tuple[int, str, str]:
@@ -58,7 +60,7 @@ class Process:
         return self.process.returncode, out, err
 
     def workers(self) -> list[int]:
-        """Processes that it has started, by age: needs /proc."""
+        """Pids of its child processes, sorted. Needs /proc."""
         found = []
         for path in Path("/proc").glob("[0-9]*/stat"):
             try:

@@ -33,9 +33,10 @@ _ranks: list[tuple[BaseProcess, Connection]] = []
 
 
 def on_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """``function(world, *arguments)`` in ``size`` processes; what each returned, in rank order.
+    """Call ``function(world, *arguments)`` in ``size`` processes. Returns the results in rank order.
 
-    The function must stand at the top of a module, and return what ``torch.load`` reads with ``weights_only``.
+    The function must be defined at module level, and its result must be readable by ``torch.load`` with
+    ``weights_only``.
     """
     with tempfile.TemporaryDirectory() as directory:
         _together(_run, [(rank, size, directory, function, arguments) for rank in range(size)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-# Everything that muon_adamw can do, with numbers of experiments/speedrun.toml.
+# All features of muon_adamw, with values of experiments/speedrun.toml.
 MODERN_MUON: dict[str, Any] = {
     "polar_express": True,
     "row_equilibration": True,

@@ -1,4 +1,4 @@
-"""What tests of commands and runs share."""
+"""Helpers for tests of commands and runs."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ plugin = "console"
 
 @attrs.frozen
 class Result:
-    """What a command did: exit code, stdout, stderr."""
+    """Result of a command: exit code, stdout, stderr."""
 
     code: int
     out: str
@@ -84,7 +84,7 @@ class Result:
 
 @attrs.frozen
 class Trained:
-    """A finished run: its experiment file, the runs directory, its own directory, what the command printed."""
+    """A finished run: its experiment file, the runs directory, its own directory, and the result of the command."""
 
     file: Path
     runs: Path
@@ -93,7 +93,7 @@ class Trained:
 
 
 def call(*arguments: object) -> Result:
-    """``nanochat ARGUMENTS`` in this process. An exception that is no user error comes through."""
+    """Run ``nanochat ARGUMENTS`` in this process. Exceptions that are not user errors are raised."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -106,7 +106,7 @@ def call(*arguments: object) -> Result:
 def spawn(
     *arguments: object, cwd: Path | None = None, env: Mapping[str, str] | None = None, timeout: float = 300
 ) -> Result:
-    """``nanochat ARGUMENTS`` in a process of its own."""
+    """Run ``nanochat ARGUMENTS`` in a separate process."""
     done = subprocess.run(
         [sys.executable, "-m", "nanochat_core", *map(str, arguments)],
         cwd=cwd, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=timeout,
@@ -115,7 +115,7 @@ def spawn(
 
 
 def write_shards(directory: Path, train: int = 64, val: int = 8) -> Path:
-    """Two parquet shards of documents that count."""
+    """Write two parquet shards whose documents are sequences of number words. Returns ``directory``."""
     words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
     documents = [", ".join(words[(i * 7 + k) % 10] for k in range(20 + i % 5)) + ".\n" for i in range(train + val)]
     for index, texts in enumerate((documents[:train], documents[train:])):
@@ -124,7 +124,7 @@ def write_shards(directory: Path, train: int = 64, val: int = 8) -> Path:
 
 
 def write_experiment(file: Path, shards: Path, more: str = "") -> Path:
-    """``TINY`` over ``shards``, and more tables."""
+    """Write the experiment ``TINY`` on ``shards``, followed by more tables. Returns ``file``."""
     file.write_text(TINY.format(shards=shards.as_posix()) + more, encoding="utf-8")
     return file
 
@@ -140,22 +140,22 @@ def ledger(run: Path) -> list[dict[str, Any]]:
 
 
 def losses(run: Path) -> dict[int, float]:
-    """``train/loss`` by step; a step that stands twice in the ledger is an error."""
+    """``train/loss`` by step; fails if the ledger has a step twice."""
     pairs = [(record["step"], record["train/loss"]) for record in ledger(run) if "train/loss" in record]
-    assert len(pairs) == len(dict(pairs)), "a step stands twice in the ledger"
+    assert len(pairs) == len(dict(pairs)), "the ledger has a step twice"
     return dict(pairs)
 
 
 def metrics(run: Path, name: str) -> dict[int, float]:
-    """An evaluation metric by step; a step that stands twice is an error."""
+    """An evaluation metric by step; fails if the ledger has a step twice."""
     pairs = [(record["step"], record[name]) for record in ledger(run) if name in record]
     assert len(pairs) == len(dict(pairs)), "a step was evaluated twice"
     return dict(pairs)
 
 
 def assert_same_end(ours: Path, theirs: Path) -> None:
-    """The last checkpoints of two runs have the same parameters and optimizer state, bit for bit, and generators that
-    draw the same (their state has bytes that mean nothing); the runs logged the same."""
+    """Check that two runs logged equal losses and metrics, and that their last checkpoints have equal parameters and
+    optimizer state, bit for bit, and generators that draw equal numbers (their state has unused bytes)."""
     a, b = (sorted(run.glob("checkpoints/step_*"))[-1] for run in (ours, theirs))
     assert a.name == b.name
     for part in ("model", "optimizer"):
@@ -176,19 +176,18 @@ HEADER = "import attrs\nfrom nanochat_core import hookimpl, option\n@attrs.froze
 
 
 class Site:
-    """Packages made up by a test, visible to this process while the test runs."""
+    """Packages that a test makes, importable in this process during the test."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.before = set(sys.modules)
 
     def add(self, package: str, plugin: str, point: str = "", requires: Sequence[str] = ()) -> Path:
-        """Install a package whose module ``plugin.py`` says ``plugin``, with one entry point. Returns its source."""
-        source = self.directory.parent / f"source-{package}"
-        (source / package.replace("-", "_")).mkdir(parents=True)
-        (source / package.replace("-", "_") / "__init__.py").touch()
-        (source / package.replace("-", "_") / "plugin.py").write_text(HEADER + plugin, encoding="utf-8")
-        (source / "pyproject.toml").write_text(
+        """Install a package whose module ``plugin.py`` has the code ``plugin``, with one entry point. Returns its
+        source directory.""" source = self.directory.parent / f"source-{package}" (source / package.replace("-",
+        "_")).mkdir(parents=True) (source / package.replace("-", "_") / "__init__.py").touch() (source /
+        package.replace("-", "_") / "plugin.py").write_text(HEADER + plugin, encoding="utf-8") (source /
+        "pyproject.toml").write_text(
             f'[project]\nname = "{package}"\nversion = "1.0"\n'
             f"dependencies = {json.dumps(list(requires))}\n"
             f'[project.entry-points.nanochat]\n{point or "made_up"} = "{package.replace("-", "_")}.plugin"\n',
@@ -198,7 +197,7 @@ class Site:
         return source
 
     def change(self, package: str, plugin: str) -> None:
-        """Another release of a package that was added."""
+        """Replace the code of a package that was added, like another release."""
         file = self.directory / package.replace("-", "_") / "plugin.py"
         file.write_text(HEADER + plugin, encoding="utf-8")
         self.forget()

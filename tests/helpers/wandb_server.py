@@ -1,4 +1,4 @@
-"""A Weights & Biases server on loopback: as much of it as a run's history needs, kept as the real one keeps it."""
+"""A Weights & Biases server on the loopback interface, with the parts that a run's history needs."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from typing import Any
 
 
 class WandbServer(ThreadingHTTPServer):
-    """Accepts every key.
+    """A server that accepts every key.
 
     Attributes:
-        lines: lines of each run's history, by run and place; a line that is sent to a taken place replaces it.
-        exits: exit codes by run, as they came.
-        silent: set it, and no request is answered until it is cleared.
+        lines: lines of each run's history, by run and position; a new line replaces one at its position.
+        exits: exit codes by run, in the order of their arrival.
+        silent: an event; while it is set, no request is answered.
+        closing: an event that ends requests when it is set.
     """
 
     daemon_threads = True
@@ -36,11 +37,11 @@ class WandbServer(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
     def rows(self, run: str) -> list[dict[str, Any]]:
-        """The run's history, in order."""
+        """The run's history in order of position."""
         return [row for _, row in sorted(self.lines.get(run, {}).items())]
 
     def handle_error(self, *_: object) -> None:
-        """Clients that leave are no news."""
+        """Ignore errors of closed connections."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -87,7 +88,7 @@ class _Handler(BaseHTTPRequestHandler):
                 "id": variables["name"], "name": variables["name"], "historyLineCount": len(rows),
                 "eventsLineCount": 0, "logLineCount": 0, "historyTail": json.dumps([json.dumps(r) for r in rows[-1:]]),
                 "eventsTail": "[]", "summaryMetrics": "{}", "config": "{}", "tags": [],
-                "wandbConfig": json.dumps({"t": 1}),  # runs without it count as never started
+                "wandbConfig": json.dumps({"t": 1}),  # without it a run is considered never started
             }  # fmt: skip
             return {"model": {**project, "bucket": bucket if rows else None}}
         if name == "CreateRunFiles":

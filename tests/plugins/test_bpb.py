@@ -100,7 +100,7 @@ def test_how_rows_are_batched_does_not_matter():
 
 @pytest.mark.parametrize("batches", [[], [[[IGNORED, 4, IGNORED, 4]]]])
 def test_nothing_to_predict_is_an_error(batches):
-    with pytest.raises(DataError, match="val split has not a single byte"):
+    with pytest.raises(DataError, match="val split has no byte to predict"):
         evaluate(batches)
 
 
@@ -122,7 +122,7 @@ def test_sets_of_ones_own_and_both_splits(tmp_path):
         metrics = evaluator.evaluate(Unigram(), 0).metrics
     expected = {"val": 1.0, "train": 1.0, "a": (1 + 2 + 3 + 4 + 4 + 4) / (1 + 2 + 3 + 4 + 4 + 4), "b": 1.0, "c": 5 / 5}
     assert metrics == pytest.approx({f"{name}/bpb": value for name, value in expected.items()})
-    with pytest.raises(ValueError, match="names of their own"):
+    with pytest.raises(ValueError, match="must have different names"):
         entry.config(sets=(make("val", tmp_path),))
 
 

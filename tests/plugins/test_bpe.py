@@ -170,7 +170,7 @@ def test_saved_tokenizer_that_the_config_does_not_ask_for(tokenizer: BPETokenize
 
 def test_too_few_documents() -> None:
     documents = ["some words, some more words"]
-    with pytest.raises(DataError, match=r"^vocab_size: 600 are too many: .* set it to (\d+) or less") as caught:
+    with pytest.raises(DataError, match=r"^vocab_size: 600 tokens are too many: .* set it to (\d+) or less") as caught:
         train(documents=documents)
     most = int(str(caught.value).split("set it to ")[1].split()[0])
     assert train(BPEConfig(vocab_size=most), documents).vocab_size == most
@@ -241,7 +241,7 @@ def test_contract_with_gigatoken() -> None:
 
 
 def test_gigatoken_that_is_missing_or_does_not_know_the_pattern(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match=r"^encoder: gigatoken doesn't know tokenizer.pattern"):
+    with pytest.raises(ConfigError, match=r"^encoder: gigatoken does not support tokenizer.pattern"):
         train(BPEConfig(vocab_size=300, pattern=r"\s+|\S+", encoder="gigatoken"))
     monkeypatch.setitem(sys.modules, "gigatoken", None)
     with pytest.raises(ConfigError, match=r"^encoder: .*pip install gigatoken"):

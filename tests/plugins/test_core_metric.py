@@ -262,7 +262,7 @@ def test_what_is_wrong_with_a_bundle_is_named(bundle, tokenizer, tmp_path):
     model = random_model(tokenizer.vocab_size)
     with pytest.raises(DataError, match="neither a directory nor a zip"):
         core(tokenizer, bundle=tmp_path / "none").evaluate(model, 0)
-    with pytest.raises(ConfigError, match="hellaswag not in the bundle; it has arc_easy, copa"):
+    with pytest.raises(ConfigError, match="hellaswag not in the bundle; its tasks are arc_easy, copa"):
         core(tokenizer, bundle=bundle, tasks=("hellaswag",)).evaluate(model, 0)
     broken = write_bundle(tmp_path / "broken")
     file = broken / "eval_data" / "winograd.jsonl"

@@ -79,7 +79,7 @@ def test_a_run_is_told_what_computes_attention() -> None:
     config = GPTConfig(depth=4, aspect_ratio=16, head_dim=16, window_pattern="SSSL")
     rows = build(config, ModelContext(VOCAB, 1024, CPU, torch.float32)).describe()
     assert rows["attention"] == (
-        "3 of 4 layers see 256 tokens back: sdpa (torch's scaled_dot_product_attention); "
+        "3 of 4 layers attend to 256 earlier tokens: sdpa (torch's scaled_dot_product_attention); "
         "sdpa (torch's scaled_dot_product_attention)"
     )
 
@@ -256,14 +256,14 @@ def test_the_contract_holds_with_all_options() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"window_pattern": "SX"}, 'window_pattern must be made of S and L, such as "SSSL", not "SX"'),
-        ({"window": 7}, 'window must be "auto": no layer of window_pattern "L" has one'),
-        ({"window_pattern": ""}, "window_pattern must be made of S and L"),
+        ({"window_pattern": "SX"}, 'window_pattern must consist of S and L, such as "SSSL", not "SX"'),
+        ({"window": 7}, 'window must be "auto": window_pattern "L" has no layer with a window'),
+        ({"window_pattern": ""}, "window_pattern must consist of S and L"),
         ({"depth": 1, "aspect_ratio": 16, "smear": True}, "smear must be false: its gate reads 24 channels, the width"),
         ({"depth": 1, "aspect_ratio": 8, "value_embeddings": True}, "value_embeddings must be false"),
         ({"width_rounding": "head_dim", "n_head": 4}, 'n_head must be "auto" or 10 with width_rounding'),
         ({"width_rounding": "head_dim", "head_dim": 63}, "head_dim must be even"),
-        ({"depth": 1, "aspect_ratio": 40, "head_dim": 40, "fp8": True}, "fp8 must be false: its products need a width"),
+        ({"depth": 1, "aspect_ratio": 40, "head_dim": 40, "fp8": True}, "fp8 must be false: it needs a width"),
     ],
 )
 def test_contradictions_are_errors(options: dict[str, Any], message: str) -> None:
@@ -278,5 +278,5 @@ def test_what_the_device_lacks_is_said() -> None:
 
     assert problems() == {}
     assert problems(fp8=True) == {"fp8": "it needs a Hopper or newer GPU, this is a CPU device: set it to false"}
-    assert problems(attention="flash3")["attention"].endswith('it needs a Hopper GPU; give "auto"')
-    assert problems(attention="flex")["attention"].endswith('give "auto"')
+    assert problems(attention="flash3")["attention"].endswith('it needs a Hopper GPU; set it to "auto"')
+    assert problems(attention="flex")["attention"].endswith('set it to "auto"')

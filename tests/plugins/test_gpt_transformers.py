@@ -113,12 +113,12 @@ def test_training_gradients_agree(case: tuple[GPTConfig, int]) -> None:
 
 
 def test_options_that_it_lacks_are_named() -> None:
-    beyond = [f.name for f in attrs.fields(GPTConfig) if f.name not in names.SHARED | names.NO_MATTER]
+    beyond = [f.name for f in attrs.fields(GPTConfig) if f.name not in names.SHARED | names.IRRELEVANT]
     config = GPTConfig(depth=1)
     for name in beyond:
         value = getattr(config, name)
         other: object = {bool: not value, str: "S" + str(value)}.get(type(value), 1.5)
-        with pytest.raises(ConfigError, match=rf"model\.{name}: NanoChat of transformers can't express {other!r}"):
+        with pytest.raises(ConfigError, match=rf"model\.{name}: NanoChat of transformers does not support {other!r}"):
             names.to_nanochat_config(attrs.evolve(config, **{name: other}), 64, T)
 
 
@@ -133,7 +133,7 @@ def test_what_ours_lacks_is_named() -> None:
         "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4},
         "hidden_size": 34,  # four heads
     }.items():
-        with pytest.raises(ConfigError, match=rf"{key}: gpt can't express"):
+        with pytest.raises(ConfigError, match=rf"{key}: gpt does not support"):
             names.from_nanochat_config({**good, key: value})
     with pytest.raises(ConfigError, match="no aspect_ratio gives it"):
         names.from_nanochat_config({**good, "num_hidden_layers": 16, "hidden_size": 24, "intermediate_size": 96})

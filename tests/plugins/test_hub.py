@@ -142,7 +142,7 @@ def test_what_can_not_be_had(server: HubServer, tmp_path: Path, monkeypatch: pyt
     source = make(server, tmp_path, shards=1)
     train = source.documents("train")
     server.faults = ["404"] * 2
-    with pytest.raises(DataError, match=r"shard_00000\.parquet of someone/texts can't be had .* answers 404"):
+    with pytest.raises(DataError, match=r"shard_00000\.parquet of someone/texts can't be fetched .* answers 404"):
         train[0]
     server.faults = []
     assert train[0] == texts_of(0)[0]  # asked again
@@ -158,7 +158,7 @@ def test_a_reader_that_waits_says_so(
     monkeypatch.setattr(downloads, "PATIENCE", 0.1)
     server.speed = 5e5
     make(server, tmp_path, shards=1).documents("train")[0]
-    assert "waiting for shard_00000.parquet of someone/texts since 0 s: 0." in capsys.readouterr().err
+    assert "waiting for shard_00000.parquet of someone/texts for 0 s: 0." in capsys.readouterr().err
 
 
 def test_wrong_options(server: HubServer, tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_wrong_options(server: HubServer, tmp_path: Path) -> None:
         make(server, tmp_path, shards=7).documents("train")
     with pytest.raises(DataError, match=r"^text_column: .* has no column 'words'; set it to one of 'text'"):
         make(server, tmp_path, text_column="words").documents("train")
-    with pytest.raises(DataError, match=r"has no files '\*\.csv'"):
+    with pytest.raises(DataError, match=r"has no files that match '\*\.csv'"):
         make(server, tmp_path, files="*.csv").documents("train")
     for name in ("someone/else", "a b"):
         hub = Hub(name, "main", tmp_path, endpoint=server.url, backoff=10)
@@ -190,7 +190,7 @@ def test_without_the_hub(server: HubServer, tmp_path: Path) -> None:
     ):
         make(server, tmp_path, shards=3).documents("train")
     shutil.rmtree(tmp_path / "state")  # as when another program has filled the hub's cache
-    with pytest.raises(DataError, match="can't be had from the hub"):
+    with pytest.raises(DataError, match="can't be fetched from the hub"):
         make(server, tmp_path, shards=2).documents("train")
 
 

@@ -372,7 +372,7 @@ def test_the_banner_gives_learning_rates_of_roles_that_are_there() -> None:
 
 
 def test_decay_by_data_needs_a_model_with_a_reference() -> None:
-    with pytest.raises(ConfigError, match=r"^matrix_weight_decay_scale: this model names no reference"):
+    with pytest.raises(ConfigError, match=r"^matrix_weight_decay_scale: this model has no reference"):
         make(bag(), MuonAdamWConfig(matrix_weight_decay_scale="auto"))
 
 

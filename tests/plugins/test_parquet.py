@@ -150,7 +150,7 @@ def test_another_column(shards: Path) -> None:
 
 
 def test_directory_errors(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"^path: .*nowhere is no directory and no file"):
+    with pytest.raises(DataError, match=r"^path: .*nowhere is neither a directory nor a file"):
         source(tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"^path: .* holds 0 \*\.parquet"):
         source(tmp_path)
@@ -289,7 +289,9 @@ def plain_server(shards: Path) -> Iterator[str]:
 def test_a_server_without_ranges(plain_server: str) -> None:
     (found,) = find(f"{plain_server}/shard_00001.parquet", "data.path")
     documents = ParquetDocuments([read_shard(found, "text")], "text")  # the footer of so small a file is all of it
-    with pytest.raises(DataError, match=r"shard_00001\.parquet ignores range requests; download the file instead"):
+    with pytest.raises(
+        DataError, match=r"shard_00001\.parquet does not support range requests; download the file instead"
+    ):
         documents[0]
 
 
@@ -331,7 +333,9 @@ def test_damaged_row_group_is_skipped(shards: Path) -> None:
     path = shards / "shard_00001.parquet"
     whole = path.read_bytes()
     path.write_bytes(b"PAR1" + b"\xff" * 400 + whole[404:])
-    with pytest.raises(DataError, match=r"its 4 documents .*; get this file again, or set data\.on_error to skip"):
+    with pytest.raises(
+        DataError, match=r"its 4 documents .*; download or copy this file again, or set data\.on_error to skip"
+    ):
         list(source(shards).documents("train"))
     skipping = source(shards, on_error="skip")
     train = skipping.documents("train")
@@ -357,7 +361,7 @@ def test_file_that_vanishes_is_never_skipped(shards: Path) -> None:
     documents = source(shards, on_error="skip").documents("train")
     assert len(documents) == 42
     (shards / "shard_00001.parquet").unlink()
-    with pytest.raises(DataError, match="put this file back"):
+    with pytest.raises(DataError, match="restore this file"):
         list(documents)
 
 

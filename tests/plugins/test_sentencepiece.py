@@ -79,7 +79,7 @@ def test_no_model_at_all(tmp_path: Path) -> None:
     (tmp_path / "a.model").write_text("nothing")
     with pytest.raises(ConfigError, match=r"^model_file: "):
         build(SentencePieceConfig(model_file=tmp_path / "a.model"), TokenizerContext(documents=list))
-    with pytest.raises(ValueError, match="is no file"):
+    with pytest.raises(ValueError, match="is not a file"):
         SentencePieceConfig(model_file=tmp_path / "b.model")
 
 

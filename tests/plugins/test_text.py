@@ -97,7 +97,7 @@ def test_validation_path_and_field(tmp_path: Path) -> None:
     assert (list(source.documents("train")), list(source.documents("val"))) == (["one", "", "two"], ["three"])
     with pytest.raises(DataError, match=r"val\.json is among the training files too"):
         jsonl(f"{tmp_path}/*.json", val_path=str(tmp_path / "val.json"))
-    with pytest.raises(DataError, match=r"no field 'text': it has 'id', 'content'; data\.text_field names it"):
+    with pytest.raises(DataError, match=r"no field 'text': it has 'id', 'content'; set data\.text_field"):
         everything(jsonl(f"{tmp_path}/*.json", val_fraction=0.5))
 
 
@@ -160,7 +160,7 @@ def test_a_file_that_shrinks(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has become shorter"):
         list(train)
     path.unlink()
-    with pytest.raises(DataError, match="put it back"):
+    with pytest.raises(DataError, match="restore it"):
         list(train)
 
 
@@ -221,7 +221,7 @@ def test_one_document_a_file(tmp_path: Path) -> None:
     assert everything(source) == [*TEXTS[:3], "", *TEXTS[4:6], "", "zstd"]
     assert len(source.problems()) == 2
     (tmp_path / "0.txt").unlink()
-    with pytest.raises(DataError, match="put it back"):
+    with pytest.raises(DataError, match="restore it"):
         everything(source)
 
 
@@ -240,7 +240,7 @@ def test_too_little(tmp_path: Path) -> None:
         text(tmp_path).documents("train")
     assert len(text(tmp_path, separator="", val_fraction=0.25).documents("val")) == 1
     (tmp_path / "empty").mkdir()
-    for path, problem in ((tmp_path / "empty", r"holds no \*\.txt"), (tmp_path / "none", "is not there")):
+    for path, problem in ((tmp_path / "empty", r"holds no \*\.txt"), (tmp_path / "none", "does not exist")):
         with pytest.raises(DataError, match=problem):
             text(path)
 

@@ -71,7 +71,7 @@ def test_a_named_encoding_is_never_downloaded(offline: Path, monkeypatch: pytest
     with pytest.raises(DataError, match=r"^encoding: cl100k_base isn't in tiktoken's cache .*TIKTOKEN_CACHE"):
         make(TiktokenConfig("cl100k_base"))
     assert tiktoken.load.read_file is download
-    with pytest.raises(ConfigError, match=r"tiktoken knows no 'cl200k'; it has .*gpt2"):
+    with pytest.raises(ConfigError, match=r"tiktoken has no encoding 'cl200k'; it has .*gpt2"):
         make(TiktokenConfig("cl200k"))
 
 
@@ -103,7 +103,7 @@ def test_a_run_needs_no_cache_once_it_is_saved(config: TiktokenConfig, merges: P
 def test_files_of_merges_that_are_none(merges: Path, damage: str | None, config: TiktokenConfig) -> None:
     lines = merges.read_text().splitlines(keepends=True)
     merges.write_text("".join(lines[1:] if damage is None else [*lines, damage]))
-    with pytest.raises(ConfigError, match=r"^path: .* is no file of merges"):
+    with pytest.raises(ConfigError, match=r"^path: .* is not a file of merges"):
         make(config)
 
 
@@ -128,7 +128,7 @@ def test_damaged_files(config: TiktokenConfig, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("wrong", [{}, {"encoding": "gpt2", "path": __file__, "pattern": "."}, {"path": __file__}])
 def test_config(wrong) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises(ValueError, match=r"give (encoding or path|both or none)|belong together"):
+    with pytest.raises(ValueError, match=r"set (either encoding or path|both or neither)|belong together"):
         TiktokenConfig(**{k: Path(v) if k == "path" else v for k, v in wrong.items()})
 
 

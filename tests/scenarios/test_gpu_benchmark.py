@@ -49,4 +49,4 @@ def test_smoke(tmp_path: Path) -> None:
 def test_without_a_gpu_it_says_so() -> None:
     done = run()
     assert done.returncode == 2
-    assert "there is no CUDA GPU here" in done.stderr
+    assert "there is no CUDA GPU" in done.stderr

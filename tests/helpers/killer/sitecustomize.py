@@ -1,15 +1,15 @@
-"""On PYTHONPATH, it traces what a worker does to files and with other ranks, and kills it or its job at one event.
+"""Tracing of a worker's file operations and collectives, and killing it or its job at one event.
 
-Python imports this module at its start. It acts only in workers of ``nanochat run`` whose environment has
-``NANOCHAT_KILLER``, a JSON object:
+Python imports this module at its start if it is on PYTHONPATH. It acts only in workers of ``nanochat run`` whose
+environment has ``NANOCHAT_KILLER``, a JSON object:
 
-    directory   where ``trace.RANK`` (a phase a line), ``RANK.pid`` and, before it strikes, ``struck`` are written
-    roots       directories whose files count
+    directory   for ``trace.RANK`` (one phase per line), ``RANK.pid`` and, written before the event acts, ``struck``
+    roots       directories whose files are traced
     rank, phase, nth    the event; without them it only traces
-    what        "rank" and "job" die of SIGKILL; "stop" sends the launcher a SIGTERM and goes on
-    cut         how much of a file or of what is written gets to the disk, 0 to 1
+    what        "rank" or "job": what SIGKILL ends; "stop" sends SIGTERM to the launcher, and the worker continues
+    cut         part of a file or of written data that gets to the disk, 0 to 1
 
-A phase is the kind of event and what it happens to: ``fsync new step/model.safetensors``, ``all_reduce in a step``.
+A phase is the kind of event and its object: ``fsync new step/model.safetensors``, ``all_reduce in a step``.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ if "RANK" in os.environ and "NANOCHAT_KILLER" in os.environ and sys.orig_argv[1:
         (r"\.(.+?)\.[0-9a-f]+", r"new \1"),
         (r"(.*)_\d{6}\.json", r"\1.json"),
     ]
-    # who asks for a collective, innermost first
+    # functions that call collectives, innermost first
     CALLERS = {
         "evaluate": "an evaluation",
         "settle": "an evaluation",
@@ -59,7 +59,7 @@ if "RANK" in os.environ and "NANOCHAT_KILLER" in os.environ and sys.orig_argv[1:
     lock, seen = threading.Lock(), 0
 
     def label(path: str) -> str:
-        """The last two parts of a path, without what differs from run to run."""
+        """The last two parts of a path, with names that differ between runs replaced."""
         parts = Path(path).parts[-2:]
         for pattern, name in NAMES:
             parts = tuple(re.sub(f"^{pattern}$", name, part) for part in parts)
@@ -72,7 +72,7 @@ if "RANK" in os.environ and "NANOCHAT_KILLER" in os.environ and sys.orig_argv[1:
         return isinstance(path, str | os.PathLike) and os.fspath(path).startswith(ROOTS)
 
     def strikes(phase: str) -> bool:
-        """Note an event; whether it is the one."""
+        """Record an event. Returns whether it is the event to act at."""
         global seen
         with lock:
             os.write(TRACE, f"{phase}\n".encode())
@@ -85,7 +85,7 @@ if "RANK" in os.environ and "NANOCHAT_KILLER" in os.environ and sys.orig_argv[1:
         os.close(os.open(DIRECTORY / "struck", os.O_WRONLY | os.O_CREAT))
         if SPEC["what"] == "stop":
             os.kill(os.getppid(), signal.SIGTERM)
-            time.sleep(0.5)  # until the launcher has told all workers
+            time.sleep(0.5)  # until the launcher has signalled all workers
             return
         if SPEC["what"] == "job":
             others = [int(file.read_text()) for file in DIRECTORY.glob("*.pid")]
@@ -115,7 +115,7 @@ if "RANK" in os.environ and "NANOCHAT_KILLER" in os.environ and sys.orig_argv[1:
             event(f"{name[3:]} {label(path)}")
 
     class File:
-        """A file that is written, of which a killed process leaves a part."""
+        """A file that is opened for writing, of which a killed process leaves a part."""
 
         def __init__(self, file: io.IOBase, name: str) -> None:
             self._file, self._name = file, name
@@ -174,7 +174,7 @@ if "RANK" in os.environ and "NANOCHAT_KILLER" in os.environ and sys.orig_argv[1:
     io.open = builtins.open = traced_open
     os.fsync, shutil.copyfile = traced_fsync, traced_copy  # type: ignore[assignment]
 
-    # -- what ranks do together, and what takes long
+    # -- collectives, and operations that take long
 
     import safetensors.torch
     import torch.distributed
@@ -191,7 +191,7 @@ if "RANK" in os.environ and "NANOCHAT_KILLER" in os.environ and sys.orig_argv[1:
 
     safetensors.torch.save_file = traced_save
 
-    # these take names from what is traced above
+    # these modules import names that are traced above
     import nanochat_bpe.tokenizer
     import nanochat_core.evaluation.evaluate
     import nanochat_core.training.prepare
@@ -215,7 +215,7 @@ if "RANK" in os.environ and "NANOCHAT_KILLER" in os.environ and sys.orig_argv[1:
         "reduce_scatter_tensor", "all_gather_single", "all_gather_into_tensor",
     ):  # fmt: skip
         if hasattr(torch.distributed, name):
-            kind = re.sub("_(into_tensor|tensor|single)$", "", name)  # releases of torch name them differently
+            kind = re.sub("_(into_tensor|tensor|single)$", "", name)  # the names differ between versions of torch
             which = functools.partial(lambda kind, *_: collective(kind), kind)
             setattr(torch.distributed, name, traced(name, getattr(torch.distributed, name), which))
     for name in ("init_process_group", "destroy_process_group"):

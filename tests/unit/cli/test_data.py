@@ -68,7 +68,7 @@ def test_download_of_what_is_here(data: Path, capsys: pytest.CaptureFixture[str]
             '-n: data source "jsonl" does not consist of shards',
         ),
         (["--source", "jsonl", "--set", "data.path=x", "--set", "data.on_error=no"], 'must be "fail" or "skip"'),
-        (["--source", "jsonl", "--set", "data.path=nowhere"], "nowhere is not there"),
+        (["--source", "jsonl", "--set", "data.path=nowhere"], "nowhere does not exist"),
     ],
 )
 def test_mistakes(words: list[str], message: str, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -80,4 +80,4 @@ def test_problems_name_file_and_line(data: Path, capsys: pytest.CaptureFixture[s
     file = experiment(data, 'plugin = "bytes"')
     data.unlink()
     assert main(["data", "info", str(file)]) == 2
-    assert f"{file}:5: data.path: {data} is not there" in capsys.readouterr().err
+    assert f"{file}:5: data.path: {data} does not exist" in capsys.readouterr().err

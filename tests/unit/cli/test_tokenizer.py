@@ -43,7 +43,7 @@ def test_train(bpe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_train_says_what_is_wrong(bpe: Path) -> None:
     result = call("tokenizer", "train", bpe, "--set", "tokenizer.vocab_size=90000")
     assert result.code == 2
-    assert "tokenizer.vocab_size: 90000 are too many: the training documents yield" in result.err
+    assert "tokenizer.vocab_size: 90000 tokens are too many: the training documents give" in result.err
 
 
 def test_show(trained, bpe: Path) -> None:  # type: ignore[no-untyped-def]
