@@ -182,11 +182,12 @@ class Site:
         self.before = set(sys.modules)
 
     def add(self, package: str, plugin: str, point: str = "", requires: Sequence[str] = ()) -> Path:
-        """Install a package whose module ``plugin.py`` has the code ``plugin``, with one entry point. Returns its
-        source directory.""" source = self.directory.parent / f"source-{package}" (source / package.replace("-",
-        "_")).mkdir(parents=True) (source / package.replace("-", "_") / "__init__.py").touch() (source /
-        package.replace("-", "_") / "plugin.py").write_text(HEADER + plugin, encoding="utf-8") (source /
-        "pyproject.toml").write_text(
+        """Install a package with one entry point and the code ``plugin`` in its module ``plugin.py``. Returns its path."""
+        source = self.directory.parent / f"source-{package}"
+        (source / package.replace("-", "_")).mkdir(parents=True)
+        (source / package.replace("-", "_") / "__init__.py").touch()
+        (source / package.replace("-", "_") / "plugin.py").write_text(HEADER + plugin, encoding="utf-8")
+        (source / "pyproject.toml").write_text(
             f'[project]\nname = "{package}"\nversion = "1.0"\n'
             f"dependencies = {json.dumps(list(requires))}\n"
             f'[project.entry-points.nanochat]\n{point or "made_up"} = "{package.replace("-", "_")}.plugin"\n',
