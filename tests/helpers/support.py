@@ -182,7 +182,7 @@ class Site:
         self.before = set(sys.modules)
 
     def add(self, package: str, plugin: str, point: str = "", requires: Sequence[str] = ()) -> Path:
-        """Install a package with one entry point and the code ``plugin`` in its module ``plugin.py``. Returns its path."""
+        """Install a package with one entry point and the code of its ``plugin.py``. Returns its source directory."""
         source = self.directory.parent / f"source-{package}"
         (source / package.replace("-", "_")).mkdir(parents=True)
         (source / package.replace("-", "_") / "__init__.py").touch()
