@@ -26,7 +26,7 @@ BASELINES = {"arc_easy": 25, "copa": 50, "winograd": 50, "jeopardy": 0, "somethi
 
 
 def examples() -> dict[str, list[dict[str, Any]]]:
-    """Examples by task, some with choices that are prefixes of others, equal choices or contexts, or trailing space."""
+    """Examples by task, with choices that are prefixes of others, equal choices or contexts, and trailing spaces."""
     rng = random.Random(0)
 
     def words(low: int, high: int) -> str:

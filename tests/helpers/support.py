@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[2]
 THIRD_PARTY = ROOT / "tests" / "fixtures" / "thirdparty"
 BROKEN = ROOT / "tests" / "fixtures" / "broken"
 
+# An experiment of twelve quick steps with plugins that nanochat ships.
 TINY = """
 [run]
 name = "tiny"
@@ -103,7 +104,7 @@ def call(*arguments: object) -> Result:
 
 
 def spawn(
-    *arguments: object, cwd: Path | None = None, env: Mapping[str, str] | None = None, timeout: float = 120
+    *arguments: object, cwd: Path | None = None, env: Mapping[str, str] | None = None, timeout: float = 300
 ) -> Result:
     """Run ``nanochat ARGUMENTS`` in a separate process."""
     done = subprocess.run(
@@ -182,7 +183,8 @@ class Site:
         self.before = set(sys.modules)
 
     def add(self, package: str, plugin: str, point: str = "", requires: Sequence[str] = ()) -> Path:
-        """Install a package with one entry point and the code of its ``plugin.py``. Returns its source directory."""
+        """Install a package whose module ``plugin.py`` has the code ``plugin``, with one entry point. Returns its
+        source directory."""
         source = self.directory.parent / f"source-{package}"
         (source / package.replace("-", "_")).mkdir(parents=True)
         (source / package.replace("-", "_") / "__init__.py").touch()
