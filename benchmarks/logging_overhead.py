@@ -9,14 +9,12 @@ busy machine too, the more windows the better; the arm ``none`` shows the error 
 training process and the cost of competition for cores are measured separately:
 
 - ``record``: CPU microseconds per step that the training loop spends in ``Logs.record``: writing the ledger, checking
-the
-  loggers' processes. Loggers have no other cost in the training process.
+  the loggers' processes. Loggers have no other cost in the training process.
 - ``loop``: CPU milliseconds per step of the loop's thread. It rises when loggers share a cache or a core with it.
 - ``cores``: CPU seconds per second of the loggers' processes while they follow; ``behind``: records that the slowest of
   them has not received at the end.
 - ``steps/s`` and ``cost``: medians of wall-clock time; the cost is that of a window against the windows before and
-after
-  it, and includes competition for cores. ``noise`` is the difference of successive windows without loggers.
+  after it, and includes competition for cores. ``noise`` is the difference of successive windows without loggers.
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ class HubServer(ThreadingHTTPServer):
 
     Attributes:
         faults: faults of the next GETs of whole files, one each: "503", "drop" (the connection breaks halfway),
-        "stall",
-            "truncate" (a complete response with fewer bytes than announced), "flip" (one wrong byte), "404".
+            "stall", "truncate" (a complete response with fewer bytes than announced), "flip" (one wrong
+            byte), "404".
         spare_ends: whether requests for the last 64 KiB of a file, where its footer is, have no faults.
         speed: bytes per second of each connection; None is unlimited.
         requests: number of requests by "METHOD path".
