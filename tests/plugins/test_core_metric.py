@@ -280,7 +280,7 @@ def test_what_is_wrong_with_a_bundle_is_named(bundle, tokenizer, tmp_path):
 def test_the_real_bundle(tokenizer):
     evaluator = core(tokenizer, 256, bundle=SHARED, max_per_task=12, tasks=("copa", "winograd", "bigbench_operators"))
     evaluation = evaluator.evaluate(random_model(tokenizer.vocab_size, 256), 0)
-    assert evaluation.facts["baselines"] == "dclm-v2"
+    assert evaluation.settings["baselines"] == "dclm-v2"
     assert len(evaluation.facts["missing_tasks"]) == 9
     assert len(evaluation.facts["left_out_tasks"]) == 10
     assert evaluation.facts["examples"] == {"copa": 12, "winograd": 12, "bigbench_operators": 12}

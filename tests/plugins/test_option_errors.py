@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers.core_bundle import write_bundle
 
-from nanochat_core import ModelContext, NanochatError, TokenizerContext, World
+from nanochat_core import NanochatError, TokenizerContext, World
 from nanochat_core.config.load import LoadedExperiment, load
 from nanochat_core.data.sources import build_source
 from nanochat_core.data.tokenizer_cache import build_tokenizer
@@ -36,6 +36,7 @@ plugin = "adamw"
 [train]
 max_seq_len = 16
 device_batch_size = 2
+dtype = "float32"
 """
 DOCUMENTS = ["a few words of text", "and a few more"]
 CASES = [  # table, plugin, the option at fault, other options
@@ -96,7 +97,7 @@ def provoke(loaded: LoadedExperiment, table: str, directory: Path) -> None:
         experiment.tokenizer.build(TokenizerContext(documents=lambda: DOCUMENTS))
     else:
         tokenizer = build_tokenizer(experiment.tokenizer)
-        model = build_model(experiment.model, ModelContext(tokenizer.vocab_size, 16, CPU, torch.float32), CPU)
+        model = build_model(experiment.model, experiment.train, tokenizer.vocab_size, CPU, for_training=True)
         if table == "optimizer":
             experiment.optimizer.build(optimizer_context(model, world, 256, 10, None)).resolved_options()
         guarded = EvaluationWorld.of(world)

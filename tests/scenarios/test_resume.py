@@ -261,7 +261,7 @@ def test_another_validation_set_alone_leaves_training_as_it_is(
     assert [r["step"] for r in records if r.get("val/bpb") == 0.5] == [0, 4, 8]
     assert resume(copy, "--set", f"data.path={elsewhere}").code == 0
     best = min(r["val/bpb"] for r in records if "val/bpb" in r and r["time"] > started)
-    assert f"  {best:.4f}  " in call("runs", "--runs-dir", copy.runs).out
+    assert f" {best:.4f}  " in call("runs", "--runs-dir", copy.runs).out
 
 
 def test_another_tokenizer_is_never_allowed(copy: Trained) -> None:
@@ -284,7 +284,7 @@ def test_another_tokenizer_is_never_allowed(copy: Trained) -> None:
 def test_allowing_other_data_is_for_resumed_runs(tiny: Path, tmp_path: Path) -> None:
     result = call("run", tiny, "--runs-dir", tmp_path / "runs", "--allow-other-data")
     assert result.code == 2
-    assert "--allow-other-data: goes with --resume" in result.err
+    assert "--allow-other-data: is only allowed with --resume" in result.err
 
 
 def test_somebody_else_is_training_it(copy: Trained) -> None:

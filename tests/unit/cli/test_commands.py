@@ -15,7 +15,7 @@ from helpers.support import ROOT, Result, Site, Trained, call, spawn
 
 import nanochat_core
 from nanochat_core.hardware import devices
-from nanochat_core.planning import planner
+from nanochat_core.planning import autos
 
 D20 = ROOT / "experiments" / "d20.toml"
 
@@ -96,7 +96,7 @@ def test_show_gives_every_value_with_its_origin(tiny: Path) -> None:
 def test_show_resolves_the_dtype_by_the_device(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, fast: bool, dtype: str, reason: str
 ) -> None:
-    for module in (devices, planner):
+    for module in (devices, autos):
         monkeypatch.setattr(module, "cpu_has_bf16", lambda: fast)
     value, origin = shown(tiny, "--set", "train.dtype=auto")["train.dtype"]
     assert value == f'"{dtype}"'

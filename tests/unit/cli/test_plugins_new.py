@@ -214,9 +214,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (("modl", "x"), "no kind 'modl' (did you mean \"model\"?)"),
+        (("modl", "x"), "there is no kind of plugin 'modl' (did you mean \"model\"?)"),
         (("model", "My Model"), "lower-case letters"),
-        (("model",), "write: nanochat plugins new KIND NAME [DIR]"),
+        (("model",), "usage: nanochat plugins new KIND NAME [DIR]"),
         (("model", "x", "."), "exists and is not empty"),
         (("model", "core"), "nanochat-core is nanochat's own distribution"),
     ],

@@ -59,7 +59,7 @@ def test_hold_out_deals_every_document_to_one_side(count: int, fraction: float) 
 
 
 def test_an_unreadable_place_fails_with_the_remedy() -> None:
-    with pytest.raises(DataError, match=r"data\.on_error: a\.txt is torn; get it again, or set data\.on_error to skip"):
+    with pytest.raises(DataError, match=r"on_error: a\.txt is torn; get it again, or set data\.on_error to skip"):
         UnreadablePlaces().report("a.txt is\n torn", "get it again")
 
 
