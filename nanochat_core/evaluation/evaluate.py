@@ -231,7 +231,7 @@ def contract_problems(evaluation: object) -> Iterator[str]:
             yield f"text {name!r} must be a str, not {type(text).__name__}"
     taken = {"step", "time", "evaluator"} & {*evaluation.metrics, *evaluation.texts}
     if taken:
-        yield f"{', '.join(sorted(taken))} are reserved in the ledger: rename the metric or text"
+        yield f"{', '.join(sorted(taken))}: reserved in the ledger; rename the metric or text"
     for row in evaluation.examples:
         if not {"task", "example", "value"} <= row.keys():
             yield f"an example needs task, example and value, but one has only {', '.join(row)}"

@@ -216,7 +216,7 @@ def test_a_rank_that_is_killed_takes_the_others_down(job: Job) -> None:
         code, _, err = process.end()
     assert code == 137
     (line,) = err.splitlines()
-    assert line.startswith("rank 1 was killed by SIGKILL, mostly because the machine was out of memory")
+    assert line.startswith("rank 1 was killed by SIGKILL, most likely because the machine was out of memory")
     assert "logs/rank_001.txt" in line
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
     assert "ed" in call("runs", "--runs-dir", job.runs).out  # failed, or killed

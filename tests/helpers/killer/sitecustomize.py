@@ -41,9 +41,9 @@ if "RANK" in os.environ and "NANOCHAT_KILLER" in os.environ and sys.orig_argv[1:
         (r"\d{8}-\d{6}-\d{6}", "run"),
         (r"[0-9a-f]{16}\.tokens", "tokens"),
         (r"[0-9a-f]{32}\.[0-9a-f]{8}", "new key"),
-        (r"\.[0-9a-f]{32}\.json\.\d+", "new key.json"),
+        (r"\.[0-9a-f]{32}\.json\.\d+(\.[0-9a-f]+)?", "new key.json"),
         (r"[0-9a-f]{32}(.*)", r"key\1"),
-        (r"\.(.+?)\.[0-9a-f]+", r"new \1"),
+        (r"\.(.+?)(\.\d+)?\.[0-9a-f]+", r"new \1"),
         (r"(.*)_\d{6}\.json", r"\1.json"),
     ]
     # functions that call collectives, innermost first

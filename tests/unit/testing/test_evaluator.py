@@ -31,7 +31,7 @@ def drifts(model: Model, step: int) -> Evaluation:
     [
         (lambda model, step: Evaluation(), "neither metrics nor texts"),
         (lambda model, step: Evaluation({"a": torch.ones(())}), "must be a Python int or float"),
-        (lambda model, step: Evaluation({"step": 1}), "names of the ledger"),
+        (lambda model, step: Evaluation({"step": 1}), "reserved in the ledger"),
         (lambda model, step: Evaluation({"a": float(torch.rand(()) + step)}), "of the same model has different values"),
         (drifts, "changes the model's parameters"),
     ],
