@@ -1,5 +1,4 @@
-"""Interrupted or not, a run ends with the same bits: every optimizer, tokenizer and source that nanochat ships, at every
-kind of moment."""
+"""Interrupted or not, a run ends with the same bits: every optimizer, tokenizer and source of ours, at any moment."""
 
 from __future__ import annotations
 
