@@ -45,7 +45,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 # Fixtures that start processes or install packages: the tests that share one go to one process of xdist.
-SHARED = ("logged", "on_two_ranks", "whole", "short", "two", "installed")
+SHARED = ("logged", "on_two_ranks", "whole", "short", "two", "installed", "alone")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

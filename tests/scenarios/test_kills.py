@@ -210,7 +210,7 @@ def test_told_to_stop_a_few_times(short: tuple[Path, Place, Launch], tmp_path: P
         Point(0, "all_reduce in an evaluation", nth=4),
     )
     assert place.launch().code == 0
-    place.assert_ended_like(whole.run())
+    place.assert_ended_like(whole.run(), stopped=True)
 
 
 @pytest.mark.slow
@@ -229,7 +229,7 @@ def test_told_to_stop_in_every_part_of_saving_and_evaluating(tmp_path: Path, asy
     phases.sort(key=lambda key: ("old step" in key[1], "eval" in key[1]))
     stop_and_see(place, *[Point(rank, phase, nth=2 if "status" in phase else 1) for rank, phase in phases])
     assert place.launch().code == 0
-    place.assert_ended_like(whole.run())
+    place.assert_ended_like(whole.run(), stopped=True)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -146,15 +147,16 @@ def test_runs_and_sample_work_without_a_cache(here: Alone) -> None:
     assert len(result.out) == len("one, two, ") + 20 + 1
 
 
-def test_resume_to_a_longer_horizon(alone: Alone, here: Alone) -> None:
-    """Last: it changes the run."""
-    before = losses(alone.run)
-    result = call("run", "others.toml", "--resume", "--set", "train.num_iterations=40")
+def test_resume_to_a_longer_horizon(here: Alone, tmp_path: Path) -> None:
+    shutil.copytree(here.directory / "runs", tmp_path / "runs")
+    run = only_run(tmp_path / "runs")
+    before = losses(run)
+    result = call("run", "others.toml", "--runs-dir", tmp_path / "runs", "--resume", "--set", "train.num_iterations=40")
     assert result.code == 0, result.err
-    after = losses(alone.run)
+    after = losses(run)
     assert list(after) == list(range(40))
     assert {step: after[step] for step in before} == before
-    assert {"run": "others", "id": alone.run.name, "start_step": 30} in own_log(alone.run)
+    assert {"run": "others", "id": run.name, "start_step": 30} in own_log(run)
 
 
 def test_a_resumed_run_reaches_the_same_numbers(here: Alone, tmp_path: Path) -> None:
