@@ -76,15 +76,9 @@ def test_samples_and_evaluations_are_tables(logged: Path) -> None:
     last = logged.joinpath("wandb").glob("offline-run-*/files/media/table/**/*.json")
     tables = [json.loads(file.read_text()) for file in sorted(last)]
     texts = [row for table in tables if table["columns"] == ["step", "name", "text"] for row in table["data"]]
-<<<<<<< HEAD
     rewound = (logged / "metrics.rewound.jsonl").read_text(encoding="utf-8").splitlines()
     before = {r["step"]: r["samples/0"] for r in map(json.loads, rewound) if "samples/0" in r}  # of the first part
     assert {row[0]: row[2] for row in texts if row[1] == "samples/0"} == before | metrics(logged, "samples/0")
-=======
-    found = {row[0]: row[2] for row in texts if row[1] == "samples/0"}
-    assert found[12] == metrics(logged, "samples/0")[12]
-    assert set(found) == {8, 12}  # the first part of the run ended at step 8
->>>>>>> w4
     whole = max((t for t in tables if "evaluator" in t["columns"]), key=lambda t: len(t["data"]))
     assert {row[0]: row[3] for row in whole["data"] if row[2] == "val/bpb"} == metrics(logged, "val/bpb")
 

@@ -1,9 +1,5 @@
-<<<<<<< HEAD
 """Interrupted or not, a run ends with the same bits: every optimizer, tokenizer and source that nanochat ships, at
 every kind of moment."""
-=======
-"""Interrupted or not, a run ends with the same bits: every optimizer, tokenizer and source of ours, at any moment."""
->>>>>>> w4
 
 from __future__ import annotations
 
