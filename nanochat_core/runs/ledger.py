@@ -94,9 +94,8 @@ def rewind_ledger(path: Path, keep_bytes: int, step: int) -> list[dict[str, Any]
             file.truncate()  # if killed here, the evaluations are repeated
             file.writelines(kept)
         file.seek(0)
-        own = [
-            json.loads(line) for line in file if line.startswith(b'{"step": %d,' % step)
-        ]  # the beginning that write() writes
+        beginning = b'{"step": %d,' % step  # as write() writes it
+        own = [json.loads(line) for line in file if line.startswith(beginning)]
     return [record for record in own if "evaluator" in record]
 
 

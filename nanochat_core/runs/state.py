@@ -25,20 +25,20 @@ class TrainState:
     """The state of a run besides parameters and optimizer state.
 
     Args:
-    step: optimizer steps done.
-    tokens: target tokens trained on.
-    lanes: number of data lanes, pinned for the run's life.
-    cursors: lane to its data cursor (three integers), after ``step`` steps.
-    loss_ema: EMA of the loss, not yet debiased.
-    loss_spread: EMA of the squared distance of losses from the EMA before them, not yet debiased.
-    loss_scale: factor on the loss for float16 gradients; 0 until it is set.
-    scaled_steps: finite steps since the loss scale last changed.
-    training_time: seconds of steps, excluding the first 10 after each start.
-    skipped: steps skipped for a loss or gradient that was not finite.
-    minimum: smallest value seen of each evaluation metric.
-    ledger_bytes: length of the ledger that belongs to this state.
-    comparable_from: first step whose evaluations used the current validation data.
-    fingerprints: of the tokenizer and of both splits of the data (``tokenizer``, ``train``, ``val``).
+        step: optimizer steps done.
+        tokens: target tokens trained on.
+        lanes: number of data lanes, pinned for the run's life.
+        cursors: lane to its data cursor (three integers), after ``step`` steps.
+        loss_ema: EMA of the loss, not yet debiased.
+        loss_spread: EMA of the squared distance of losses from the EMA before them, not yet debiased.
+        loss_scale: factor on the loss for float16 gradients; 0 until it is set.
+        scaled_steps: finite steps since the loss scale last changed.
+        training_time: seconds of steps, excluding the first 10 after each start.
+        skipped: steps skipped for a loss or gradient that was not finite.
+        minimum: smallest value seen of each evaluation metric.
+        ledger_bytes: length of the ledger that belongs to this state.
+        comparable_from: first step whose evaluations used the current validation data.
+        fingerprints: of the tokenizer and of both splits of the data (``tokenizer``, ``train``, ``val``).
     """
 
     step: int = 0

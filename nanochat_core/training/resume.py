@@ -98,7 +98,7 @@ def check_changes(old: Experiment, planned: Planned, run_dir: RunDirectory, allo
         if rule == "refuse" and allow_other_data and key.startswith("data.") and not key.startswith("data.packing"):
             rule = "warn"
         if rule == "refuse":
-            keep = "keep it (omit it)"
+            keep = "keep it (omit the key)"
             if before is not None:
                 keep = f"keep it (--set '{key}={json.dumps(before)}')"
             elif planned.origins.get(key) == DEFAULT:
