@@ -200,7 +200,7 @@ class Place:
         """Check that the run equals an uninterrupted one, and that nothing else is left.
 
         Args:
-            stopped: a signal may be followed a step late when the machine is busy, and the step that is saved then takes
+            stopped: a signal may be followed a step late when the machine is busy, and the saved step then takes
                 a place among the newest: compare only the last checkpoint and those that ``keep_every`` keeps.
         """
         run = self.run()
