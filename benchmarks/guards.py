@@ -41,6 +41,7 @@ from nanochat_core.distributed.world import World
 from nanochat_core.interfaces.types import IGNORED
 from nanochat_core.training.metrics import StepTimer
 from nanochat_core.training.prepare import prepare
+from nanochat_core.training.request import RunRequest
 from nanochat_core.training.session import Session
 from nanochat_core.training.step import loss_and_gradients
 from nanochat_core.training.trainer import Trainer
@@ -71,11 +72,12 @@ def cost_of_guards(file: Path, runs: Path, steps: int) -> None:
     world = World(0, 1, torch.device("cpu"))
     times: dict[str, list[float]] = {"bare": [], "guarded": []}
     with contextlib.redirect_stdout(io.StringIO()), contextlib.ExitStack() as stack:
-        setup = prepare(file, [], runs, None, world, stack)
+        request = RunRequest(file, (), runs)
+        setup = prepare(request, *request.load(), world, stack)
         assert setup is not None
-        board = RankStore(None)
-        watchdog = stack.enter_context(Watchdog(0, 1, board))
-        session = Session(setup, world, Failures(0, board), watchdog, StopRequest())
+        store = RankStore(None)
+        watchdog = stack.enter_context(Watchdog(0, 1, store))
+        session = Session(setup, world, Failures(0, store), watchdog, StopRequest())
         session.open()
         stack.callback(session.close, "finished")
         trainer = session.build()

@@ -137,7 +137,7 @@ def rolling(documents: Sequence[np.ndarray], capacity: int, size: int) -> float:
             if following is None:
                 break
             buffer.insert(int(np.searchsorted(buffer, len(following))), len(following))
-    return lost / (lost + kept)
+    return lost / max(lost + kept, 1)
 
 
 def packing_loss(documents: Sequence[str], tokenizer: BPETokenizer) -> None:
