@@ -45,7 +45,7 @@ INCOMPLETE, CANT_START = 3, 4  # exit codes
 
 
 class LoggerWorker:
-    """The follower of a ledger, which passes its records to a logger.
+    """Reads a ledger and passes its records to a logger.
 
     Args:
         say: sends a message to the training process: ``say(report="...")``, ``say(phase="...")``.

@@ -178,7 +178,7 @@ def test_pip_finds_the_core_of_a_scaffold(fresh: FreshVenv, tmp_path: Path) -> N
 
 def test_a_type_checker_sees_the_public_names(fresh: FreshVenv, tmp_path: Path) -> None:
     """In a package of somebody else, through ``py.typed`` and the stub."""
-    pytest.importorskip("mypy")
+    pytest.importorskip("mypy", reason="mypy is in the extra dev")
     skipped = "".join(f"[mypy-{library}.*]\nfollow_imports = skip\n" for library in ("torch", "numpy", "safetensors"))
     (tmp_path / "mypy.ini").write_text(f"[mypy]\nstrict = true\n{skipped}")  # for speed
     (tmp_path / "theirs.py").write_text(
