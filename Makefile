@@ -34,6 +34,7 @@ test: $(VENV)/.installed-dev
 
 test-slow: $(VENV)/.installed-dev
 	$(PYTEST) -m slow
+	NANOCHAT_FUZZ=60 $(PYTEST) -m fuzz --timeout 7200
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

@@ -1,8 +1,9 @@
-"""Files: atomic writes, hashes, locks, the ledger; and the cache directory."""
+"""Files: names that become paths, reading what others made, atomic writes, hashes, locks, the ledger; the cache."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -10,6 +11,7 @@ import os
 import secrets
 import shutil
 import socket
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -32,6 +34,108 @@ LEDGER = "metrics.jsonl"
 def rank_log_name(rank: int) -> str:
     """Return the path of a rank's log, relative to the run directory."""
     return f"logs/rank_{rank:03d}.txt" if rank else "log.txt"
+
+
+# ------------------------------------------------------------------------------ names and contents that others made
+
+LONGEST_NAME = 200  # bytes; file systems allow 255, and temporary names are longer
+JSON_LIMIT = 64 << 20  # bytes
+
+
+def name_problem(name: object, *, nested: bool = False) -> str:
+    """Return why ``name`` may not become the name of a file or directory; empty if it may.
+
+    Every name from a network, a file, a command line or a plugin is checked here before it is used in a path.
+
+    Args:
+        nested: allow a relative path of several names with ``/`` between them.
+    """
+    if not isinstance(name, str):
+        return f"must be text, not {type(name).__name__}"
+    for part in name.split("/") if nested else [name]:
+        if not part or part != part.strip():
+            return "must not be empty, nor begin or end with a blank"
+        if part.startswith((".", "-")):
+            return "must not begin with a dot or a dash"
+        if any(c in part for c in '/\\:"') or not part.isprintable():
+            return "must not contain slashes, colons, quotes or control characters"
+        try:
+            length = len(part.encode())
+        except UnicodeEncodeError:
+            return "must be valid Unicode"
+        if length > LONGEST_NAME:
+            return f"must be at most {LONGEST_NAME} bytes long, not {length}"
+    return ""
+
+
+def path_in(directory: Path, name: object, *, nested: bool = False) -> Path:
+    """Return the path of the file ``name`` in ``directory``; see ``name_problem``.
+
+    Raises:
+        ValueError: when the name would lead elsewhere, or can't be a name.
+    """
+    problem = name_problem(name, nested=nested)
+    if problem:
+        raise ValueError(f"the name {shorten(name)} {problem}")
+    return directory / str(name)
+
+
+def shorten(value: object, most: int = 80) -> str:
+    """Return ``value`` as Python writes it, without control characters, cut to ``most`` characters."""
+    try:
+        text = repr(value[: most + 1]) if isinstance(value, str | bytes) else repr(value)
+    except Exception:  # a very large int, or an object whose __repr__ fails
+        text = f"a {type(value).__name__}"
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def read_regular(path: Path, limit: int) -> bytes:
+    """Return the content of a regular file of at most ``limit`` bytes.
+
+    Raises:
+        OSError: when it can't be read, is larger, or is a directory, FIFO, device or socket (its ``strerror`` says so).
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO without a writer does not block
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+        content = file.read(limit + 1)
+        if len(content) > limit:
+            raise OSError(errno.EFBIG, f"it has more than the {limit:,} bytes that such a file may have", str(path))
+        return content
+
+
+def require_regular(path: Path) -> os.stat_result:
+    """Return the status of a regular file, for a reader that opens it by name.
+
+    Raises:
+        OSError: when there is none, or it is a directory, FIFO, device or socket.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    return status
+
+
+def read_json(path: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
+    """Return the object in a JSON file that somebody else may have written. See ``read_regular``.
+
+    Raises:
+        OSError: when the file can't be read.
+        ValueError: when it is not a JSON object in UTF-8.
+    """
+    try:
+        content = json.loads(read_regular(path, limit).decode())
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"it must hold a JSON object, not a {type(content).__name__}")
+    return content
+
+
+# ---------------------------------------------------------------------------------------------------------- writing
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:

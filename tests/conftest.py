@@ -10,7 +10,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: more thre
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -106,3 +107,22 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     made = Site(tmp_path / "site")
     yield made
     made.forget()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how many inputs the fuzz tests that passed have tried, by surface."""
+    tried: Counter[str] = Counter()
+    for report in terminalreporter.stats.get("passed", []):
+        if report.when == "call":
+            tried.update({name[5:]: int(value) for name, value in report.user_properties if name.startswith("fuzz ")})
+    if tried:
+        terminalreporter.write_line("fuzzed: " + ", ".join(f"{name} {n:,}" for name, n in sorted(tried.items())))
+
+
+@pytest.fixture
+def tried(record_property: Callable[[str, object], None]) -> Iterator[Callable[[str], None]]:
+    """Called with the name of its surface, counts an input that a fuzz test tries; the summary shows the counts."""
+    counts: Counter[str] = Counter()
+    yield lambda surface: counts.update([surface])
+    for surface, number in counts.items():
+        record_property(f"fuzz {surface}", number)
