@@ -56,7 +56,7 @@ def test_the_web_server_shows_it(logged: Path) -> None:
     command = [str(Path(sys.executable).with_name("aim")), "up", "--repo", str(logged.parents[1]), "--port", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
-        deadline, page = time.monotonic() + 40, b""
+        deadline, page = time.monotonic() + 300, b""
         while not page:
             assert time.monotonic() < deadline, "the web server does not answer"
             try:

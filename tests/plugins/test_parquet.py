@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from helpers.hub_server import serve
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from nanochat_core import DataContext, DataError
@@ -59,7 +59,6 @@ def test_splits(shards: Path) -> None:
     assert list(source(shards).documents("val")) == texts_of(3)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(st.slices(42), st.integers(-42, 41))
 def test_indexes_like_a_list(shards: Path, part: slice, index: int) -> None:
     documents = source(shards).documents("train")
@@ -247,7 +246,6 @@ def test_validation_files(shards: Path) -> None:
         source(shards, val_path="x", val_fraction=0.1)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(st.sampled_from([0.5, 0.3, 0.1, 0.04]), st.slices(45))
 def test_validation_fraction(shards: Path, fraction: float, part: slice) -> None:
     everything = [*texts_of(0), *texts_of(1), *texts_of(2), *texts_of(3)]

@@ -174,11 +174,11 @@ def test_several_processes_make_one_cache(tmp_path: Path) -> None:
     )
     words = [sys.executable, "-c", script, str(path), str(tmp_path / "cache")]
     processes = [subprocess.Popen(words, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    assert [p.communicate(timeout=60)[0].strip() for p in processes] == ["200000"] * 3
+    assert [p.communicate(timeout=300)[0].strip() for p in processes] == ["200000"] * 3
     assert len(list((tmp_path / "cache").glob("*.txt"))) == 1
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(st.text(st.sampled_from("ab\r \n"), max_size=6), max_size=8), st.integers(1, 9))
 def test_spans_whatever_the_block_size(tmp_path_factory: pytest.TempPathFactory, parts: list[str], size: int) -> None:
     path = tmp_path_factory.mktemp("spans") / "a"

@@ -182,7 +182,7 @@ sys.exit(main(sys.argv[2:]))
 def test_a_write_that_fails_half_way_leaves_nothing(tiny: Path, tmp_path: Path, trained: Trained) -> None:
     """No file may be larger than 20 KB: the model's can't be written whole, as when a disk fills up meanwhile."""
     arguments = [sys.executable, "-c", LIMITED, "20000", "run", str(tiny), "--runs-dir", str(tmp_path / "runs")]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     path = only_run(tmp_path / "runs")
     assert done.stdout.count("could not be saved") == 3  # tried again each time
