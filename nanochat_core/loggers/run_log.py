@@ -23,7 +23,7 @@ from nanochat_core.runs.directory import RunDirectory
 from nanochat_core.runs.ledger import Ledger
 
 LOOK_SECONDS = 0.2  # seconds between polls of the loggers' processes; a poll takes microseconds
-GRACE_SECONDS = 2.0  # a logger's process ends itself at its timeout; after that it is killed
+GRACE_SECONDS = 10.0  # a logger's process ends itself at its timeout, and says where it was; after that it is killed
 
 Status = Literal["finished", "failed", "preempted"]
 

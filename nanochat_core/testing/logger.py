@@ -37,7 +37,7 @@ def check_logger(
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name) / "runs" / "checked" / "run-1"
         directory.mkdir(parents=True)
-        check.run(lambda: _log_a_run(check, factory, config, directory, read))
+        check.run(lambda: _log_a_run(check, factory, config, directory, read), "log a run")
     check.finish()
 
 
