@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nanochat_core.cli import add_runs_dir, positive
+from nanochat_core.cli import add_runs_dir, processes
 from nanochat_core.errors import CheckpointError, ConfigError, DataError, Problem
 
 if TYPE_CHECKING:
@@ -40,7 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="override a value, as in --set train.device_batch_size=8; may be repeated",
     )
     parser.add_argument(
-        "--nproc", type=positive, default=1, metavar="N", help="number of worker processes, one per device (default: 1)"
+        "--nproc",
+        type=processes,
+        default=1,
+        metavar="N",
+        help="number of worker processes, one per device (default: 1)",
     )
     parser.add_argument(
         "--compare",

@@ -23,7 +23,7 @@ from nanochat_core.config.schema import CORE_TABLES, HORIZONS, TABLES, WARMUPS, 
 from nanochat_core.errors import ConfigError, Problem, did_you_mean
 from nanochat_core.plugins.choice import PLUGIN_LISTS, PLUGIN_TABLES, RESERVED, Choice, EntryKeys
 from nanochat_core.plugins.discovery import Plugins
-from nanochat_core.plugins.structure import Mismatch, converter, fields_of
+from nanochat_core.plugins.structure import Mismatch, converter, fields_of, takes_text
 
 
 @attrs.frozen
@@ -194,7 +194,7 @@ class _Structurer:
     def _structure(self, cls: type, path: Path_, table: Tree, owner: str = "", place: Any = None) -> Any:
         """An instance of an attrs class, or None after noting every problem, by default at ``place``."""
         try:
-            config: Any = converter.structure(plain_values(table), cls)
+            config: Any = converter.structure(_values(table, fields_of(cls)), cls)
         except Mismatch as error:
             for inner, message in error.problems:
                 at: Any = table
@@ -295,6 +295,15 @@ class _Structurer:
             if current.origin.layer > alias.origin.layer:
                 return
         table[new] = alias
+
+
+def _values(table: Tree, fields: Mapping[str, Any]) -> Tree:
+    """The values of a table; those of ``--set`` are taken as they are written where an option takes text."""
+    values: Tree = plain_values(table)
+    for name, given in table.items():
+        if isinstance(given, Value) and name in fields and takes_text(fields[name].type):
+            values[name] = given.as_text
+    return values
 
 
 def _word(kind: str) -> str:

@@ -1,11 +1,10 @@
 """Options of the data sources ``jsonl`` and ``text``."""
 
-from pathlib import Path
 from typing import Any, Literal
 
 import attrs
 
-from nanochat_core import between, option
+from nanochat_core import between, expand_path, option
 
 
 def _not_empty(_: Any, attribute: Any, value: Any) -> None:
@@ -52,7 +51,7 @@ class FilesConfig:
 def _absolute(path: Any) -> Any:
     if path is None:
         return None
-    return tuple(map(_absolute, path)) if isinstance(path, tuple) else str(Path(path).expanduser().absolute())
+    return tuple(map(_absolute, path)) if isinstance(path, tuple) else str(expand_path(path))
 
 
 @attrs.frozen(kw_only=True)
