@@ -97,9 +97,11 @@ def expand_path(text: str) -> Path:
     except UnicodeEncodeError:
         raise ValueError("must be valid Unicode") from None
     except RuntimeError:
-        raise ValueError(f"names a home directory that does not exist, {shorten(text)}: write the whole path") from None
+        raise ValueError(
+            f"must be a whole path: {shorten(text)} begins with a home directory that is unknown"
+        ) from None
     except OSError as error:
-        raise ValueError(f"can't be found from the current directory: {error.strerror}") from None
+        raise ValueError(f"must be a whole path, because the current directory is gone: {error.strerror}") from None
     return path
 
 

@@ -25,6 +25,8 @@ from nanochat_core.plugins.choice import PLUGIN_LISTS, PLUGIN_TABLES, RESERVED, 
 from nanochat_core.plugins.discovery import Plugins
 from nanochat_core.plugins.structure import Mismatch, converter, fields_of, takes_text
 
+MOST_PROBLEMS = 100  # of an experiment that are told
+
 
 @attrs.frozen
 class LoadedExperiment:
@@ -147,7 +149,9 @@ class _Structurer:
             parts[table] = tuple(c for c in chosen if c is not None)
         parts["checkpoint"] = self._with_best_metric(parts["checkpoint"], parts["evaluators"])
         if self.problems:
-            raise ConfigError([*self.problems, *self.missing])
+            problems = [*self.problems, *self.missing]
+            more = [Problem("", f"and {len(problems) - MOST_PROBLEMS:,} more")] * (len(problems) > MOST_PROBLEMS)
+            raise ConfigError([*problems[:MOST_PROBLEMS], *more])
         if not parts["run"].name:
             try:
                 parts["run"] = attrs.evolve(parts["run"], name=self.default_name)

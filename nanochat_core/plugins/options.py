@@ -96,7 +96,8 @@ def _bounds(fits: Callable[[float], bool], must: str, most: float = math.inf, be
             if not fits(number):
                 raise ValueError(f"{must}, not {shown(number)}")
             if number > most:
-                raise ValueError(f"must be at most {most:,}, not {shown(number)}")
+                limit = f"{most:,}" if isinstance(most, int) else f"{most:g}"
+                raise ValueError(f"must be at most {limit}, not {shown(number)}")
             if below < math.inf and not number < below:
                 raise ValueError(f"must be less than {below}, not {shown(number)}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -169,7 +170,8 @@ def _reason(error: Exception) -> str:
     return str(error.args[0]) if isinstance(error, ValueError | TypeError) and error.args else str(error)
 
 
-def _typed_fields(cls: type) -> dict[str, Any]:
+@functools.cache
+def _typed_fields(cls: type) -> Mapping[str, Any]:
     """Fields of an attrs class by name, their types resolved."""
     hints = typing.get_type_hints(cls)
     return {f.name: f.evolve(type=hints[f.name]) for f in attrs.fields(cls) if f.init}
@@ -195,7 +197,7 @@ converter = _make_converter()
 
 def fields_of(cls: type) -> dict[str, Any]:
     """Attributes of a config class by name: ``.type`` (resolved), ``.default``, ``.metadata["help"]``."""
-    return _typed_fields(cls)
+    return dict(_typed_fields(cls))
 
 
 def takes_text(tp: Any) -> bool:

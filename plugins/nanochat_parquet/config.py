@@ -10,9 +10,10 @@ COLUMN_HELP = "column of strings, one document per row; a null is an empty docum
 ON_ERROR_HELP = "effect of a row group or text that can't be read: fail ends the run; skip makes its documents empty"
 
 
-def _not_empty(_: Any, attribute: Any, value: Any) -> None:
+def _are_places(_: Any, attribute: Any, value: Any) -> None:
     if value in ((), ""):
         raise ValueError("must name a directory, file, pattern or URL")
+    _absolute(value)
 
 
 @attrs.frozen
@@ -22,7 +23,7 @@ class ParquetConfig:
     path: str | tuple[str, ...] = option(
         help="directory of *.parquet files, file, pattern such as data/*.parquet, or URL (http, https, s3, gs, "
         "or any other that fsspec knows); or a list of these",
-        validator=_not_empty,
+        validator=_are_places,
         on_resume="free",  # the fingerprint notices other data
     )
     text_column: str = option("text", COLUMN_HELP)
@@ -30,7 +31,7 @@ class ParquetConfig:
         None,
         "directory, file, pattern, URL or list of these, of the validation shards; all shards of path are for training "
         "then",
-        validator=_not_empty,
+        validator=_are_places,
         on_resume="free",
     )
     val_fraction: float | None = option(

@@ -24,7 +24,7 @@ EDITS: dict[str, tuple[str, str, str]] = {  # old text, new text, message
     "out of range": (
         "depth = 1",
         "depth = 0",
-        "x.toml:14: model.depth: must be a whole number from 1 to",
+        "x.toml:14: model.depth: must be at least 1, not 0",
     ),
     "unknown table": (
         "[model]",
