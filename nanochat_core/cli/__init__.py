@@ -9,9 +9,10 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from nanochat_core import __version__
-from nanochat_core.errors import NanochatError
+from nanochat_core.errors import NanochatError, Problem
 from nanochat_core.files import expand_path, shorten
 
 # Environment variables that are read when torch is imported. Waiting threads sleep after a short spin (a long spin
@@ -38,6 +39,13 @@ COMMANDS = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors repeat an argument without its control characters, and not all of a long one."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(str(Problem("", message)))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code.
 
@@ -45,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     (argparse exits with it too), 3 when training diverged, 4 when memory ran out, 75 when a signal stopped the run,
     130 after Ctrl-C. ``run`` with several processes returns the code of the process that failed first.
     """
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="nanochat",
         description="Train small GPT-style language models end to end from one TOML file. Every part is a plugin.",
         epilog="Start with: nanochat run experiments/quickstart.toml",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from nanochat_core.cli import add_runs_dir, processes
 from nanochat_core.errors import CheckpointError, ConfigError, DataError, Problem
+from nanochat_core.files import expand_path, shorten
 
 if TYPE_CHECKING:
     from nanochat_core.evaluation.results import Stored
@@ -126,7 +127,10 @@ def _stored(reference: str, runs_dir: Path) -> dict[str, Stored]:
     from nanochat_core.evaluation.results import FACTS, find_evaluations, read_evaluation
     from nanochat_core.runs.directory import EVALUATIONS, find_run
 
-    path = Path(reference)
+    try:
+        path = expand_path(reference)
+    except ValueError as error:
+        raise CheckpointError(f"{shorten(reference)} {error}") from None
     if (path / FACTS).is_file():
         stored = read_evaluation(path)
         return {stored.name: stored}

@@ -21,8 +21,10 @@ from nanochat_core.config.merge import (
 from nanochat_core.config.origins import DEFAULT, Origin
 from nanochat_core.config.schema import CORE_TABLES, HORIZONS, TABLES, WARMUPS, Checkpoint, Experiment
 from nanochat_core.errors import ConfigError, Problem, did_you_mean
+from nanochat_core.files import name_problem
 from nanochat_core.plugins.choice import PLUGIN_LISTS, PLUGIN_TABLES, RESERVED, Choice, EntryKeys
 from nanochat_core.plugins.discovery import Plugins
+from nanochat_core.plugins.options import shown
 from nanochat_core.plugins.structure import Mismatch, converter, fields_of, takes_text
 
 MOST_PROBLEMS = 100  # of an experiment that are told
@@ -262,10 +264,16 @@ class _Structurer:
         chosen = table.get("plugin")
         if chosen is None and len(path) == 2 and isinstance(table, dict) and registry.claims(path[1]):
             chosen = Value(path[1], DEFAULT)
+        if isinstance(chosen, Value):
+            chosen = attrs.evolve(chosen, value=chosen.as_text)
         if not isinstance(chosen, Value) or not isinstance(chosen.value, str):
             names = ", ".join(e.name for e in registry) or "none"
             message = f"missing: name a {_word(kind)} plugin (installed: {names})"
             self._problem((*path, "plugin"), message, chosen or table)
+            return None
+        problem = name_problem(chosen.value)
+        if problem:
+            self._problem((*path, "plugin"), f"{problem}: {shown(chosen.value)}", chosen)
             return None
         return chosen
 

@@ -249,13 +249,13 @@ def check_config_class(kind: str, name: str, config: type) -> None:
     if not (isinstance(config, type) and attrs.has(config)):
         raise PluginError(f"{where} must be an attrs class: decorate it with @attrs.frozen")
     try:
-        fields = _typed_fields(config)
+        fields = fields_of(config)
     except (NameError, KeyError) as error:
         raise PluginError(
             f"{where} has a field type that can't be resolved ({error}): import types at run time, "
             f"not under TYPE_CHECKING"
         ) from error
-    reserved = set(_typed_fields(RESERVED.get(kind, EntryKeys))) | {"remove"}
+    reserved = set(fields_of(RESERVED.get(kind, EntryKeys))) | {"remove"}
     for field in fields.values():
         if field.name in reserved:
             raise PluginError(f"{where} may not have a field {field.name!r}: the core uses that key; rename it")
