@@ -101,6 +101,7 @@ from .training.gradients import GradientReducer as GradientReducer
 
 # Machines and files.
 from .files import cache_dir as cache_dir
+from .files import expand_path as expand_path
 from .files import file_sha256 as file_sha256
 from .files import first_few as first_few
 from .files import open_atomic as open_atomic

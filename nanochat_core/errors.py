@@ -23,7 +23,15 @@ class Problem:
     where: str = ""
 
     def __str__(self) -> str:
-        return ": ".join(part for part in (self.where, self.key, self.message) if part)
+        return ": ".join(part for part in (_cut(self.where, 300), _cut(self.key, 200), _cut(self.message)) if part)
+
+
+def _cut(text: str, most: int = 1200) -> str:
+    """Return a text that a user may have written: long lines are cut, control characters are escaped."""
+    lines = [line if len(line) <= most else f"{line[: most - 3]}..." for line in text.split("\n")]
+    if all(line.isprintable() for line in lines):
+        return "\n".join(lines)
+    return "\n".join("".join(c if c.isprintable() or c == "\t" else ascii(c)[1:-1] for c in line) for line in lines)
 
 
 class NanochatError(Exception):

@@ -39,6 +39,7 @@ def rank_log_name(rank: int) -> str:
 # ------------------------------------------------------------------------------ names and contents that others made
 
 LONGEST_NAME = 200  # bytes; file systems allow 255, and temporary names are longer
+LONGEST_PATH = 4000  # bytes; systems allow 4096, some 1024
 JSON_LIMIT = 64 << 20  # bytes
 
 
@@ -78,6 +79,30 @@ def path_in(directory: Path, name: object, *, nested: bool = False) -> Path:
     if problem:
         raise ValueError(f"the name {shorten(name)} {problem}")
     return directory / str(name)
+
+
+def expand_path(text: str) -> Path:
+    """Return the absolute path that a user wrote, in which ``~`` stands for a home directory.
+
+    Raises:
+        ValueError: when no file can have such a path, or there is no such home directory.
+    """
+    try:
+        if not text or "\0" in text:
+            raise ValueError("must be a path, which is not empty and has no NUL characters")
+        path = Path(text).expanduser().absolute()
+        if len(os.fsencode(path)) > LONGEST_PATH or any(len(os.fsencode(part)) > 255 for part in path.parts):
+            raise ValueError(f"must be a path of at most {LONGEST_PATH} bytes, with names of at most 255")
+        path.as_posix().encode()
+    except UnicodeEncodeError:
+        raise ValueError("must be valid Unicode") from None
+    except RuntimeError:
+        raise ValueError(
+            f"must be a whole path: {shorten(text)} begins with a home directory that is unknown"
+        ) from None
+    except OSError as error:
+        raise ValueError(f"must be a whole path, because the current directory is gone: {error.strerror}") from None
+    return path
 
 
 def shorten(value: object, most: int = 80) -> str:

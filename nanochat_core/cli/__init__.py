@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from nanochat_core import __version__
-from nanochat_core.errors import NanochatError
+from nanochat_core.errors import NanochatError, Problem
+from nanochat_core.files import expand_path, shorten
 
 # Environment variables that are read when torch is imported. Waiting threads sleep after a short spin (a long spin
 # starves the data thread and other runs), and large tensors get huge pages: see benchmarks/train_speed.py. cuBLAS is
@@ -36,6 +39,13 @@ COMMANDS = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors repeat an argument without its control characters, and not all of a long one."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(str(Problem("", message)))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code.
 
@@ -43,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     (argparse exits with it too), 3 when training diverged, 4 when memory ran out, 75 when a signal stopped the run,
     130 after Ctrl-C. ``run`` with several processes returns the code of the process that failed first.
     """
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="nanochat",
         description="Train small GPT-style language models end to end from one TOML file. Every part is a plugin.",
         epilog="Start with: nanochat run experiments/quickstart.toml",
@@ -108,7 +118,7 @@ def _plugin_commands(arguments: Sequence[str], modules: dict[str, str]) -> dict[
 
 def add_experiment(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of every command that reads an experiment: FILE and ``--set``."""
-    parser.add_argument("file", type=Path, metavar="FILE", help="the experiment file (TOML)")
+    parser.add_argument("file", type=path_argument, metavar="FILE", help="the experiment file (TOML)")
     parser.add_argument(
         "--set",
         action="append",
@@ -122,21 +132,54 @@ def add_experiment(parser: argparse.ArgumentParser) -> None:
 def add_runs_dir(parser: argparse.ArgumentParser) -> None:
     """Add ``--runs-dir``."""
     parser.add_argument(
-        "--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="directory of all runs (default: runs)"
+        "--runs-dir",
+        type=path_argument,
+        default=Path("runs"),
+        metavar="DIR",
+        help="directory of all runs (default: runs)",
     )
 
 
-def positive(text: str) -> int:
-    """Convert an argument to a whole number of at least 1; a type for argparse."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
-    return number
+def whole(least: int, most: int) -> Callable[[str], int]:
+    """Return a type for argparse: a whole number in [least, most]."""
+
+    def convert(text: str) -> int:
+        number = int(text) if re.fullmatch(r"\s*[-+]?[0-9]{1,20}\s*", text, re.ASCII) else None
+        if number is None or not least <= number <= most:
+            raise argparse.ArgumentTypeError(f"must be a whole number from {least:,} to {most:,}, not {shorten(text)}")
+        return number
+
+    return convert
+
+
+positive = whole(1, 10**12)
+processes = whole(1, 4096)
+seed = whole(0, 2**63 - 1)
 
 
 def above_zero(text: str) -> float:
     """Convert an argument to a finite number greater than 0; a type for argparse."""
-    number = float(text)
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be greater than 0, not {text}")
+    number = not_negative(text)
+    if not number:
+        raise argparse.ArgumentTypeError(f"must be greater than 0, not {shorten(text)}")
     return number
+
+
+def not_negative(text: str) -> float:
+    """Convert an argument to a number of at least 0, up to 10^30; a type for argparse."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number <= 1e30:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, not {shorten(text)}")
+    return number
+
+
+def path_argument(text: str) -> Path:
+    """Check an argument that is the path of a file or directory; a type for argparse."""
+    try:
+        expand_path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{shorten(text)} {error}") from None
+    return Path(text)

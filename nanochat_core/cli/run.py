@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from nanochat_core.cli import add_experiment, add_runs_dir, positive
+from nanochat_core.cli import add_experiment, add_runs_dir, processes
 from nanochat_core.distributed.signals import PREEMPTED_EXIT_CODE, Stopped, StopRequest
 from nanochat_core.errors import ConfigError, Problem
 from nanochat_core.training.request import RunRequest
@@ -17,7 +17,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_experiment(parser)
     add_runs_dir(parser)
     parser.add_argument(
-        "--nproc", type=positive, default=1, metavar="N", help="number of worker processes, one per device (default: 1)"
+        "--nproc",
+        type=processes,
+        default=1,
+        metavar="N",
+        help="number of worker processes, one per device (default: 1)",
     )
     parser.add_argument(
         "--resume",

@@ -25,6 +25,7 @@ from nanochat_core.evaluation.build import build_evaluators
 from nanochat_core.evaluation.evaluate import EvaluationFailed, evaluate_each
 from nanochat_core.evaluation.results import EXAMPLES, TABLE, write_evaluation
 from nanochat_core.evaluation.trained_model import TrainedModel, open_trained
+from nanochat_core.files import expand_path, shorten
 from nanochat_core.hardware.casting import dtype_of, name_of
 from nanochat_core.interfaces.data_source import DataSource
 from nanochat_core.interfaces.evaluator import Evaluation
@@ -67,7 +68,10 @@ def find_subject(target: str, runs_dir: Path) -> Subject:
     Raises:
         CheckpointError: when there is no such run or checkpoint, or it is damaged.
     """
-    path = Path(target)
+    try:
+        path = expand_path(target)
+    except ValueError as error:
+        raise CheckpointError(f"{shorten(target)} {error}") from None
     if (path / MANIFEST).is_file():
         checkpoint = path.resolve()
         problem = verify(checkpoint)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import attrs
 
 from nanochat_core.errors import NanochatError, PluginError
-from nanochat_core.plugins.options import above, at_least, finite, option, plain_name
+from nanochat_core.plugins.options import above, at_least, file_name, option, shown
 from nanochat_core.plugins.registry import Entry, Kind
 
 PLUGIN_TABLES: Mapping[str, Kind] = {
@@ -19,13 +19,22 @@ PLUGIN_TABLES: Mapping[str, Kind] = {
     "model": "model",
     "optimizer": "optimizer",
 }
+# Bounds of options: no run is that long, and everything that is computed from them stays exact.
+MOST_STEPS = 10**12
+MOST_SECONDS = 10**6
+
 PLUGIN_LISTS: Mapping[str, Kind] = {"evaluators": "evaluator", "loggers": "logger"}
 
 
+LONGEST_ENTRY_NAME = 100  # characters: it becomes a part of names of files and metrics
+
+
 def _entry_name(_: Any, attribute: Any, value: str) -> None:
-    plain_name(_, attribute, value)
+    file_name(_, attribute, value)
     if not value or "." in value:
-        raise ValueError(f"must be a name without dots, because it becomes part of keys, not {value!r}")
+        raise ValueError(f"must be a name without dots, because it becomes part of keys, not {shown(value)}")
+    if len(value) > LONGEST_ENTRY_NAME:
+        raise ValueError(f"must be at most {LONGEST_ENTRY_NAME} characters long, not {len(value)}")
 
 
 @attrs.frozen
@@ -50,7 +59,7 @@ class LoggerKeys(NamedKeys):
         60.0,
         "seconds that a logger may take to start, to handle one record, and to send the rest at the end; after that "
         "it is terminated, and nanochat log-sync can send the records it missed",
-        validator=finite,
+        validator=above(0, MOST_SECONDS),
     )
 
 
@@ -58,11 +67,15 @@ class LoggerKeys(NamedKeys):
 class EvaluatorKeys(NamedKeys):
     """Keys the core reserves on ``[[evaluators]]``."""
 
-    every: int = option(0, "number of steps from one evaluation to the next; 0 is off", validator=at_least(0))
+    every: int = option(
+        0, "number of steps from one evaluation to the next; 0 is off", validator=at_least(0, MOST_STEPS)
+    )
     at_start: bool = option(False, "evaluate before the first step")
     at_end: bool = option(True, "evaluate after the last step")
     time_budget: float | None = option(
-        None, "seconds an evaluation may take; its result up to then is marked as partial", validator=above(0)
+        None,
+        "seconds an evaluation may take; its result up to then is marked as partial",
+        validator=above(0, MOST_SECONDS),
     )
 
 
@@ -75,17 +88,17 @@ class DataSourceKeys(EntryKeys):
         "how documents fill rows of tokens: stream concatenates documents and cuts them into rows; best_fit starts "
         "every row with a document, and crops documents that fit nowhere",
     )
-    packing_window: int = option(64, "number of documents that best_fit packs together", validator=at_least(1))
+    packing_window: int = option(64, "number of documents that best_fit packs together", validator=at_least(1, 2**16))
     epochs: int | Literal["repeat", "error"] = option(
         "repeat",
         "when the training data are used up: repeat reads them again, error ends the run after saving, a number ends "
         "it after that many passes",
-        validator=at_least(1),
+        validator=at_least(1, 10**6),
         on_resume="free",
     )
     cache: bool = option(False, "keep the tokens on disk, so that text is tokenized only once", on_resume="free")
     threads: int = option(
-        1, "number of threads per process that read and tokenize", validator=at_least(1), on_resume="free"
+        1, "number of threads per process that read and tokenize", validator=at_least(1, 1024), on_resume="free"
     )
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from nanochat_core.errors import CheckpointError, ConfigError, Problem, did_you_mean
-from nanochat_core.files import LEDGER, is_locked, lock_file, rank_log_name, remove, write_atomic
+from nanochat_core.files import LEDGER, expand_path, is_locked, lock_file, rank_log_name, remove, shorten, write_atomic
 
 if TYPE_CHECKING:
     from filelock import AcquireReturnProxy
@@ -209,6 +209,10 @@ def find_run(reference: str, runs_dir: Path) -> RunDirectory:
     Raises:
         CheckpointError: when there is none; names the runs that exist.
     """
+    try:
+        expand_path(reference)
+    except ValueError as error:
+        raise CheckpointError(f"no run can be named {shorten(reference)}: it {error}") from None
     direct = Path(reference)
     for candidate in (direct, runs_dir / reference):
         if RunDirectory(candidate).experiment.is_file():
@@ -223,4 +227,4 @@ def find_run(reference: str, runs_dir: Path) -> RunDirectory:
     hint = did_you_mean(reference, known) or (
         f"; there is {', '.join(sorted({r.name for r in runs}))}" if runs else "; there are no runs yet"
     )
-    raise CheckpointError(f"no run {reference!r} under {runs_dir}{hint} (list them with: nanochat runs)")
+    raise CheckpointError(f"no run {shorten(reference)} under {runs_dir}{hint} (list them with: nanochat runs)")

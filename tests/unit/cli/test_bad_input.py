@@ -170,7 +170,7 @@ def test_an_unwritable_runs_directory(mistake: Callable[[str, str], Path], tmp_p
     ("arguments", "words"),
     [
         (["--sett", "model.depth=3"], "--sett"),
-        (["--nproc", "0"], "must be at least 1, not 0"),
+        (["--nproc", "0"], "must be a whole number from 1 to"),
         (["--nproc", "two"], "--nproc"),
         (["--set", "model.depth"], "write key=value"),
         (["--set", "model.detph=3"], 'did you mean "depth"'),
