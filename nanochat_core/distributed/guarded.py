@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nanochat_core.distributed.signals import StopRequest
 from nanochat_core.distributed.world import World
+from nanochat_core.errors import PassesPlugins
 
 FAILED, FINISHED = 1, 2
 
@@ -26,7 +27,7 @@ STOPPED = "stopped by a signal"  # in place of an error
 OPERATIONS = {"sum": 3, "all_reduce": 4, "broadcast": 5, "broadcast_object": 6, "all_gather_object": 7, "barrier": 8}
 
 
-class Cancelled(Exception):
+class Cancelled(PassesPlugins, Exception):
     """Another rank failed, so this evaluation ends on all ranks."""
 
 
