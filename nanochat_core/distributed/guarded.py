@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nanochat_core.distributed.signals import StopRequest
 from nanochat_core.distributed.world import World
+from nanochat_core.errors import PassesPlugins
 
 FAILED, FINISHED = 1, 2
 
@@ -34,7 +35,7 @@ def _pickled(value: Any, operation: str) -> bytes:
         raise TypeError(f"{operation} can't pickle a {type(value).__name__}: {error}") from error
 
 
-class Cancelled(Exception):
+class Cancelled(PassesPlugins, Exception):
     """Another rank failed, so this evaluation ends on all ranks."""
 
 

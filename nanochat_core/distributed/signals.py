@@ -4,17 +4,42 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
+from nanochat_core.errors import PassesPlugins
+
 PREEMPTED_EXIT_CODE = 75  # "try again later": run the same command with --resume
 SAME_SECONDS = 1.0  # a launcher and a terminal, or a job system, may both pass the same request on
 
 
-class Stopped(BaseException):
+class Stopped(PassesPlugins, BaseException):
     """A stop was requested. It is not an Exception subclass, so that code that handles failures lets it through."""
+
+
+class Interrupted(PassesPlugins, KeyboardInterrupt):
+    """Ctrl-C in a command that has nothing to save. Any other KeyboardInterrupt was raised by a plugin."""
+
+
+@contextlib.contextmanager
+def interruptible_command() -> Iterator[None]:
+    """A context in which Ctrl-C raises ``Interrupted``, unless somebody else handles it already."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _interrupt(_: int, frame: FrameType | None) -> None:
+    raise Interrupted
 
 
 class StopRequest:

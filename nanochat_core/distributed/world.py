@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanochat_core.errors import NanochatError
+from nanochat_core.errors import NanochatError, PassesPlugins
 from nanochat_core.hardware.machine import pick_device
 
 
-class OtherRankFailed(Exception):
+class OtherRankFailed(PassesPlugins, Exception):
     """Rank 0 failed and has reported the reason; carries the exit code."""
 
     def __init__(self, exit_code: int) -> None:

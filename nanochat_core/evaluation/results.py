@@ -18,7 +18,7 @@ import numpy as np
 
 from nanochat_core.errors import DataError
 from nanochat_core.evaluation.statistics import DRAWS, SEED, Values, bootstrap_means, interval, scale_of
-from nanochat_core.files import open_atomic, write_atomic
+from nanochat_core.files import path_in, write_atomic
 
 if TYPE_CHECKING:
     from nanochat_core.interfaces.evaluator import Evaluation
@@ -67,6 +67,30 @@ def evaluation_dir(directory: Path, name: str, step: int) -> Path:
     return directory / f"{name}_{step:06d}"
 
 
+def encode_files(evaluation: Evaluation) -> dict[str, bytes]:
+    """Return the content of the files that keep an evaluation besides ``evaluation.json``, by name.
+
+    Raises:
+        ValueError: when a name can't be a file's; ``UnicodeError`` is one.
+        Exception: pyarrow's, when the examples are no table.
+    """
+    encoded = {}
+    if evaluation.examples:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        names = dict.fromkeys(name for row in evaluation.examples for name in row)
+        examples = pa.BufferOutputStream()
+        pq.write_table(pa.table({n: [row.get(n) for row in evaluation.examples] for n in names}), examples)
+        encoded = {EXAMPLES: examples.getvalue().to_pybytes()}
+    for name, text in evaluation.files.items():
+        path_in(Path(), name)
+        if name in (FACTS, EXAMPLES, TABLE):
+            raise ValueError(f"the name {name} belongs to the core's own file")
+        encoded[name] = text.encode()
+    return encoded
+
+
 def write_evaluation(
     directory: Path, name: str, step: int, evaluation: Evaluation, more: Mapping[str, Any] | None = None
 ) -> Path:
@@ -79,15 +103,10 @@ def write_evaluation(
     path.mkdir(parents=True, exist_ok=True)
     for file in (EXAMPLES, TABLE):
         (path / file).unlink(missing_ok=True)
+    for file, content in encode_files(evaluation).items():
+        write_atomic(path_in(path, file), content)
     if evaluation.examples:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        with open_atomic(path / EXAMPLES) as examples:
-            pq.write_table(pa.Table.from_pylist([dict(row) for row in evaluation.examples]), examples)
         write_atomic(path / TABLE, markdown(evaluation))
-    for file, text in evaluation.files.items():
-        write_atomic(path / file, text)
     facts = {
         "name": name,
         "step": step,

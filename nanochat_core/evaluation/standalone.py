@@ -30,6 +30,7 @@ from nanochat_core.hardware.casting import dtype_of, name_of
 from nanochat_core.interfaces.data_source import DataSource
 from nanochat_core.interfaces.evaluator import Evaluation
 from nanochat_core.planning.build import build_model
+from nanochat_core.plugins.calls import blame
 from nanochat_core.plugins.discovery import Plugins
 from nanochat_core.runs.checkpoint import MANIFEST, load_state, verify
 from nanochat_core.runs.directory import EVALUATIONS, RunDirectory, find_run
@@ -190,9 +191,12 @@ def evaluate_model(
             return _evaluate(subject, experiment, world)
         except OtherRankFailed as failure:
             return failure.exit_code
-        except Exception as error:
+        except BaseException as raised:
+            error = blame(raised) or raised
             if world.size == 1:
-                raise
+                if error is raised:
+                    raise
+                raise error from raised
             return Failures(world.rank, store).report_once(error)
         finally:
             leave_world()
@@ -232,11 +236,15 @@ def _evaluate(subject: Subject, experiment: Experiment, world: World) -> int:
         if world.is_main:
             print(f"evaluator {name} failed: {error}", flush=True)
 
-    for built, evaluation in evaluate_each(evaluators, trained.model, trained.dtype, subject.step, guarded, failed):
+    def report(line: str) -> None:
         if world.is_main:
-            dtype = name_of(trained.dtype)
-            more = {"subject": subject.label, "ranks": world.size, "dtype": dtype, "data": built.data}
-            path = write_evaluation(subject.evaluations, built.choice.name, subject.step, evaluation, more)
+            print(line, flush=True)
+
+    model, dtype, step = trained.model, trained.dtype, subject.step
+    for built, evaluation in evaluate_each(evaluators, model, dtype, step, guarded, failed, report=report):
+        if world.is_main:
+            more = {"subject": subject.label, "ranks": world.size, "dtype": name_of(dtype), "data": built.data}
+            path = write_evaluation(subject.evaluations, built.choice.name, step, evaluation, more)
             _show(built.choice.name, evaluation, path)
     return FAILED_EXIT_CODE if failures else 0
 

@@ -20,12 +20,13 @@ from nanochat_core.errors import ConfigError, DataError, Problem
 from nanochat_core.evaluation.build import build_evaluators
 from nanochat_core.evaluation.evaluate import Evaluations
 from nanochat_core.files import cache_dir
+from nanochat_core.hardware.casting import autocast
 from nanochat_core.interfaces.data_source import DataSource
 from nanochat_core.interfaces.model import Model
 from nanochat_core.interfaces.optimizer import Optimizer
 from nanochat_core.interfaces.tokenizer import Tokenizer
 from nanochat_core.loggers.run_log import Logs
-from nanochat_core.planning.build import build_model, build_optimizer
+from nanochat_core.planning.build import build_model, build_optimizer, check_outputs
 from nanochat_core.planning.plan import Plan, Planned
 from nanochat_core.plugins.choice import Choice, DataSourceKeys
 from nanochat_core.runs.checkpoint import CheckpointContent, load_model_tensors, saved_tensors
@@ -169,6 +170,8 @@ def _build_model(
     model.to(world.device)
     for parameter in model.parameters():
         world.broadcast(parameter.data)
+    with experiment.model.calling(), autocast(world.device, setup.planned.plan.torch_dtype):
+        check_outputs(experiment.model, model)
     if type(model).parameter_roles is Model.parameter_roles:
         roles = ", ".join(sorted(set(model.parameter_roles().values())))
         report(f"model {experiment.model.plugin} declares no parameter roles; roles derived from shapes: {roles}")
@@ -190,7 +193,7 @@ def _copy_weights(model: Model, weights: Path, choice: Choice, tokenizer: Tokeni
 
 
 def _build_optimizer(planned: Planned, content: CheckpointContent | None, model: Model, world: World) -> Optimizer:
-    optimizer: Optimizer = build_optimizer(planned.experiment.optimizer, model, planned.plan, world)
+    optimizer = build_optimizer(planned.experiment.optimizer, model, planned.plan, world)
     if content is not None:
         optimizer.load_state_dict(content.optimizer)
     return optimizer

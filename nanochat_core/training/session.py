@@ -16,13 +16,14 @@ from nanochat_core.distributed.signals import PREEMPTED_EXIT_CODE, Stopped, Stop
 from nanochat_core.distributed.store import RankFailure, RankStore
 from nanochat_core.distributed.watchdog import Watchdog
 from nanochat_core.distributed.world import OtherRankFailed, World, join_world, leave_world
-from nanochat_core.errors import NanochatError
+from nanochat_core.errors import NanochatError, PluginError
 from nanochat_core.hardware.machine import determinism, keep_freed_memory, peak_flops, peak_memory_mib
 from nanochat_core.loggers.observers import observer_choices
 from nanochat_core.loggers.run_log import Logs, Status
 from nanochat_core.planning.banner import format_plan
 from nanochat_core.planning.out_of_memory import OutOfMemory, is_out_of_memory
 from nanochat_core.planning.probe import settle_batch_size
+from nanochat_core.plugins.calls import blame
 from nanochat_core.plugins.discovery import Plugins
 from nanochat_core.runs.checkpoint import (
     load_checkpoint,
@@ -76,9 +77,12 @@ def run_experiment(
             store.mark_failure(RankFailure(world.rank, PREEMPTED_EXIT_CODE))  # others may wait for this rank
             watchdog.end_within(LAST_SECONDS, PREEMPTED_EXIT_CODE)
             raise
-        except Exception as error:
+        except BaseException as raised:
+            error = blame(raised) or raised
             if world.size == 1:
-                raise
+                if error is raised:
+                    raise
+                raise error from raised
             return failures.report_once(error)
         finally:
             leave_world()
@@ -113,7 +117,7 @@ class Session:
             except Stopped:
                 status = "preempted"
                 raise
-            except Exception as raised:
+            except BaseException as raised:  # a plugin may raise anything, such as SystemExit
                 error = self._failed(raised)
                 if error is raised:
                     raise
@@ -182,9 +186,12 @@ class Session:
         if self.setup.checkpoint is None and not self.run_dir.ledger.exists():
             remove_run(self.run_dir)  # it failed before it recorded anything
 
-    def _failed(self, error: Exception) -> Exception:
+    def _failed(self, error: BaseException) -> BaseException:
         """Log why the run fails, before waiting for or closing anything. Returns the exception to raise."""
         self.watchdog.stop_watching()
+        error = blame(error) or error
+        if isinstance(error, PluginError) and error.__cause__ is not None:
+            self.logs.note("".join(traceback.format_exception(error.__cause__)))
         if isinstance(error, OtherRankFailed):
             return error
         if isinstance(error, NanochatError):
