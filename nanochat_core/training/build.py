@@ -97,7 +97,7 @@ def build_parts(
     evaluated: list[str] = world.on_main(lambda: rewind_run(run_dir, state)) if content is not None else []
     if "val" in changed:  # results on the previous data are not comparable
         state.minimum, state.comparable_from, evaluated = {}, state.step, []
-    return Parts(model, optimizer, source, loader, evaluations, state, evaluated)
+    return Parts(model, optimizer, source, tokenizer, loader, evaluations, state, evaluated)
 
 
 def seed(content: CheckpointContent | None, start: int, state: TrainState, world: World) -> None:

@@ -53,6 +53,14 @@ class Divergence:
     skipped: int
 
 
+def nothing_learned(steps: int) -> TrainingDiverged:
+    """Return the error for a run of which every step was skipped."""
+    return TrainingDiverged(
+        f"none of the {steps} steps had a finite loss and gradient, so the weights are those of the start: lower the "
+        f"learning rates, or look for a value of [model] or [optimizer] that makes everything infinite"
+    )
+
+
 def diagnose(
     divergence: Divergence, parts: Parts, dtype: torch.dtype, world: World, run_dir: RunDirectory
 ) -> TrainingDiverged:

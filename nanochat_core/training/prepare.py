@@ -19,6 +19,7 @@ from nanochat_core.planning.planner import make_plan
 from nanochat_core.plugins.discovery import Plugins
 from nanochat_core.runs.checkpoint import load_state
 from nanochat_core.runs.directory import RunDirectory, create_run, find_run
+from nanochat_core.runs.lock import RunLock
 from nanochat_core.runs.restore import load_experiment, newest_checkpoint
 from nanochat_core.training.request import RunRequest
 from nanochat_core.training.resume import (
@@ -41,6 +42,7 @@ class Setup:
         distributions: version of each distribution that provides a plugin, by name.
         observers: entry-point name and distribution of each plugin that observes runs.
         allow_other_data: whether a resumed run may continue with data of different fingerprints.
+        lock: of the run directory, on rank 0; None on others.
     """
 
     planned: Planned
@@ -50,6 +52,11 @@ class Setup:
     distributions: dict[str, str]
     observers: tuple[tuple[str, str], ...] = ()
     allow_other_data: bool = False
+    lock: RunLock | None = None
+
+    def fresh_in(self, run_dir: RunDirectory) -> Setup:
+        """Return the same for a run that begins in ``run_dir``."""
+        return attrs.evolve(self, run_dir=run_dir, checkpoint=None)
 
 
 def prepare(
@@ -68,7 +75,7 @@ def prepare(
     resumed = find_resume(request.resume, loaded.experiment.run.name, request.runs_dir, exit_stack)
     old = None
     if resumed is not None:
-        run_dir, checkpoint = resumed
+        run_dir, checkpoint, lock = resumed
         check_version(checkpoint, plugins)
         old = load_experiment(run_dir, checkpoint, plugins)
         loaded = _as_it_began(loaded, old, run_dir, world)
@@ -81,12 +88,12 @@ def prepare(
         weights = _initial_weights(planned, request.runs_dir)
         run_dir, lock = create_run(request.runs_dir, planned.experiment.run.name)
         exit_stack.enter_context(lock)
-        return Setup(planned, run_dir, None, weights, distributions, observers)
+        return Setup(planned, run_dir, None, weights, distributions, observers, lock=lock)
     check_changes(old, planned, run_dir, request.allow_other_data)
     if _is_done(planned, run_dir, checkpoint):
         return None
     _explain_resume(old, planned, run_dir, checkpoint)
-    return Setup(planned, run_dir, checkpoint, None, distributions, observers, request.allow_other_data)
+    return Setup(planned, run_dir, checkpoint, None, distributions, observers, request.allow_other_data, lock)
 
 
 def _as_it_began(loaded: LoadedExperiment, old: Experiment, run_dir: RunDirectory, world: World) -> LoadedExperiment:

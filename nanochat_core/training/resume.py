@@ -16,6 +16,7 @@ from nanochat_core.plugins.discovery import Plugins
 from nanochat_core.plugins.structure import fields_of, to_plain
 from nanochat_core.runs.checkpoint import read_model, remove_leftovers, saved_options
 from nanochat_core.runs.directory import RunDirectory, all_runs, find_run
+from nanochat_core.runs.lock import RunLock
 from nanochat_core.runs.restore import newest_checkpoint, sound_checkpoint
 
 
@@ -27,8 +28,8 @@ def devices_of(run: RunDirectory) -> tuple[int, str]:
 
 def find_resume(
     resume: str | None, name: str, runs_dir: Path, exit_stack: ExitStack
-) -> tuple[RunDirectory, Path] | None:
-    """Return the run and the checkpoint that ``--resume`` refers to; None for a fresh run.
+) -> tuple[RunDirectory, Path, RunLock] | None:
+    """Return the run and the checkpoint that ``--resume`` refers to, and its lock; None for a fresh run.
 
     The run is locked first, because a process that trains it would write further checkpoints.
     """
@@ -36,14 +37,14 @@ def find_resume(
         return None
     if resume not in ("auto", "newest"):
         run = find_run(resume, runs_dir)
-        exit_stack.enter_context(run.lock())
-        return run, newest_checkpoint(run)
+        lock = exit_stack.enter_context(run.lock())
+        return run, newest_checkpoint(run), lock
     why = f"there is no run of {name!r} under {runs_dir}"
     for newest in all_runs(runs_dir, name)[:1]:
-        exit_stack.enter_context(newest.lock())
+        lock = exit_stack.enter_context(newest.lock())
         checkpoint = sound_checkpoint(newest)
         if checkpoint is not None:
-            return newest, checkpoint
+            return newest, checkpoint, lock
         newest.remove_leftovers()  # no run continues there
         remove_leftovers(newest.checkpoints)
         why = f"{newest.path} has no sound checkpoint"

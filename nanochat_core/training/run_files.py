@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,7 +14,7 @@ from nanochat_core.errors import CheckpointError
 from nanochat_core.files import write_atomic
 from nanochat_core.interfaces.logger import LoggerContext
 from nanochat_core.planning.plan import Planned
-from nanochat_core.runs.directory import RunDirectory
+from nanochat_core.runs.directory import RunDirectory, remove_start
 from nanochat_core.runs.ledger import rewind_ledger
 from nanochat_core.runs.provenance import provenance
 from nanochat_core.runs.state import TrainState
@@ -123,8 +122,13 @@ def logger_context(planned: Planned, run_dir: RunDirectory, start_step: int) -> 
 
 
 def remove_run(run_dir: RunDirectory) -> None:
-    """Remove a run's directory, and the directories above it if they are empty then."""
-    shutil.rmtree(run_dir.path, ignore_errors=True)
+    """Remove what a fresh run has made before it opened its ledger, and the directories above it if they are empty
+    then. See ``remove_start``."""
+    try:
+        if not remove_start(run_dir):
+            return
+    except OSError:
+        return
     for parent in (run_dir.path.parent, run_dir.path.parents[1]):
         try:
             parent.rmdir()
