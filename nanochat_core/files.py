@@ -209,6 +209,8 @@ def ledger_record(line: bytes) -> dict[str, Any] | None:
         return None
     if not isinstance(record, dict) or not all(isinstance(value, str | int | float) for value in record.values()):
         return None
+    if any(isinstance(value, int) and abs(value) > 10**300 for value in record.values()):  # no float can hold it
+        return None
     step, seconds = record.get("step"), record.get("time", 0.0)
     if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < 2**63:
         return None

@@ -75,7 +75,9 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     seen: set[tuple[int, int]] = set()
     tensors = {}
     for name, tensor in model.state_dict().items():
-        key = (tensor.untyped_storage().data_ptr(), tensor.storage_offset())
+        storage = tensor.untyped_storage()
+        where = storage._cdata if tensor.is_meta else storage.data_ptr()  # a meta tensor has no address
+        key = (where, tensor.storage_offset())
         if tensor.numel() and key in seen:
             continue
         seen.add(key)

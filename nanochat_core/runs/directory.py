@@ -8,6 +8,7 @@ import json
 import os
 import re
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,11 +108,32 @@ class RunDirectory:
         What is missing or of another type is left out."""
         status = {}
         with contextlib.suppress(OSError, ValueError):
-            content = read_json(self.status)
-            status = {name: value for name, value in content.items() if _is_status(name, value)}
+            status = _sound_status(read_json(self.status))
         if status.get("status") == "running" and not self.is_locked():
             status["status"] = "killed"
         return status
+
+    def read_provenance(self) -> dict[str, Any]:
+        """Return the content of ``provenance.json``; without one, an empty dict. Entries of another type than those
+        that we write are left out."""
+        try:
+            return _provenance(read_json(self.provenance))
+        except (OSError, ValueError):
+            return {}
+
+    def problems(self) -> list[str]:
+        """Return a line for each of ``status.json`` and ``provenance.json`` that is there and not what we write."""
+        found = []
+        for path, sound in ((self.status, _sound_status), (self.provenance, _provenance)):
+            try:
+                content = read_json(path)
+                if sound(content) != content:
+                    found.append(f"{path}: it has entries of unknown types")
+            except FileNotFoundError:
+                continue
+            except (OSError, ValueError) as error:
+                found.append(f"{path}: {error.strerror if isinstance(error, OSError) else error}")
+        return found
 
     def write_status(self, status: str, step: int, num_iterations: int) -> None:
         content = {"status": status, "step": step, "num_iterations": num_iterations, "time": time.time()}
@@ -169,12 +191,37 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
+def _sound_status(content: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in content.items() if _is_status(name, value)}
+
+
+def _provenance(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return provenance without entries that are not of the type that we write."""
+
+    def is_sound(name: str, value: object) -> bool:
+        if name in ("plan", "fingerprints", "other_data"):
+            if not isinstance(value, dict):
+                return False
+            texts = value if name == "fingerprints" else {}
+            step, before = value.get("from_step", 0), value.get("before", {})
+            return (
+                all(isinstance(v, str) for v in texts.values()) and isinstance(step, int) and isinstance(before, dict)
+            )
+        return name != "earlier" or (isinstance(value, list) and all(isinstance(each, dict) for each in value))
+
+    sound = {name: value for name, value in content.items() if is_sound(name, value)}
+    if "earlier" in sound:
+        sound["earlier"] = [_provenance(each) for each in sound["earlier"]]
+    return sound
+
+
 def _is_status(name: str, value: object) -> bool:
     """Whether an entry of ``status.json`` is one that we write."""
     if name == "status":
         return isinstance(value, str) and value.isprintable() and len(value) < 20
-    whole = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
-    return whole if name in ("step", "num_iterations") else name == "time" and isinstance(value, int | float)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 2**63:
+        return False
+    return name == "time" or (name in ("step", "num_iterations") and isinstance(value, int))
 
 
 def _stamp(id: str) -> datetime.datetime | None:

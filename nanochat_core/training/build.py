@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from nanochat_core.loggers.run_log import Logs
 from nanochat_core.planning.build import build_model, build_optimizer
 from nanochat_core.planning.plan import Plan, Planned
 from nanochat_core.plugins.choice import Choice, DataSourceKeys
-from nanochat_core.runs.checkpoint import CheckpointContent, load_model_tensors, saved_tensors
+from nanochat_core.runs.checkpoint import CheckpointContent, load_model_tensors, load_state, saved_tensors
 from nanochat_core.runs.directory import RunDirectory
 from nanochat_core.runs.ledger import read_ledger
 from nanochat_core.runs.saver import Saver
@@ -178,7 +177,8 @@ def _build_model(
 def _copy_weights(model: Model, weights: Path, choice: Choice, tokenizer: Tokenizer) -> None:
     """Copy the weights of another run's checkpoint into the model; that run must have the same tokenizer."""
     run = weights.parents[1]
-    theirs = json.loads(RunDirectory(run).provenance.read_text(encoding="utf-8"))["fingerprints"]["tokenizer"]
+    known = load_state(weights).fingerprints or RunDirectory(run).read_provenance().get("fingerprints", {})
+    theirs = known.get("tokenizer")
     if theirs != tokenizer.fingerprint:
         message = (
             f"the tokenizer of {run} differs from that of this experiment, so its weights do not fit: use the "

@@ -43,8 +43,11 @@ def write_run_files(
     earlier: dict[str, Any] = {}
     before: Mapping[str, str] = fingerprints
     if setup.checkpoint is not None:
-        earlier = json.loads(run_dir.provenance.read_text())
-        before = state.fingerprints or earlier["fingerprints"]
+        earlier = run_dir.read_provenance()
+        known = state.fingerprints or earlier.get("fingerprints", {})
+        if not known:
+            report(f"{run_dir.path} does not say with which tokenizer and data it was trained: nothing is compared")
+        before = known or fingerprints
     changed = {what: before.get(what, "none") for what in fingerprints if before.get(what) != fingerprints[what]}
     if changed:
         _accept(changed, fingerprints, setup, state.step, report)
