@@ -17,6 +17,7 @@ from nanochat_core.distributed.guarded import STOPPED, Cancelled, EvaluationWorl
 from nanochat_core.distributed.signals import Stopped
 from nanochat_core.distributed.world import World
 from nanochat_core.evaluation.results import write_evaluation
+from nanochat_core.files import write_atomic
 from nanochat_core.hardware.casting import autocast, weights_at_rest
 from nanochat_core.interfaces.evaluator import Evaluation, Evaluator
 from nanochat_core.interfaces.model import Model
@@ -213,7 +214,7 @@ class Evaluations:
             samples = RunDirectory(self.directory).samples
             samples.mkdir(exist_ok=True)
             path = samples / f"{name}_{step:06d}.json"
-            path.write_text(json.dumps(dict(evaluation.texts), indent=1, ensure_ascii=False) + "\n")
+            write_atomic(path, json.dumps(dict(evaluation.texts), indent=1, ensure_ascii=False) + "\n")
         if evaluation.examples or evaluation.files:
             write_evaluation(RunDirectory(self.directory).evaluations, name, step, evaluation, {"data": dict(data)})
 

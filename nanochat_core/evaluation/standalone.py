@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import attrs
 import torch
@@ -233,9 +234,22 @@ def _evaluate(subject: Subject, experiment: Experiment, world: World) -> int:
         if world.is_main:
             dtype = name_of(trained.dtype)
             more = {"subject": subject.label, "ranks": world.size, "dtype": dtype, "data": built.data}
-            path = write_evaluation(subject.evaluations, built.choice.name, subject.step, evaluation, more)
+            path = _write(subject, built.choice.name, evaluation, more)
             _show(built.choice.name, evaluation, path)
     return FAILED_EXIT_CODE if failures else 0
+
+
+def _write(subject: Subject, name: str, evaluation: Evaluation, more: Mapping[str, Any]) -> Path:
+    try:
+        if subject.run is None:
+            subject.evaluations.mkdir(parents=True, exist_ok=True)
+        return write_evaluation(subject.evaluations, name, subject.step, evaluation, more)
+    except OSError as error:
+        where = error.filename or subject.evaluations
+        raise CheckpointError(
+            f"the results of {name} can't be written: {where}: {error.strerror}; its metrics are "
+            f"{', '.join(f'{metric} {value:.6g}' for metric, value in evaluation.metrics.items())}"
+        ) from error
 
 
 def _show(name: str, evaluation: Evaluation, path: Path) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from nanochat_core.errors import CheckpointError
 from nanochat_core.files import file_sha256, first_few, read_json, require_regular, sync
 from nanochat_core.plugins.registry import Entry
+from nanochat_core.runs.directory import list_checkpoints, step_of
 from nanochat_core.runs.soundness import (
     MANIFEST,
     PARTS,
@@ -34,7 +35,6 @@ from nanochat_core.runs.soundness import (
 from nanochat_core.runs.state import TrainState
 from nanochat_core.runs.upgrades import ModelRecord, upgrade_manifest, upgrade_model
 
-CHECKPOINT = re.compile(r"step_\d{6,18}", re.ASCII)
 LEFTOVER = re.compile(r"\.step_\d{6,18}\.(deleted\.)?\d+", re.ASCII)  # of a process that was killed
 ROOM_A_TENSOR, ROOM_BESIDES = (
     256,
@@ -63,11 +63,6 @@ class CheckpointContent:
 
 def checkpoint_name(step: int) -> str:
     return f"step_{step:06d}"
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step of a checkpoint that ``list_checkpoints`` returned."""
-    return int(checkpoint.name.removeprefix("step_"))
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -183,15 +178,6 @@ def remove_leftovers(directory: Path) -> list[str]:
     for path in found:
         shutil.rmtree(path, ignore_errors=True)
     return [path.name for path in found if not path.exists()]
-
-
-def list_checkpoints(directory: Path) -> list[Path]:
-    """Checkpoints of a run, newest first, not verified."""
-    try:
-        found = [path for path in directory.iterdir() if CHECKPOINT.fullmatch(path.name) and path.is_dir()]
-    except OSError:
-        return []
-    return sorted(found, key=step_of, reverse=True)
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:

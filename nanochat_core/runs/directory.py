@@ -20,6 +20,7 @@ from nanochat_core.runs.lock import LOCK, RunLock, lock_run
 
 ID_FORMAT = "%Y%m%d-%H%M%S-%f"
 EXPERIMENT = "experiment.toml"
+CHECKPOINT = re.compile(r"step_\d{6,18}", re.ASCII)  # longer ones are no step numbers
 TEMPORARY = r"\..+\.\d+\.[0-9a-f]{8}"  # names of write_atomic's files
 EVALUATIONS = "evaluations"  # also beside models that belong to no run
 
@@ -322,3 +323,17 @@ def find_run(reference: str, runs_dir: Path) -> RunDirectory:
         f"; there is {', '.join(sorted({r.name for r in runs}))}" if runs else "; there are no runs yet"
     )
     raise CheckpointError(f"no run {reference!r} under {runs_dir}{hint} (list them with: nanochat runs)")
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step of a checkpoint that ``list_checkpoints`` returned."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def list_checkpoints(directory: Path) -> list[Path]:
+    """Checkpoints of a run, newest first, not verified."""
+    try:
+        found = [path for path in directory.iterdir() if CHECKPOINT.fullmatch(path.name) and path.is_dir()]
+    except OSError:
+        return []
+    return sorted(found, key=step_of, reverse=True)

@@ -14,8 +14,8 @@ from nanochat_core.errors import CheckpointError, ConfigError, PluginError, Prob
 from nanochat_core.plugins.choice import Choice
 from nanochat_core.plugins.discovery import Plugins
 from nanochat_core.plugins.distribution import NAME, current_name
-from nanochat_core.runs.checkpoint import list_checkpoints, read_model, saved_options
-from nanochat_core.runs.directory import RunDirectory
+from nanochat_core.runs.checkpoint import read_model, saved_options
+from nanochat_core.runs.directory import RunDirectory, list_checkpoints
 from nanochat_core.runs.soundness import MANIFEST, read_manifest
 
 

@@ -17,11 +17,10 @@ from nanochat_core.errors import CheckpointError
 from nanochat_core.files import sync
 from nanochat_core.runs.checkpoint import (
     CheckpointContent,
-    list_checkpoints,
     remove_checkpoint,
     save_checkpoint,
-    step_of,
 )
+from nanochat_core.runs.directory import list_checkpoints, step_of
 from nanochat_core.runs.retention import steps_to_delete
 
 

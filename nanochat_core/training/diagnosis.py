@@ -18,8 +18,7 @@ from nanochat_core.errors import NanochatError
 from nanochat_core.evaluation.evaluate import inference
 from nanochat_core.files import first_few, write_atomic
 from nanochat_core.interfaces.model import Model
-from nanochat_core.runs.checkpoint import list_checkpoints
-from nanochat_core.runs.directory import RunDirectory
+from nanochat_core.runs.directory import RunDirectory, list_checkpoints
 from nanochat_core.training.parts import Parts
 from nanochat_core.training.step import StepOutcome
 
