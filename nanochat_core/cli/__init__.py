@@ -52,8 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code.
 
     The codes: 0 for success, 1 when an evaluator or a check of plugins failed, 2 for an error that the user can fix
-    (argparse exits with it too), 3 when training diverged, 4 when memory ran out, 75 when a signal stopped the run,
-    130 after Ctrl-C. ``run`` with several processes returns the code of the process that failed first.
+    (argparse exits with it too), 3 when training diverged, 4 when memory ran out, 5 when the directory of a run was
+    moved, replaced or deleted while it trained, 6 when the last step of a run could not be saved, 75 when a signal
+    stopped the run, 130 after Ctrl-C. ``run`` with several processes returns the code of the process that failed first.
     """
     with interruptible_command():
         return _main(list(sys.argv[1:] if argv is None else argv))

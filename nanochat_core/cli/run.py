@@ -57,12 +57,15 @@ def main(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         from nanochat_core.distributed.launcher import launch
 
         return launch(arguments, options.nproc)
-    with StopRequest() as stop:
-        try:
-            with stop.interruptible():
-                from nanochat_core.training.session import run_experiment
-            return run_experiment(request, stop, loaded)
-        except Stopped:
-            if os.environ.get("RANK", "0") == "0":
-                print("stopped by a signal before training began; run it again with: --resume auto", file=sys.stderr)
-            return PREEMPTED_EXIT_CODE
+    stop = StopRequest()
+    stop.install()  # until the process ends: a signal that comes after the run has ended must not change its exit code
+    try:
+        with stop.interruptible():
+            from nanochat_core.training.session import run_experiment
+        return run_experiment(request, stop, loaded)
+    except Stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print("stopped by a signal before training began; run it again with: --resume auto", file=sys.stderr)
+        return PREEMPTED_EXIT_CODE
+    finally:
+        stop.over()

@@ -42,7 +42,10 @@ class MadeTokenizer:
     def copy_to(self, directory: Path) -> None:
         """Copy its files to ``directory``, which is created atomically."""
         partial = directory.with_name(f".{directory.name}.{secrets.token_hex(4)}")
-        shutil.copytree(self.directory, partial)
+        partial.mkdir()
+        for path in sorted(self.directory.rglob("*")):  # contents only: the modes are those that this process gives
+            target = partial / path.relative_to(self.directory)
+            target.mkdir() if path.is_dir() else shutil.copyfile(path, target)
         for path in partial.rglob("*"):
             sync(path)  # checkpoints need it
         partial.rename(directory)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy as np
 
 from nanochat_core.errors import DataError
 from nanochat_core.evaluation.statistics import DRAWS, SEED, Values, bootstrap_means, interval, scale_of
-from nanochat_core.files import path_in, write_atomic
+from nanochat_core.files import name_problem, path_in, read_json, shorten, write_atomic
 
 if TYPE_CHECKING:
     from nanochat_core.interfaces.evaluator import Evaluation
@@ -100,7 +101,8 @@ def write_evaluation(
         more: further entries of ``evaluation.json``.
     """
     path = evaluation_dir(directory, name, step)
-    path.mkdir(parents=True, exist_ok=True)
+    directory.mkdir(exist_ok=True)  # not those above: a run directory that was moved does not come back
+    path.mkdir(exist_ok=True)
     for file in (EXAMPLES, TABLE):
         (path / file).unlink(missing_ok=True)
     for file, content in encode_files(evaluation).items():
@@ -131,7 +133,8 @@ def read_evaluation(path: Path) -> Stored:
     values: dict[str, dict[str, float]] = {}
     centered: dict[str, dict[str, float]] = {}
     try:
-        facts = json.loads((path / FACTS).read_text(encoding="utf-8"))
+        facts = read_json(path / FACTS)
+        _check_facts(facts)
         if (path / EXAMPLES).is_file():
             import pyarrow.parquet as pq
 
@@ -147,6 +150,24 @@ def read_evaluation(path: Path) -> Stored:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} can't be read as an evaluation ({error}): repeat the evaluation") from error
     return Stored(path, facts, values, centered)
+
+
+def _check_facts(facts: Mapping[str, Any]) -> None:
+    """Raise a ValueError when facts are not of the types that ``write_evaluation`` writes."""
+    kinds: dict[str, tuple[type, ...]] = {"name": (str,), "step": (int,), "time": (int, float), "metrics": (dict,)}
+    kinds |= {"facts": (dict,), "settings": (list,), "data": (dict,)}
+    for name, kind in kinds.items():
+        if name in ("facts", "settings", "data") and name not in facts:
+            continue
+        if not isinstance(facts.get(name), kind) or isinstance(facts.get(name), bool):
+            raise ValueError(f"{name} must not be {shorten(facts.get(name))}")
+    if name_problem(facts["name"]):
+        raise ValueError(f"the name {shorten(facts['name'])} {name_problem(facts['name'])}")
+    for name, value in facts["metrics"].items():
+        if not isinstance(value, int | float) or isinstance(value, bool) or 1e300 < abs(value) < math.inf:
+            raise ValueError(f"metric {shorten(name)} must not be {shorten(value)}")
+    if not all(isinstance(name, str) for name in (*facts.get("settings", []), *facts.get("data", {}).values())):
+        raise ValueError("settings and data must have texts")
 
 
 def find_evaluations(directory: Path) -> dict[str, Stored]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import attrs
 import torch
@@ -24,7 +25,7 @@ from nanochat_core.errors import CheckpointError, ConfigError, DataError, Proble
 from nanochat_core.evaluation.build import build_evaluators
 from nanochat_core.evaluation.evaluate import EvaluationFailed, evaluate_each
 from nanochat_core.evaluation.results import EXAMPLES, TABLE, write_evaluation
-from nanochat_core.evaluation.trained_model import TrainedModel, open_trained
+from nanochat_core.evaluation.trained_model import TrainedModel, misfit, newest_checkpoint, open_trained
 from nanochat_core.files import expand_path, shorten
 from nanochat_core.hardware.casting import dtype_of, name_of
 from nanochat_core.interfaces.data_source import DataSource
@@ -32,9 +33,10 @@ from nanochat_core.interfaces.evaluator import Evaluation
 from nanochat_core.planning.build import build_model
 from nanochat_core.plugins.calls import blame
 from nanochat_core.plugins.discovery import Plugins
-from nanochat_core.runs.checkpoint import MANIFEST, load_state, verify
+from nanochat_core.runs.checkpoint import load_state, verify
 from nanochat_core.runs.directory import EVALUATIONS, RunDirectory, find_run
-from nanochat_core.runs.restore import load_run, newest_checkpoint
+from nanochat_core.runs.restore import load_run
+from nanochat_core.runs.soundness import MANIFEST
 
 FAILED_EXIT_CODE = 1
 # Options that may be overridden: those on which the weights do not depend.
@@ -63,7 +65,7 @@ class Subject:
     path: str = ""
 
 
-def find_subject(target: str, runs_dir: Path) -> Subject:
+def find_subject(target: str, runs_dir: Path, plugins: Plugins) -> Subject:
     """Find the model that ``target`` names: a run, a checkpoint's directory, or PLUGIN:PATH, which that plugin loads.
 
     Raises:
@@ -75,7 +77,7 @@ def find_subject(target: str, runs_dir: Path) -> Subject:
         raise CheckpointError(f"{shorten(target)} {error}") from None
     if (path / MANIFEST).is_file():
         checkpoint = path.resolve()
-        problem = verify(checkpoint)
+        problem = verify(checkpoint) or misfit(RunDirectory.of_checkpoint(checkpoint), checkpoint, plugins)
         if problem:
             raise CheckpointError(f"{checkpoint}: {problem}; evaluate another checkpoint of the run")
         return _of_run(RunDirectory.of_checkpoint(checkpoint), checkpoint)
@@ -84,7 +86,7 @@ def find_subject(target: str, runs_dir: Path) -> Subject:
         name = re.sub(r"[^\w.-]+", "_", reference).strip("_.")
         return Subject(target, runs_dir / plugin / name / EVALUATIONS, plugin=plugin, path=reference)
     run = find_run(target, runs_dir)
-    return _of_run(run, newest_checkpoint(run))
+    return _of_run(run, newest_checkpoint(run, plugins))
 
 
 def _of_run(run: RunDirectory, checkpoint: Path) -> Subject:
@@ -186,7 +188,7 @@ def evaluate_model(
     store = RankStore.open(world.size)
     with Watchdog(world.rank, world.size, store):
         try:
-            subject: Subject = world.on_main(lambda: find_subject(target, runs_dir))
+            subject: Subject = world.on_main(lambda: find_subject(target, runs_dir, plugins))
             experiment: Experiment = world.on_main(lambda: _checked(subject, names, overrides, plugins))
             return _evaluate(subject, experiment, world)
         except OtherRankFailed as failure:
@@ -244,9 +246,22 @@ def _evaluate(subject: Subject, experiment: Experiment, world: World) -> int:
     for built, evaluation in evaluate_each(evaluators, model, dtype, step, guarded, failed, report=report):
         if world.is_main:
             more = {"subject": subject.label, "ranks": world.size, "dtype": name_of(dtype), "data": built.data}
-            path = write_evaluation(subject.evaluations, built.choice.name, step, evaluation, more)
+            path = _write(subject, built.choice.name, evaluation, more)
             _show(built.choice.name, evaluation, path)
     return FAILED_EXIT_CODE if failures else 0
+
+
+def _write(subject: Subject, name: str, evaluation: Evaluation, more: Mapping[str, Any]) -> Path:
+    try:
+        if subject.run is None:
+            subject.evaluations.mkdir(parents=True, exist_ok=True)
+        return write_evaluation(subject.evaluations, name, subject.step, evaluation, more)
+    except OSError as error:
+        where = error.filename or subject.evaluations
+        raise CheckpointError(
+            f"the results of {name} can't be written: {where}: {error.strerror}; its metrics are "
+            f"{', '.join(f'{metric} {value:.6g}' for metric, value in evaluation.metrics.items())}"
+        ) from error
 
 
 def _show(name: str, evaluation: Evaluation, path: Path) -> None:
