@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nanochat_core.cli import add_runs_dir, positive
+from nanochat_core.distributed.environment import check_nproc, is_worker
 from nanochat_core.errors import CheckpointError, ConfigError, DataError, Problem
 
 if TYPE_CHECKING:
@@ -62,7 +62,8 @@ def main(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     if options.compare is not None:
         a, b = options.compare
         return _compare(a, b, options.evaluators, options.runs_dir, options.allow_other_data)
-    if options.nproc > 1 and "WORLD_SIZE" not in os.environ:
+    check_nproc(options.nproc)
+    if options.nproc > 1 and not is_worker():
         from nanochat_core.distributed.launcher import launch
 
         return launch(arguments, options.nproc)
