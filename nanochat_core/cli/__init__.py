@@ -126,6 +126,15 @@ def add_runs_dir(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """Add ``--trust``, for commands that do what the files of a run say."""
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        help="do what the files of a run say that is not under --runs-dir, without asking",
+    )
+
+
 def positive(text: str) -> int:
     """Convert an argument to a whole number of at least 1; a type for argparse."""
     number = int(text)

@@ -33,6 +33,7 @@ from nanochat_core.plugins.discovery import Plugins
 from nanochat_core.runs.checkpoint import MANIFEST, load_state, verify
 from nanochat_core.runs.directory import EVALUATIONS, RunDirectory, find_run
 from nanochat_core.runs.restore import load_run, newest_checkpoint
+from nanochat_core.runs.trust import require_trust
 
 FAILED_EXIT_CODE = 1
 # Options that may be overridden: those on which the weights do not depend.
@@ -134,6 +135,23 @@ def load_subject(subject: Subject, names: Sequence[str], overrides: Sequence[str
     return attrs.evolve(loaded.experiment, evaluators=chosen)
 
 
+def check_subject(
+    target: str, names: Sequence[str], overrides: Sequence[str], runs_dir: Path, plugins: Plugins, trusted: bool
+) -> tuple[Subject, Experiment]:
+    """Return the subject that ``target`` names and its experiment; see ``find_subject`` and ``load_subject``.
+
+    Args:
+        trusted: evaluate a run that is not under ``runs_dir`` without asking; see ``require_trust``.
+    """
+    subject = find_subject(target, runs_dir)
+    experiment = load_subject(subject, names, overrides, plugins)
+    if subject.run is not None:
+        used = {"tokenizer": experiment.tokenizer, "model": experiment.model, "data": experiment.data}
+        used |= {f"evaluators.{choice.name}": choice for choice in experiment.evaluators}
+        require_trust(subject.run, runs_dir, "nanochat eval", used, [subject.evaluations], trusted)
+    return subject, experiment
+
+
 def _load(
     subject: Subject, overrides: Sequence[str], plugins: Plugins, added: Sequence[Tables] = ()
 ) -> LoadedExperiment:
@@ -161,7 +179,12 @@ def open_subject(subject: Subject, experiment: Experiment, device: torch.device)
 
 
 def evaluate_model(
-    target: str, names: Sequence[str], overrides: Sequence[str], runs_dir: Path, plugins: Plugins
+    target: str,
+    names: Sequence[str],
+    overrides: Sequence[str],
+    runs_dir: Path,
+    plugins: Plugins,
+    trusted: bool = False,
 ) -> int:
     """Evaluate a model on this rank of the world that the environment describes, and print the results.
 
@@ -169,6 +192,7 @@ def evaluate_model(
         target: a run, a checkpoint's directory, or PLUGIN:PATH.
         names: entries of the experiment's ``[[evaluators]]``, or evaluator plugins; empty for all entries.
         overrides: texts ``KEY=VALUE``.
+        trusted: evaluate a run that is not under ``runs_dir`` without asking; see ``require_trust``.
 
     Returns:
         The exit code, 1 when an evaluator failed.
@@ -181,8 +205,12 @@ def evaluate_model(
     store = RankStore.open(world.size)
     with Watchdog(world.rank, world.size, store):
         try:
-            subject: Subject = world.on_main(lambda: find_subject(target, runs_dir))
-            experiment: Experiment = world.on_main(lambda: _checked(subject, names, overrides, plugins))
+            checked = world.on_main(lambda: check_subject(target, names, overrides, runs_dir, plugins, trusted))
+            subject: Subject = checked[0]
+            experiment: Experiment = checked[1]
+            if world.is_main:
+                chosen = ", ".join(choice.name for choice in experiment.evaluators)
+                print(f"evaluating {subject.label} with {chosen}", flush=True)
             return _evaluate(subject, experiment, world)
         except OtherRankFailed as failure:
             return failure.exit_code
@@ -192,12 +220,6 @@ def evaluate_model(
             return Failures(world.rank, store).report_once(error)
         finally:
             leave_world()
-
-
-def _checked(subject: Subject, names: Sequence[str], overrides: Sequence[str], plugins: Plugins) -> Experiment:
-    experiment = load_subject(subject, names, overrides, plugins)
-    print(f"evaluating {subject.label} with {', '.join(c.name for c in experiment.evaluators)}", flush=True)
-    return experiment
 
 
 def _evaluate(subject: Subject, experiment: Experiment, world: World) -> int:

@@ -17,6 +17,7 @@ from nanochat_core.plugins.discovery import Plugins
 from nanochat_core.runs.checkpoint import load_model_tensors, saved_tensors
 from nanochat_core.runs.directory import RunDirectory, find_run
 from nanochat_core.runs.restore import load_experiment, newest_checkpoint
+from nanochat_core.runs.trust import require_trust
 
 
 @attrs.frozen
@@ -35,16 +36,24 @@ class TrainedModel:
     checkpoint: Path
 
 
-def load_trained(reference: str, runs_dir: Path, device: torch.device, plugins: Plugins) -> TrainedModel:
+def load_trained(
+    reference: str, runs_dir: Path, device: torch.device, plugins: Plugins, trusted: bool = False
+) -> TrainedModel:
     """Load the model and tokenizer of a run's newest valid checkpoint, on ``device``, in eval mode.
+
+    Args:
+        trusted: load a run that is not under ``runs_dir`` without asking; see ``require_trust``.
 
     Raises:
         CheckpointError: when there is no such run or checkpoint.
-        ConfigError: when its plugins are not installed.
+        ConfigError: when its plugins are not installed, or it is not trusted.
     """
     run = find_run(reference, runs_dir)
     checkpoint = newest_checkpoint(run)
-    return open_trained(run, checkpoint, load_experiment(run, checkpoint, plugins), device)
+    experiment = load_experiment(run, checkpoint, plugins)
+    used = {"tokenizer": experiment.tokenizer, "model": experiment.model}
+    require_trust(run, runs_dir, "nanochat sample", used, trusted=trusted)
+    return open_trained(run, checkpoint, experiment, device)
 
 
 def open_trained(run: RunDirectory, checkpoint: Path, experiment: Experiment, device: torch.device) -> TrainedModel:
