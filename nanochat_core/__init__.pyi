@@ -107,6 +107,9 @@ from .files import first_few as first_few
 from .files import open_atomic as open_atomic
 from .files import write_atomic as write_atomic
 from .files import lock_file as lock_file
+from .files import name_problem as name_problem
+from .files import read_json as read_json
+from .files import shorten as shorten
 from .hardware.casting import cast as cast
 from .hardware.casting import wide_dtype as wide_dtype
 from .hardware.devices import cuda_capability as cuda_capability

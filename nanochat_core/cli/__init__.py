@@ -188,6 +188,15 @@ def add_runs_dir(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """Add ``--trust``, for commands that do what the files of a run say."""
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        help="do what the files of a run say that is not under --runs-dir, without asking",
+    )
+
+
 def whole(least: int, most: int) -> Callable[[str], int]:
     """Return a type for argparse: a whole number in [least, most]."""
 

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import attrs
 
+from nanochat_core.distributed.environment import python_command, python_environment
 from nanochat_core.distributed.signals import PATIENT, PREEMPTED_EXIT_CODE, REQUESTS, SAME_SECONDS, stop_signals
 from nanochat_core.distributed.store import RankFailure, RankStore
 from nanochat_core.distributed.watchdog import PIPE
 from nanochat_core.files import rank_log_name
 
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
+
+LOOPBACK = "127.0.0.1"
 GRACE_SECONDS = 30.0  # seconds that the other workers have to end after one has failed; longer than the watchdog's
 NOW_SECONDS = 2.0  # seconds that workers have to end after a second signal
 
@@ -33,10 +40,7 @@ def launch(arguments: Sequence[str], nproc: int) -> int:
     and its exit code is 1 whatever a worker's was, which hides "stopped, resume me" (75) from job schedulers. Workers
     started by torchrun work too.
     """
-    from torch.distributed import TCPStore
-
-    # This process holds the rendezvous store on a port the system picked, so that two launches never collide.
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = _open_store()
     read_end, write_end = os.pipe()  # our end closes when this process ends, in whatever way
     threads = str(max((os.cpu_count() or 1) // nproc, 1))
     launcher = _Launcher(RankStore(store), has_logs=arguments[0] == "run")
@@ -45,13 +49,13 @@ def launch(arguments: Sequence[str], nproc: int) -> int:
     try:
         for rank in range(nproc):
             environment = {
-                "OMP_NUM_THREADS": threads,
-                **os.environ,
+                "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads),
+                **_loopback(),
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(nproc),
                 "LOCAL_WORLD_SIZE": str(nproc),
-                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_ADDR": LOOPBACK,
                 "MASTER_PORT": str(store.port),
                 "TORCHELASTIC_USE_AGENT_STORE": "True",
                 PIPE: str(read_end),
@@ -59,8 +63,8 @@ def launch(arguments: Sequence[str], nproc: int) -> int:
             # A session of its own: a Ctrl-C in the terminal reaches workers once, through us.
             launcher.workers.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", "nanochat_core", *arguments],
-                    env=environment,
+                    python_command("nanochat_core", *arguments),
+                    env=python_environment(environment),
                     stdout=None if rank == 0 else subprocess.DEVNULL,
                     start_new_session=True,
                     pass_fds=(read_end,),
@@ -73,6 +77,22 @@ def launch(arguments: Sequence[str], nproc: int) -> int:
             worker.wait()
         os.close(read_end)
         os.close(write_end)
+
+
+def _open_store() -> TCPStore:
+    """The rendezvous store, which this process holds on a port that the system picks, so that two launches never
+    collide. It has no password, so it listens on the loopback interface only; by itself it would on all."""
+    from torch.distributed import TCPStore
+
+    listener = socket.create_server((LOOPBACK, 0), backlog=1024)
+    port = listener.getsockname()[1]
+    return TCPStore(LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+
+
+def _loopback() -> dict[str, str]:
+    """The variable that keeps the ranks' own connections on the loopback interface, unless somebody has set it."""
+    name = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
+    return {} if name is None or "GLOO_SOCKET_IFNAME" in os.environ else {"GLOO_SOCKET_IFNAME": name}
 
 
 @attrs.define

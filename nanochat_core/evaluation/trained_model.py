@@ -25,8 +25,9 @@ from nanochat_core.runs.checkpoint import (
     verified_checkpoints,
 )
 from nanochat_core.runs.directory import RunDirectory, find_run
-from nanochat_core.runs.restore import load_experiment, load_run
+from nanochat_core.runs.restore import load_experiment, load_recorded, load_run
 from nanochat_core.runs.soundness import MANIFEST, misfits, part_file, shapes_in, shapes_of
+from nanochat_core.runs.trust import require_trust
 
 META = torch.device("meta")
 
@@ -47,14 +48,22 @@ class TrainedModel:
     checkpoint: Path
 
 
-def load_trained(reference: str, runs_dir: Path, device: torch.device, plugins: Plugins) -> TrainedModel:
+def load_trained(
+    reference: str, runs_dir: Path, device: torch.device, plugins: Plugins, trusted: bool = False
+) -> TrainedModel:
     """Load the model and tokenizer of a run's newest usable checkpoint, on ``device``, in eval mode.
+
+    Args:
+        trusted: load a run that is not under ``runs_dir`` without asking; see ``require_trust``.
 
     Raises:
         CheckpointError: when there is no such run or checkpoint.
-        ConfigError: when its plugins are not installed.
+        ConfigError: when its plugins are not installed, or it is not trusted.
     """
     run = find_run(reference, runs_dir)
+    recorded = load_recorded(run, plugins).experiment
+    used = {"tokenizer": recorded.tokenizer, "model": recorded.model}
+    require_trust(run, runs_dir, "nanochat sample", used, trusted=trusted)
     checkpoint = newest_checkpoint(run, plugins)
     return open_trained(run, checkpoint, load_experiment(run, checkpoint, plugins), device)
 

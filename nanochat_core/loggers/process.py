@@ -9,14 +9,13 @@ import os
 import pickle
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import attrs
 
+from nanochat_core.distributed.environment import python_command, python_environment
 from nanochat_core.loggers.progress import Job, Progress, progress_file
 from nanochat_core.loggers.worker import CANT_START, INCOMPLETE
 from nanochat_core.runs.directory import RunDirectory
@@ -49,20 +48,19 @@ class LoggerProcess:
         their_control, self._control = os.pipe()
         self._messages, their_messages = os.pipe()
         os.set_blocking(self._messages, False)
-        paths = [str(Path(p).resolve()) for p in sys.path if p]
         with progress.with_suffix(".log").open("ab") as log, tempfile.TemporaryFile() as stdin:
             pickle.dump(job, stdin)
             stdin.seek(0)
             numbers = map(str, (their_control, their_messages, os.getpid()))
             try:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-P", "-m", "nanochat_core.loggers.worker", *numbers],
+                    python_command("nanochat_core.loggers.worker", *numbers),
                     stdin=stdin,
                     stdout=log,
                     stderr=log,
                     pass_fds=(their_control, their_messages),
                     process_group=0,  # a Ctrl-C does not reach it, and it is killed with its children
-                    env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+                    env=python_environment({}),
                 )
             finally:
                 os.close(their_control)

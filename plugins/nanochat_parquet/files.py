@@ -21,6 +21,7 @@ from nanochat_parquet.retries import with_retries
 Result = TypeVar("Result")
 
 SAMPLE = 2**16
+LONGEST_FOOTER = 2**28  # bytes; a thousand columns and a thousand row groups need less
 ATTEMPTS = 5
 TIMEOUT = 30.0  # seconds without any data from the server
 
@@ -100,8 +101,11 @@ class HttpReader(io.RawIOBase):
         return data
 
     def _part(self, start: int, end: int) -> bytes:
-        data: bytes = _http().cat_file(self._file.name, start, end)
-        if len(data) == self._file.size > end - start:
+        from fsspec.asyn import sync
+
+        http = _http()
+        status, data = sync(http.loop, _get_part, http, self._file.name, start, end)
+        if status == 200 and len(data) > end - start:
             raise DataError(
                 f"the server of {self._file.name} does not support range requests; download the file instead",
                 key="path",
@@ -109,6 +113,20 @@ class HttpReader(io.RawIOBase):
         if len(data) != end - start:
             raise OSError(f"{len(data)} bytes instead of {end - start}")
         return data
+
+
+async def _get_part(http: Any, url: str, start: int, end: int) -> tuple[int, bytes]:
+    """HTTP status, and the part of a file: at most one byte more than asked for, whatever the server sends."""
+    session = await http.set_session()
+    headers = {**http.kwargs["headers"], "Range": f"bytes={start}-{end - 1}"}
+    async with session.get(http.encode_url(url), headers=headers) as response:
+        http._raise_not_found_for_status(response, url)
+        data = bytearray()
+        async for block in response.content.iter_any():
+            data += block[: end - start + 1 - len(data)]
+            if len(data) > end - start:
+                break
+        return response.status, bytes(data)
 
 
 def _http() -> Any:
@@ -272,6 +290,6 @@ def footer_bytes(part: Callable[[int], bytes], size: int) -> bytes:
     """
     tail = part(max(0, size - SAMPLE))
     length = int.from_bytes(tail[-8:-4], "little") + 8
-    if length > len(tail) and length <= size:
+    if len(tail) < length <= min(size, LONGEST_FOOTER):
         tail = part(size - length)
     return tail[-length:]

@@ -22,7 +22,7 @@ import sys
 import threading
 from pathlib import Path
 
-if "RANK" in os.environ and "NANOCHAT_KILLER" in os.environ and sys.orig_argv[1:3] == ["-m", "nanochat_core"]:
+if "RANK" in os.environ and "NANOCHAT_KILLER" in os.environ and "nanochat_core" in sys.orig_argv[1:4]:
     import builtins
     import functools
     import shutil
