@@ -1,11 +1,10 @@
 """Options of the data sources ``jsonl`` and ``text``."""
 
-from pathlib import Path
 from typing import Any, Literal
 
 import attrs
 
-from nanochat_core import between, option
+from nanochat_core import absolute_place, between, option
 
 
 def _not_empty(_: Any, attribute: Any, value: Any) -> None:
@@ -23,7 +22,7 @@ class FilesConfig:
     """Options that both sources share."""
 
     path: str | tuple[str, ...] = option(
-        help="directory, file, or pattern such as notes/**/*.md; or a list of these; .gz and .zst are decompressed",
+        help="directory, file, or pattern such as notes/**/*.md; or a list of these; .gz, .bz2, .xz and .zst are decompressed",
         validator=_not_empty,
         on_resume="free",  # the fingerprint notices other data
     )
@@ -52,7 +51,7 @@ class FilesConfig:
 def _absolute(path: Any) -> Any:
     if path is None:
         return None
-    return tuple(map(_absolute, path)) if isinstance(path, tuple) else str(Path(path).expanduser().absolute())
+    return tuple(map(_absolute, path)) if isinstance(path, tuple) else absolute_place(path)
 
 
 @attrs.frozen(kw_only=True)
