@@ -88,6 +88,9 @@ from .data.text_files import parse_json as parse_json
 from .data.text_files import parse_text as parse_text
 from .data.text_files import read_json_lines as read_json_lines
 from .data.text_files import read_text as read_text
+from .data.string_columns import LARGEST_GROUP as LARGEST_GROUP
+from .data.string_columns import read_string_column as read_string_column
+from .data.string_columns import string_column_problem as string_column_problem
 from .data.texts import SPECIAL_TOKENS as SPECIAL_TOKENS
 from .data.texts import cut_long_runs as cut_long_runs
 from .data.texts import well_formed as well_formed
@@ -119,6 +122,7 @@ from .files import cache_dir as cache_dir
 from .files import file_sha256 as file_sha256
 from .files import first_few as first_few
 from .files import open_regular as open_regular
+from .files import require_regular as require_regular
 from .files import read_regular as read_regular
 from .files import shorten as shorten
 from .files import open_atomic as open_atomic

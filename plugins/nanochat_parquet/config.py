@@ -1,11 +1,10 @@
 """Options of the data sources ``parquet``, ``hub_parquet``, ``fineweb_edu`` and ``climbmix``."""
 
-from pathlib import Path
 from typing import Any, Literal
 
 import attrs
 
-from nanochat_core import at_least, between, option
+from nanochat_core import absolute_place, at_least, between, option
 
 COLUMN_HELP = "column of strings, one document per row; a null is an empty document"
 ON_ERROR_HELP = "effect of a row group or text that can't be read: fail ends the run; skip makes its documents empty"
@@ -53,7 +52,7 @@ def _absolute(path: Any) -> Any:
         return tuple(_absolute(part) for part in path)
     if path is None or "://" in str(path):
         return path
-    return str(Path(path).expanduser().absolute())
+    return absolute_place(path)
 
 
 @attrs.frozen(kw_only=True)
