@@ -96,7 +96,9 @@ def expand_path(text: str) -> Path:
             raise ValueError(f"must be a path of at most {LONGEST_PATH} bytes, with names of at most 255")
         path.as_posix().encode()
     except UnicodeEncodeError:
-        raise ValueError("must be valid Unicode") from None
+        raise ValueError(
+            f"{shorten(text)} must be UTF-8, since an experiment file holds it: rename it, or make a link to it"
+        ) from None
     except RuntimeError:
         raise ValueError(
             f"must be a whole path: {shorten(text)} begins with a home directory that is unknown"
@@ -122,15 +124,27 @@ def read_regular(path: Path, limit: int) -> bytes:
     Raises:
         OSError: when it can't be read, is larger, or is a directory, FIFO, device or socket (its ``strerror`` says so).
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO without a writer does not block
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    with open_regular(path) as file:
         content = file.read(limit + 1)
         if len(content) > limit:
             raise OSError(errno.EFBIG, f"it has more than the {limit:,} bytes that such a file may have", str(path))
         return content
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file for reading.
+
+    Raises:
+        OSError: when it can't be read, or is a directory, FIFO, device or socket (its ``strerror`` says so).
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO without a writer does not block
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
 
 
 def require_regular(path: Path) -> os.stat_result:
