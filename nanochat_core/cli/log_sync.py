@@ -44,9 +44,8 @@ def main(options: argparse.Namespace, _: Sequence[str]) -> int:
     if run.is_locked():
         raise CheckpointError(f"{run.path} is being trained, and its loggers receive it: wait until the run has ended")
     experiment, choice = _load(run, load_plugins(), options.to, options.options)
-    require_trust(
-        run, options.runs_dir, "nanochat log-sync", {f"loggers.{choice.name}": choice}, [run.loggers], options.trust
-    )
+    used = {f"loggers.{choice.name}": choice}
+    require_trust(run, options.runs_dir, "nanochat log-sync", lambda: used, [run.loggers], options.trust)
     if not run.ledger.exists():
         raise CheckpointError(f"{run.path} has no {run.ledger.name}, so there is nothing to send")
     status = run.read_status()

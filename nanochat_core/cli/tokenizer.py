@@ -140,7 +140,7 @@ def _open(reference: str, options: argparse.Namespace, plugins: Plugins) -> tupl
     used = {"tokenizer": loaded.experiment.tokenizer}
     if options.action == "compare":
         used["data"] = loaded.experiment.data
-    require_trust(run, options.runs_dir, f"nanochat tokenizer {options.action}", used, trusted=options.trust)
+    require_trust(run, options.runs_dir, f"nanochat tokenizer {options.action}", lambda: used, trusted=options.trust)
     return load_tokenizer(loaded.experiment.tokenizer, run.tokenizer), loaded.experiment
 
 

@@ -32,6 +32,7 @@ from nanochat_core.interfaces.data_source import DataSource
 from nanochat_core.interfaces.evaluator import Evaluation
 from nanochat_core.planning.build import build_model
 from nanochat_core.plugins.calls import blame
+from nanochat_core.plugins.choice import Choice
 from nanochat_core.plugins.discovery import Plugins
 from nanochat_core.runs.checkpoint import load_state, verify
 from nanochat_core.runs.directory import EVALUATIONS, RunDirectory, find_run
@@ -165,13 +166,17 @@ def check_subject(
     """
     run, _ = _locate(target, runs_dir)
     if run is not None:  # before anything is built by the word of its files
-        recorded = load_recorded(run, plugins).experiment
-        used = {"tokenizer": recorded.tokenizer, "model": recorded.model, "data": recorded.data}
-        used |= {f"evaluators.{c.name}": c for c in recorded.evaluators if not names or c.name in names}
-        require_trust(run, runs_dir, "nanochat eval", used, [run.evaluations], trusted)
+        require_trust(run, runs_dir, "nanochat eval", lambda: _used(run, names, plugins), [run.evaluations], trusted)
     subject = find_subject(target, runs_dir, plugins)
     experiment = load_subject(subject, names, overrides, plugins)
     return subject, experiment
+
+
+def _used(run: RunDirectory, names: Sequence[str], plugins: Plugins) -> dict[str, Choice]:
+    """What an evaluation uses of a run's own experiment, by table."""
+    recorded = load_recorded(run, plugins).experiment
+    used = {"tokenizer": recorded.tokenizer, "model": recorded.model, "data": recorded.data}
+    return used | {f"evaluators.{c.name}": c for c in recorded.evaluators if not names or c.name in names}
 
 
 def _load(

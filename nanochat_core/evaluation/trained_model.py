@@ -16,6 +16,7 @@ from nanochat_core.hardware.casting import dtype_of
 from nanochat_core.interfaces.model import Model
 from nanochat_core.interfaces.tokenizer import Tokenizer
 from nanochat_core.planning.build import build_model
+from nanochat_core.plugins.choice import Choice
 from nanochat_core.plugins.discovery import Plugins
 from nanochat_core.runs.checkpoint import (
     load_model_tensors,
@@ -61,8 +62,11 @@ def load_trained(
         ConfigError: when its plugins are not installed, or it is not trusted.
     """
     run = find_run(reference, runs_dir)
-    recorded = load_recorded(run, plugins).experiment
-    used = {"tokenizer": recorded.tokenizer, "model": recorded.model}
+
+    def used() -> dict[str, Choice]:
+        recorded = load_recorded(run, plugins).experiment
+        return {"tokenizer": recorded.tokenizer, "model": recorded.model}
+
     require_trust(run, runs_dir, "nanochat sample", used, trusted=trusted)
     checkpoint = newest_checkpoint(run, plugins)
     return open_trained(run, checkpoint, load_experiment(run, checkpoint, plugins), device)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from nanochat_core.config.load import LoadedExperiment, Tables, load
 from nanochat_core.config.schema import Experiment
-from nanochat_core.errors import CheckpointError, ConfigError, PluginError, Problem
+from nanochat_core.errors import ConfigError, NanochatError, Problem
 from nanochat_core.plugins.choice import Choice
 from nanochat_core.plugins.discovery import Plugins
 from nanochat_core.plugins.distribution import NAME, current_name
@@ -90,6 +90,6 @@ def load_recorded(
         ConfigError: with every problem found.
     """
     for checkpoint in list_checkpoints(run.checkpoints):
-        with contextlib.suppress(CheckpointError, PluginError, OSError, ValueError):  # it need not be sound
+        with contextlib.suppress(NanochatError, OSError, ValueError):  # it need not be sound
             return load_run(run, checkpoint, plugins, overrides, tables)
     return load(run.experiment, overrides, plugins, tables)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ def require_trust(
     run: RunDirectory,
     runs_dir: Path,
     command: str,
-    used: Mapping[str, Choice],
+    used: Callable[[], Mapping[str, Choice]],
     writes: Sequence[Path] = (),
     trusted: bool = False,
 ) -> None:
@@ -30,7 +30,8 @@ def require_trust(
 
     Args:
         command: as in ``nanochat eval``.
-        used: the plugins of the run's experiment that the command would use, by table.
+        used: returns the plugins of the run's experiment that the command would use, by table. It is called for a run
+            that is not trusted.
         writes: what it would write besides.
         trusted: whether ``--trust`` is given.
 
@@ -39,7 +40,7 @@ def require_trust(
     """
     if trusted or run.path.resolve().is_relative_to(runs_dir.resolve()):
         return
-    would = "\n".join(describe(used, [run.path], writes))
+    would = "\n".join(describe(used(), [run.path], writes))
     message = (
         f"{shorten(str(run.path), 300)} is not under {shorten(str(runs_dir), 300)} (--runs-dir), so somebody else may "
         f"have written its files. {command} would\n{would}\n"

@@ -137,7 +137,7 @@ def test_every_reader_passes_it_over(copy: Trained, tmp_path: Path, what: str) -
     CHANGES[what][0](newest)
     if not what.startswith(NOT_SEALED):
         seal(newest)
-    refused = call("eval", newest, "--evaluator", "bpb")
+    refused = call("eval", newest, "--evaluator", "bpb", "--runs-dir", copy.runs)
     assert refused.code == 2
     assert CHANGES[what][1] in refused.err
     for command in (
