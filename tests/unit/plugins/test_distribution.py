@@ -148,6 +148,7 @@ def test_a_run_of_0_1_0_needs_nothing_else(tmp_path: Path) -> None:
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     assert manifest["plugins"] == {"nanochat": "0.1.0"}
     assert missing_distributions(checkpoint) == []
-    (tmp_path / "manifest.json").write_text(json.dumps({"plugins": {"nanochat": "0.1.0", "surely-missing": "2"}}))
+    manifest["plugins"]["surely-missing"] = "2"
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     (line,) = missing_distributions(tmp_path)
     assert line.endswith("pip install surely-missing==2")
