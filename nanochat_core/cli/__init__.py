@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nanochat_core import __version__
+from nanochat_core.cli.streams import drop_output, finish_output, prepare_streams
 from nanochat_core.errors import NanochatError
 
 # Environment variables that are read when torch is imported. Waiting threads sleep after a short spin (a long spin
@@ -21,6 +22,8 @@ ENVIRONMENT = {
     "THP_MEM_ALLOC_ENABLE": "1",
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
 }
+
+UNWRITTEN = 2  # exit code of a command whose output could not be written
 
 COMMANDS = {
     "run": "train an experiment",
@@ -43,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     (argparse exits with it too), 3 when training diverged, 4 when memory ran out, 75 when a signal stopped the run,
     130 after Ctrl-C. ``run`` with several processes returns the code of the process that failed first.
     """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    goes_on = arguments[:1] in (["run"], ["eval"])  # their results are on disk
+    prepare_streams(goes_on=goes_on)
     parser = argparse.ArgumentParser(
         prog="nanochat",
         description="Train small GPT-style language models end to end from one TOML file. Every part is a plugin.",
@@ -50,7 +56,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"nanochat {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    arguments = list(sys.argv[1:] if argv is None else argv)
     modules = {name: f"nanochat_core.cli.{name.replace('-', '_')}" for name in COMMANDS}
     known = {**COMMANDS, **_plugin_commands(arguments, modules)}
     for name, summary in known.items():
@@ -62,24 +67,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault(name, value)
     try:
         code: int = importlib.import_module(modules[options.command]).main(options, arguments)
-        try:
-            sys.stdout.flush()
-        except OSError:
-            _drop_stdout()
-        return code
+        return UNWRITTEN if finish_output() and not code and not goes_on else code
     except NanochatError as error:
         print(error, file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:  # the reader of the pipe, such as head, has ended
-        _drop_stdout()
+        drop_output()
         return 0
     except KeyboardInterrupt:
         return 130
-
-
-def _drop_stdout() -> None:
-    """Discard what is still buffered, so that Python does not fail when it flushes stdout at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _plugin_commands(arguments: Sequence[str], modules: dict[str, str]) -> dict[str, str]:

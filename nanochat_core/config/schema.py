@@ -24,6 +24,11 @@ class Run:
     project: str = option("nanochat", "project that loggers file the run under")
     group: str = option("", "group of runs that belong together, such as the arms of an ablation")
     tags: tuple[str, ...] = option((), "tags for loggers")
+    share_environment: bool = option(
+        False,
+        "let loggers tell their services the host name, git remote, command and list of packages of this machine",
+        on_resume="free",
+    )
 
 
 @attrs.frozen

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import overload
 
 from nanochat_core.errors import PluginError
-from nanochat_core.files import cache_dir
 from nanochat_core.interfaces.data_source import DataContext, DataSource
 from nanochat_core.interfaces.types import Split
 from nanochat_core.plugins.choice import Choice
@@ -22,7 +21,7 @@ def build_source(choice: Choice) -> DataSource:
         PluginError: when the factory returns something else.
         NanochatError: from the factory, about its options or the data.
     """
-    source = choice.build(DataContext(cache_dir=cache_dir()))
+    source = choice.build(DataContext())
     if not isinstance(source, DataSource):
         raise PluginError(f"the factory of data source {choice.plugin!r} must return a nanochat_core.DataSource")
     return _NamingSource(choice, source)
