@@ -23,7 +23,6 @@ PRIVATE: Mapping[str, Any] = {
     "disable_code": True,
     "disable_git": True,
     "host": "not shared",
-    "x_disable_machine_info": True,
     "x_disable_meta": True,
     "x_save_requirements": False,
 }
