@@ -74,6 +74,23 @@ from .interfaces.logger import metrics_and_texts as metrics_and_texts
 from .data.documents import Documents as Documents
 from .data.documents import UnreadablePlaces as UnreadablePlaces
 from .data.documents import hold_out as hold_out
+from .data.finding import find_files as find_files
+from .data.finding import refuse_shared as refuse_shared
+from .data.decompression import COMPRESSED as COMPRESSED
+from .data.decompression import Damage as Damage
+from .data.decompression import compression as compression
+from .data.decompression import decompressed as decompressed
+from .data.text_files import LONGEST_DOCUMENT as LONGEST_DOCUMENT
+from .data.text_files import content_problem as content_problem
+from .data.text_files import field_text as field_text
+from .data.text_files import json_lines as json_lines
+from .data.text_files import parse_json as parse_json
+from .data.text_files import parse_text as parse_text
+from .data.text_files import read_json_lines as read_json_lines
+from .data.text_files import read_text as read_text
+from .data.string_columns import LARGEST_GROUP as LARGEST_GROUP
+from .data.string_columns import read_string_column as read_string_column
+from .data.string_columns import string_column_problem as string_column_problem
 from .data.texts import SPECIAL_TOKENS as SPECIAL_TOKENS
 from .data.texts import cut_long_runs as cut_long_runs
 from .data.texts import well_formed as well_formed
@@ -102,14 +119,18 @@ from .training.gradients import GradientReducer as GradientReducer
 
 # Machines and files.
 from .files import cache_dir as cache_dir
+from .files import expand_path as expand_path
 from .files import file_sha256 as file_sha256
 from .files import first_few as first_few
+from .files import open_regular as open_regular
+from .files import require_regular as require_regular
+from .files import read_regular as read_regular
+from .files import shorten as shorten
 from .files import open_atomic as open_atomic
 from .files import write_atomic as write_atomic
 from .files import lock_file as lock_file
 from .files import name_problem as name_problem
 from .files import read_json as read_json
-from .files import shorten as shorten
 from .hardware.casting import cast as cast
 from .hardware.casting import wide_dtype as wide_dtype
 from .hardware.devices import cuda_capability as cuda_capability

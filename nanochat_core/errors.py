@@ -41,7 +41,15 @@ class Problem:
     where: str = attrs.field(default="", converter=mask_credentials)
 
     def __str__(self) -> str:
-        return ": ".join(part for part in (self.where, self.key, self.message) if part)
+        return ": ".join(part for part in (_cut(self.where, 300), _cut(self.key, 200), _cut(self.message)) if part)
+
+
+def _cut(text: str, most: int = 1200) -> str:
+    """Return a text that a user may have written: long lines are cut, control characters are escaped."""
+    lines = [line if len(line) <= most else f"{line[: most - 3]}..." for line in text.split("\n")]
+    if all(line.isprintable() for line in lines):
+        return "\n".join(lines)
+    return "\n".join("".join(c if c.isprintable() or c == "\t" else ascii(c)[1:-1] for c in line) for line in lines)
 
 
 class NanochatError(Exception):
@@ -92,6 +100,11 @@ class ConfigError(NanochatError):
 
     def __init__(self, problems: Sequence[Problem] | str, *, key: str = "") -> None:
         self._set((Problem(key, problems),) if isinstance(problems, str) else problems)
+
+
+class PassesPlugins:
+    """Marks exceptions with which the core ends work in progress, such as a request to stop: they pass through code of
+    plugins, and are never taken for a failure of a plugin."""
 
 
 class PluginError(NanochatError):

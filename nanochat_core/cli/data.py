@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanochat_core.cli import positive
+from nanochat_core.cli import path_argument, positive, whole
 from nanochat_core.cli.console import size
 from nanochat_core.errors import ConfigError, NanochatError, Problem
 
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for action in (download, info):
         what = action.add_mutually_exclusive_group(required=True)
         what.add_argument(
-            "file", nargs="?", type=Path, metavar="FILE", help="an experiment file, whose table [data] is used"
+            "file", nargs="?", type=path_argument, metavar="FILE", help="an experiment file, whose table [data] is used"
         )
         what.add_argument("--source", metavar="NAME", help="a data source plugin, with default options")
         action.add_argument(
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     download.add_argument(
         "-w",
         "--workers",
-        type=positive,
+        type=whole(1, 256),
         default=4,
         metavar="N",
         help="number of files that are downloaded at the same time (default: 4)",

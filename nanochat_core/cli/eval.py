@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nanochat_core.cli import add_runs_dir, add_trust, positive
+from nanochat_core.cli import add_runs_dir, add_trust, processes
 from nanochat_core.distributed.environment import check_nproc, is_worker
 from nanochat_core.errors import CheckpointError, ConfigError, DataError, Problem
+from nanochat_core.files import expand_path, shorten
 
 if TYPE_CHECKING:
     from nanochat_core.evaluation.results import Stored
@@ -40,7 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="override a value, as in --set train.device_batch_size=8; may be repeated",
     )
     parser.add_argument(
-        "--nproc", type=positive, default=1, metavar="N", help="number of worker processes, one per device (default: 1)"
+        "--nproc",
+        type=processes,
+        default=1,
+        metavar="N",
+        help="number of worker processes, one per device (default: 1)",
     )
     parser.add_argument(
         "--compare",
@@ -126,7 +131,10 @@ def _stored(reference: str, runs_dir: Path) -> dict[str, Stored]:
     from nanochat_core.evaluation.results import FACTS, find_evaluations, read_evaluation
     from nanochat_core.runs.directory import EVALUATIONS, find_run
 
-    path = Path(reference)
+    try:
+        path = expand_path(reference)
+    except ValueError as error:
+        raise CheckpointError(f"{shorten(reference)} {error}") from None
     if (path / FACTS).is_file():
         stored = read_evaluation(path)
         return {stored.name: stored}

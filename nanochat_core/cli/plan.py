@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from nanochat_core.cli import above_zero, add_experiment, positive
+from nanochat_core.cli import above_zero, add_experiment, processes
 from nanochat_core.cli.console import duration, size, table
 from nanochat_core.errors import ConfigError, NanochatError, Problem, did_you_mean
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_experiment(parser)
     parser.add_argument(
-        "--nproc", type=positive, default=1, metavar="N", help="number of devices to plan for (default: 1)"
+        "--nproc", type=processes, default=1, metavar="N", help="number of devices to plan for (default: 1)"
     )
     parser.add_argument(
         "--tok-per-sec",

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from nanochat_core.cli import add_experiment, add_runs_dir, positive
+from nanochat_core.cli import add_experiment, add_runs_dir, processes
 from nanochat_core.distributed.environment import check_nproc, find_place, is_worker
 from nanochat_core.distributed.signals import PREEMPTED_EXIT_CODE, Stopped, StopRequest
 from nanochat_core.errors import ConfigError, Problem
@@ -17,7 +17,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_experiment(parser)
     add_runs_dir(parser)
     parser.add_argument(
-        "--nproc", type=positive, default=1, metavar="N", help="number of worker processes, one per device (default: 1)"
+        "--nproc",
+        type=processes,
+        default=1,
+        metavar="N",
+        help="number of worker processes, one per device (default: 1)",
     )
     parser.add_argument(
         "--resume",
@@ -53,12 +57,15 @@ def main(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         from nanochat_core.distributed.launcher import launch
 
         return launch(arguments, options.nproc)
-    with StopRequest() as stop:
-        try:
-            with stop.interruptible():
-                from nanochat_core.training.session import run_experiment
-            return run_experiment(request, stop, loaded)
-        except Stopped:
-            if find_place().rank == 0:
-                print("stopped by a signal before training began; run it again with: --resume auto", file=sys.stderr)
-            return PREEMPTED_EXIT_CODE
+    stop = StopRequest()
+    stop.install()  # until the process ends: a signal that comes after the run has ended must not change its exit code
+    try:
+        with stop.interruptible():
+            from nanochat_core.training.session import run_experiment
+        return run_experiment(request, stop, loaded)
+    except Stopped:
+        if find_place().rank == 0:
+            print("stopped by a signal before training began; run it again with: --resume auto", file=sys.stderr)
+        return PREEMPTED_EXIT_CODE
+    finally:
+        stop.over()

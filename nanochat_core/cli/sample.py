@@ -7,22 +7,30 @@ import codecs
 import sys
 from collections.abc import Sequence
 
-from nanochat_core.cli import add_runs_dir, add_trust, positive
+from nanochat_core.cli import add_runs_dir, add_trust, not_negative, positive, seed, whole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="a run: its name (the newest), name/id, id, or directory")
     parser.add_argument("text", metavar="TEXT", help="the text to continue")
     parser.add_argument(
-        "--max-tokens", type=positive, default=64, metavar="N", help="maximum number of tokens to add (default: 64)"
+        "--max-tokens",
+        type=whole(1, 10**6),
+        default=64,
+        metavar="N",
+        help="maximum number of tokens to add (default: 64)",
     )
     parser.add_argument(
-        "--temperature", type=float, default=0.8, metavar="X", help="sampling temperature; 0 is greedy (default: 0.8)"
+        "--temperature",
+        type=not_negative,
+        default=0.8,
+        metavar="X",
+        help="sampling temperature; 0 is greedy (default: 0.8)",
     )
     parser.add_argument(
         "--top-k", type=positive, metavar="K", help="sample among the K most likely tokens (default: all)"
     )
-    parser.add_argument("--seed", type=int, default=42, metavar="N", help="random seed (default: 42)")
+    parser.add_argument("--seed", type=seed, default=42, metavar="N", help="random seed (default: 42)")
     add_runs_dir(parser)
     add_trust(parser)
 

@@ -28,7 +28,7 @@ def main(options: argparse.Namespace, _: Sequence[str]) -> int:
         from nanochat_core.hardware.machine import pick_device
         from nanochat_core.planning.planner import make_plan
 
-        planned = make_plan(loaded, 1, pick_device(0))
+        planned = make_plan(loaded, 1, pick_device(0), measure=False)
         experiment, origins, problems = planned.experiment, dict(planned.origins), planned.problems
     values = dict(_leaves(to_tables(experiment)))
     rows = [(key, f"{key} = {_toml(value)}", origins[key].text) for key, value in values.items() if key in origins]
@@ -43,7 +43,7 @@ def main(options: argparse.Namespace, _: Sequence[str]) -> int:
             if table:
                 print()
             table = key.split(".")[0]
-        print(f"{text:<{width}}  # {origin}{notes.get(key, '')}")
+        print(_printable(f"{text:<{width}}  # {origin}{notes.get(key, '')}"))
     for problem in problems:
         print(f"\ncan't run here: {problem}", file=sys.stderr)
     for problem in loaded.missing:
@@ -64,4 +64,8 @@ def _leaves(tables: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _toml(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+    return json.dumps(value, ensure_ascii=False, default=str)  # str: dates of a plugin that is not installed
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)

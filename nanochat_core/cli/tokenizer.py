@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nanochat_core.cli import add_experiment, add_runs_dir, add_trust, positive
+from nanochat_core.cli import add_experiment, add_runs_dir, add_trust, path_argument, positive
 from nanochat_core.cli.console import table
 from nanochat_core.errors import ConfigError, NanochatError, Problem
 
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     compare.add_argument(
         "--text",
         action="append",
-        type=Path,
+        type=path_argument,
         default=[],
         metavar="PATH",
         help="another text file to measure; may be repeated",

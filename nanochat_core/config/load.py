@@ -21,9 +21,13 @@ from nanochat_core.config.merge import (
 from nanochat_core.config.origins import DEFAULT, Origin
 from nanochat_core.config.schema import CORE_TABLES, HORIZONS, TABLES, WARMUPS, Checkpoint, Experiment
 from nanochat_core.errors import ConfigError, Problem, did_you_mean
+from nanochat_core.files import name_problem
 from nanochat_core.plugins.choice import PLUGIN_LISTS, PLUGIN_TABLES, RESERVED, Choice, EntryKeys
 from nanochat_core.plugins.discovery import Plugins
-from nanochat_core.plugins.structure import Mismatch, converter, fields_of
+from nanochat_core.plugins.options import shown
+from nanochat_core.plugins.structure import Mismatch, converter, fields_of, takes_text
+
+MOST_PROBLEMS = 100  # of an experiment that are told
 
 
 @attrs.frozen
@@ -147,7 +151,9 @@ class _Structurer:
             parts[table] = tuple(c for c in chosen if c is not None)
         parts["checkpoint"] = self._with_best_metric(parts["checkpoint"], parts["evaluators"])
         if self.problems:
-            raise ConfigError([*self.problems, *self.missing])
+            problems = [*self.problems, *self.missing]
+            more = [Problem("", f"and {len(problems) - MOST_PROBLEMS:,} more")] * (len(problems) > MOST_PROBLEMS)
+            raise ConfigError([*problems[:MOST_PROBLEMS], *more])
         if not parts["run"].name:
             try:
                 parts["run"] = attrs.evolve(parts["run"], name=self.default_name)
@@ -194,7 +200,7 @@ class _Structurer:
     def _structure(self, cls: type, path: Path_, table: Tree, owner: str = "", place: Any = None) -> Any:
         """An instance of an attrs class, or None after noting every problem, by default at ``place``."""
         try:
-            config: Any = converter.structure(plain_values(table), cls)
+            config: Any = converter.structure(_values(table, fields_of(cls)), cls)
         except Mismatch as error:
             for inner, message in error.problems:
                 at: Any = table
@@ -258,10 +264,16 @@ class _Structurer:
         chosen = table.get("plugin")
         if chosen is None and len(path) == 2 and isinstance(table, dict) and registry.claims(path[1]):
             chosen = Value(path[1], DEFAULT)
+        if isinstance(chosen, Value):
+            chosen = attrs.evolve(chosen, value=chosen.as_text)
         if not isinstance(chosen, Value) or not isinstance(chosen.value, str):
             names = ", ".join(e.name for e in registry) or "none"
             message = f"missing: name a {_word(kind)} plugin (installed: {names})"
             self._problem((*path, "plugin"), message, chosen or table)
+            return None
+        problem = name_problem(chosen.value)
+        if problem:
+            self._problem((*path, "plugin"), f"{problem}: {shown(chosen.value)}", chosen)
             return None
         return chosen
 
@@ -295,6 +307,15 @@ class _Structurer:
             if current.origin.layer > alias.origin.layer:
                 return
         table[new] = alias
+
+
+def _values(table: Tree, fields: Mapping[str, Any]) -> Tree:
+    """The values of a table; those of ``--set`` are taken as they are written where an option takes text."""
+    values: Tree = plain_values(table)
+    for name, given in table.items():
+        if isinstance(given, Value) and name in fields and takes_text(fields[name].type):
+            values[name] = given.as_text
+    return values
 
 
 def _word(kind: str) -> str:

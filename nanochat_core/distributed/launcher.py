@@ -10,12 +10,12 @@ import sys
 import time
 from collections.abc import Sequence
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import attrs
 
 from nanochat_core.distributed.environment import python_command, python_environment
-from nanochat_core.distributed.signals import PREEMPTED_EXIT_CODE, SAME_SECONDS
+from nanochat_core.distributed.signals import PATIENT, PREEMPTED_EXIT_CODE, REQUESTS, SAME_SECONDS, stop_signals
 from nanochat_core.distributed.store import RankFailure, RankStore
 from nanochat_core.distributed.watchdog import PIPE
 from nanochat_core.files import rank_log_name
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
 LOOPBACK = "127.0.0.1"
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 GRACE_SECONDS = 30.0  # seconds that the other workers have to end after one has failed; longer than the watchdog's
 NOW_SECONDS = 2.0  # seconds that workers have to end after a second signal
 
@@ -32,8 +31,9 @@ NOW_SECONDS = 2.0  # seconds that workers have to end after a second signal
 def launch(arguments: Sequence[str], nproc: int) -> int:
     """Run ``python -m nanochat_core ARGUMENTS`` in ``nproc`` worker processes; returns the first failure's exit code.
 
-    SIGTERM, SIGINT and SIGUSR1 are passed on to every worker, which may then take as long as it needs to save; a second
-    one ends them. Workers notice when this process dies, and stop as after a signal. Only rank 0 writes to the
+    SIGTERM, SIGINT, SIGUSR1, SIGHUP and SIGXCPU are passed on to every worker, which may then take as long as it needs
+    to save; a second one ends them. When all have ended, signals have no effect any more: the exit code is theirs.
+    Workers notice when this process dies, and stop as after a signal. Only rank 0 writes to the
     terminal's stdout.
 
     It is not torch's own agent (``torchrun``): that kills workers which take longer than 30 s to save after a signal,
@@ -44,7 +44,8 @@ def launch(arguments: Sequence[str], nproc: int) -> int:
     read_end, write_end = os.pipe()  # our end closes when this process ends, in whatever way
     threads = str(max((os.cpu_count() or 1) // nproc, 1))
     launcher = _Launcher(RankStore(store), has_logs=arguments[0] == "run")
-    before: dict[int, Any] = {n: signal.signal(n, launcher.relay) for n in SIGNALS}
+    for number in stop_signals():
+        signal.signal(number, launcher.relay)
     try:
         for rank in range(nproc):
             environment = {
@@ -74,8 +75,6 @@ def launch(arguments: Sequence[str], nproc: int) -> int:
         launcher.send(signal.SIGKILL)
         for worker in launcher.workers:
             worker.wait()
-        for number, handler in before.items():
-            signal.signal(number, handler)
         os.close(read_end)
         os.close(write_end)
 
@@ -111,7 +110,9 @@ class _Launcher:
         self.send(number)
         if self.signalled is None:
             self.signalled = now
-        elif now > self.signalled + SAME_SECONDS:  # a worker that waits in a collective handles no signal
+        elif (
+            now > self.signalled + SAME_SECONDS and number not in PATIENT
+        ):  # a worker that waits in a collective handles no signal
             self.deadline = min(self.deadline, now + NOW_SECONDS)
 
     def send(self, number: int) -> None:
@@ -153,6 +154,6 @@ def _obituary(rank: int, number: int) -> str:
     if number == signal.SIGKILL:
         why = "most likely because the machine was out of memory (see dmesg): use fewer workers, or a smaller "
         why += "train.device_batch_size"
-    elif number in SIGNALS:
+    elif number in REQUESTS:
         why = "it was sent to this process only"
     return f"rank {rank} was killed by {name}, {why}"

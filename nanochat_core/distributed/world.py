@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nanochat_core.distributed.environment import Place, find_place
-from nanochat_core.errors import ConfigError, NanochatError
+from nanochat_core.errors import ConfigError, NanochatError, PassesPlugins
 from nanochat_core.files import shorten
 from nanochat_core.hardware.machine import pick_device
 
@@ -24,7 +24,7 @@ TIMEOUT = timedelta(minutes=30)  # of the ranks' first meeting, and of each coll
 PATIENCE = 10.0  # seconds until a rank says where it waits for the others
 
 
-class OtherRankFailed(Exception):
+class OtherRankFailed(PassesPlugins, Exception):
     """Rank 0 failed and has reported the reason; carries the exit code."""
 
     def __init__(self, exit_code: int) -> None:

@@ -69,15 +69,27 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
         known = known_gpu(torch.cuda.get_device_name(device))
         if known is not None and known.peak is not None:
             return known.peak, f"data sheet of {known.name}, dense 16 bits"
-    size = 1024 if device.type == "cpu" else 4096
+    size = 64
+    seconds = _time_matmul(size, device, dtype, 2)
+    # A CPU without instructions for a dtype takes a thousand times as long: sizes grow while they are quick.
+    while size < (1024 if device.type == "cpu" else 4096) and seconds < 0.01:
+        size *= 2
+        seconds = _time_matmul(size, device, dtype, 2)
+    if seconds < 0.1:
+        seconds = min(seconds, _time_matmul(size, device, dtype, 24))
+    return 2 * size**3 / seconds, f"measured, {size} x {size} matmul in {name_of(dtype)}"
+
+
+def _time_matmul(size: int, device: torch.device, dtype: torch.dtype, most: int) -> float:
+    """Return the seconds of a product of square matrices: the least of ``most``, or of those in a quarter second."""
     a = torch.randn(size, size, device=device).to(dtype)
     b = torch.randn(size, size, device=device).to(dtype)
     times: list[float] = []
-    while len(times) < 2 or (len(times) < 24 and sum(times[1:]) < 0.25):  # the first one warms up
+    while len(times) < 2 or (len(times) < most and sum(times[1:]) < 0.25):  # the first one warms up
         start = time.perf_counter()
         (a @ b).flatten()[0].item()
         times.append(time.perf_counter() - start)
-    return 2 * size**3 / min(times), f"measured, {size} x {size} matmul in {name_of(dtype)}"
+    return min(times)
 
 
 @contextlib.contextmanager

@@ -39,6 +39,7 @@ class LoggerProcess:
     _messages: int = attrs.field(init=False)
     _buffer: bytes = attrs.field(default=b"", init=False)
     _phase: str = attrs.field(default="start", init=False)
+    _overdue: bool = attrs.field(default=False, init=False)  # killed here, because it had not ended in time
 
     def __attrs_post_init__(self) -> None:
         job = self.job
@@ -82,7 +83,9 @@ class LoggerProcess:
         self.kill()
         code = self._process.returncode
         if code not in (0, INCOMPLETE, CANT_START):  # it reports those itself; the watchdog exits with 1
-            how = f"took longer than {self.job.timeout:g} s {_DOING[self._phase]}" if code == 1 else f"died ({code})"
+            phase = "finish" if self._overdue else self._phase
+            late = f"took longer than {self.job.timeout:g} s {_DOING[phase]}"
+            how = late if code == 1 or self._overdue else f"died ({code})"
             self.report(f"logger {self.name} {how} and is ended; see {self._relative('.log')}")
         self._account(complete=code == 0)
         os.close(self._control)
@@ -99,6 +102,7 @@ class LoggerProcess:
         record."""
         while self.look():
             if deadline is not None and time.monotonic() > deadline:
+                self._overdue = True
                 self.kill()
             else:
                 time.sleep(0.02)

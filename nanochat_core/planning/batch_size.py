@@ -9,6 +9,8 @@ from nanochat_core.hardware.devices import DeviceSpec
 # A GPU belongs to the run alone: a tenth is left for gaps of the allocator, workspaces of kernels and messages between
 # ranks. Other devices share the memory of the machine with all other processes.
 PART_OF_GPU, PART_OF_MACHINE = 0.9, 0.5
+MOST_TOKENS_ON_GPU = 2**22  # in a micro-batch: more fit on no GPU
+MOST_SIZES = 64  # of a micro-batch, since the memory of each is estimated
 MOST_TOKENS_ELSEWHERE = 2**14  # in a micro-batch on a CPU or MPS: larger ones are not faster
 
 
@@ -25,8 +27,11 @@ def room(spec: DeviceSpec, ranks: int) -> int:
 
 def sizes(rows_per_rank: int, max_seq_len: int, spec: DeviceSpec) -> list[int]:
     """Return the rows of a micro-batch that "auto" chooses from: divisors of the rows per rank and step, rising."""
-    most = rows_per_rank if spec.type == "cuda" else max(1, MOST_TOKENS_ELSEWHERE // max_seq_len)
-    return [rows for rows in divisors(rows_per_rank) if rows <= most]
+    tokens = MOST_TOKENS_ON_GPU if spec.type == "cuda" else MOST_TOKENS_ELSEWHERE
+    found = [rows for rows in divisors(rows_per_rank) if rows <= max(1, tokens // max_seq_len)]
+    while len(found) > MOST_SIZES:
+        found = [*found[:-1:2], found[-1]]
+    return found
 
 
 def largest_that_fits(choices: Sequence[int], start: int, fits: Callable[[int], bool]) -> int | None:

@@ -22,29 +22,37 @@ from nanochat_core.interfaces.optimizer import Optimizer
 from nanochat_core.interfaces.types import Resolved
 from nanochat_core.planning import batch_size
 from nanochat_core.planning.autos import auto_compile, auto_device_batch_size, auto_dtype, auto_total_batch_size
-from nanochat_core.planning.build import build_model, optimizer_context, planned_vocab_size
+from nanochat_core.planning.build import build_model, optimizer_context, optimizer_from, planned_vocab_size
 from nanochat_core.planning.memory import estimate_memory
 from nanochat_core.planning.plan import Plan, Planned
 from nanochat_core.planning.schedule import phases
-from nanochat_core.plugins.choice import Choice
+from nanochat_core.plugins.choice import MOST_STEPS, Choice
 
 META = torch.device("meta")
 
 
-def make_plan(loaded: LoadedExperiment, world_size: int, device: torch.device | DeviceSpec) -> Planned:
+def make_plan(
+    loaded: LoadedExperiment, world_size: int, device: torch.device | DeviceSpec, *, measure: bool = True
+) -> Planned:
     """Plan a run on ``world_size`` devices like ``device``. The model is built on the meta device, without memory.
 
     Args:
         device: a device of this machine, or the specification of one that this machine need not have.
+        measure: whether to measure the speed of this machine where an "auto" depends on it, which stays "auto" if not.
 
     Raises:
         ConfigError: when batch sizes don't divide, the horizon is shorter than a step, or an "auto" has no formula.
     """
-    return plan_batches(loaded, world_size, device, ())[0]
+    return plan_batches(loaded, world_size, device, (), measure=measure)[0]
 
 
 def plan_batches(
-    loaded: LoadedExperiment, world_size: int, device: torch.device | DeviceSpec, batches: Sequence[int] | None = None
+    loaded: LoadedExperiment,
+    world_size: int,
+    device: torch.device | DeviceSpec,
+    batches: Sequence[int] | None = None,
+    *,
+    measure: bool = True,
 ) -> tuple[Planned, dict[int, Mapping[str, int]]]:
     """Plan a run as ``make_plan`` does, and estimate what other values of ``device_batch_size`` would need.
 
@@ -58,7 +66,8 @@ def plan_batches(
         ConfigError: when batch sizes don't divide, the horizon is shorter than a step, or an "auto" has no formula.
     """
     spec = device if isinstance(device, DeviceSpec) else device_spec(device)
-    devices = _Devices(world_size, spec, torch.device(spec.type) if isinstance(device, DeviceSpec) else device)
+    there = torch.device(spec.type) if isinstance(device, DeviceSpec) else device
+    devices = _Devices(world_size, spec, there, measure)
     try:
         with planning_for(spec):
             return _plan(_Draft(loaded.experiment, dict(loaded.origins)), devices, batches)
@@ -69,11 +78,12 @@ def plan_batches(
 
 @attrs.frozen
 class _Devices:
-    """The devices that a run is planned for: ``world_size`` of the kind ``spec``."""
+    """The devices that a run is planned for: ``world_size`` of the kind ``spec``, whose speed may be measured."""
 
     world_size: int
     spec: DeviceSpec
     device: torch.device
+    measure: bool
 
     @property
     def ranks(self) -> str:
@@ -197,7 +207,7 @@ def _plan(
     if draft.experiment.train.compile == "auto":
         dtype = dtype_of(draft.experiment.train.dtype)
         flops = size.flops_per_token * steps.total_batch_size * steps.num_iterations
-        draft.resolve("train", {"compile": auto_compile(devices.device, dtype, flops)})
+        draft.resolve("train", {"compile": auto_compile(devices.device, dtype, flops, measure=devices.measure)})
     description = {**model.describe(), **optimizer.describe()}
     plan = _assemble(draft.experiment, devices, size, steps, estimate, choices, description)
     unsupported = {f"model.{option}": why for option, why in model.unsupported().items()}
@@ -243,8 +253,7 @@ def _plan_optimizers(
     def built(ranks: int) -> Optimizer:
         world = World(rank=0, size=ranks, device=META)
         context = optimizer_context(model, world, steps.total_batch_size, steps.num_iterations, size.relative_data)
-        optimizer: Optimizer = draft.experiment.optimizer.build(context)
-        return optimizer
+        return optimizer_from(draft.experiment.optimizer, context)
 
     optimizer = built(devices.world_size)
     draft.resolve("optimizer", optimizer.resolved_options())
@@ -284,7 +293,7 @@ def _assemble(
         world_size=devices.world_size,
         device=devices.spec.name,
         dtype=train.dtype,
-        compile=bool(train.compile),
+        compile=train.compile is True,
         vocab_size=size.vocab_size,
         max_seq_len=train.max_seq_len,
         device_batch_size=rows,
@@ -360,4 +369,6 @@ def _horizon(train: Train, size: _ModelSize, batch: int) -> tuple[int, str]:
         )
     if steps < 1:
         raise _problem(f"train.{key}", f"gives less than one step of {batch} tokens: increase it ({why})")
+    if steps > MOST_STEPS:
+        raise _problem(f"train.{key}", f"gives more than {MOST_STEPS:,} steps: decrease it ({why})")
     return steps, why

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import traceback
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import attrs
 
 from nanochat_core.errors import NanochatError, PluginError
-from nanochat_core.plugins.options import above, at_least, finite, option, plain_name
+from nanochat_core.plugins.calls import plugin_call, remember
+from nanochat_core.plugins.options import above, at_least, file_name, option, shown
 from nanochat_core.plugins.registry import Entry, Kind
 
 PLUGIN_TABLES: Mapping[str, Kind] = {
@@ -19,13 +19,22 @@ PLUGIN_TABLES: Mapping[str, Kind] = {
     "model": "model",
     "optimizer": "optimizer",
 }
+# Bounds of options: no run is that long, and everything that is computed from them stays exact.
+MOST_STEPS = 10**12
+MOST_SECONDS = 10**6
+
 PLUGIN_LISTS: Mapping[str, Kind] = {"evaluators": "evaluator", "loggers": "logger"}
 
 
+LONGEST_ENTRY_NAME = 100  # characters: it becomes a part of names of files and metrics
+
+
 def _entry_name(_: Any, attribute: Any, value: str) -> None:
-    plain_name(_, attribute, value)
+    file_name(_, attribute, value)
     if not value or "." in value:
-        raise ValueError(f"must be a name without dots, because it becomes part of keys, not {value!r}")
+        raise ValueError(f"must be a name without dots, because it becomes part of keys, not {shown(value)}")
+    if len(value) > LONGEST_ENTRY_NAME:
+        raise ValueError(f"must be at most {LONGEST_ENTRY_NAME} characters long, not {len(value)}")
 
 
 @attrs.frozen
@@ -50,7 +59,7 @@ class LoggerKeys(NamedKeys):
         60.0,
         "seconds that a logger may take to start, to handle one record, and to send the rest at the end; after that "
         "it is terminated, and nanochat log-sync can send the records it missed",
-        validator=finite,
+        validator=above(0, MOST_SECONDS),
     )
 
 
@@ -58,11 +67,15 @@ class LoggerKeys(NamedKeys):
 class EvaluatorKeys(NamedKeys):
     """Keys the core reserves on ``[[evaluators]]``."""
 
-    every: int = option(0, "number of steps from one evaluation to the next; 0 is off", validator=at_least(0))
+    every: int = option(
+        0, "number of steps from one evaluation to the next; 0 is off", validator=at_least(0, MOST_STEPS)
+    )
     at_start: bool = option(False, "evaluate before the first step")
     at_end: bool = option(True, "evaluate after the last step")
     time_budget: float | None = option(
-        None, "seconds an evaluation may take; its result up to then is marked as partial", validator=above(0)
+        None,
+        "seconds an evaluation may take; its result up to then is marked as partial",
+        validator=above(0, MOST_SECONDS),
     )
 
 
@@ -75,17 +88,17 @@ class DataSourceKeys(EntryKeys):
         "how documents fill rows of tokens: stream concatenates documents and cuts them into rows; best_fit starts "
         "every row with a document, and crops documents that fit nowhere",
     )
-    packing_window: int = option(64, "number of documents that best_fit packs together", validator=at_least(1))
+    packing_window: int = option(64, "number of documents that best_fit packs together", validator=at_least(1, 2**16))
     epochs: int | Literal["repeat", "error"] = option(
         "repeat",
         "when the training data are used up: repeat reads them again, error ends the run after saving, a number ends "
         "it after that many passes",
-        validator=at_least(1),
+        validator=at_least(1, 10**6),
         on_resume="free",
     )
     cache: bool = option(False, "keep the tokens on disk, so that text is tokenized only once", on_resume="free")
     threads: int = option(
-        1, "number of threads per process that read and tokenize", validator=at_least(1), on_resume="free"
+        1, "number of threads per process that read and tokenize", validator=at_least(1, 1024), on_resume="free"
     )
 
 
@@ -137,21 +150,33 @@ class Choice:
         """Import the factory and call it.
 
         Raises:
-            PluginError: with the original traceback, when the factory can't be imported or raises.
+            PluginError: when the factory can't be imported or raises.
             NanochatError: from the factory, about its options or the data; with full keys and places of the options.
         """
         assert self.entry is not None, "load() refuses experiments with unknown plugins"
         factory = self.entry.load()
-        try:
-            with self.naming_options():
-                return factory(self.config, context)
-        except NanochatError:
-            raise
-        except Exception as error:
-            raise PluginError(
-                f"{self.entry.kind} {self.name!r} of {self.entry.distribution} {self.entry.version} can't be built: "
-                f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
-            ) from error
+        with self.calling("can't be built"):
+            made = factory(self.config, context)
+            remember(made, self.title)
+            return made
+
+    @property
+    def title(self) -> str:
+        """What messages call it, such as ``model 'mine' of my-package 1.0``."""
+        if self.entry is None:
+            return repr(self.name)
+        kind = self.entry.kind.replace("_", " ")
+        return f"{kind} {self.name!r} of {self.entry.distribution} {self.entry.version}"
+
+    def breaks(self, rule: str) -> PluginError:
+        """Return the error for a plugin that breaks a rule of its contract, such as ``the factory must ...``."""
+        return PluginError(f"{self.title} breaks its contract: {rule}")
+
+    @contextlib.contextmanager
+    def calling(self, what: str = "failed") -> Iterator[None]:
+        """Return a context for code of the plugin: ``plugin_call`` and ``naming_options`` together."""
+        with self.naming_options(), plugin_call(f"{self.title} {what}"):
+            yield
 
     @contextlib.contextmanager
     def naming_options(self) -> Iterator[None]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
 import math
 from collections.abc import Callable
 from typing import Any, Literal
 
 import attrs
+
+from nanochat_core.files import LONGEST_NAME, name_problem, shorten
 
 # What happens when a run is resumed with another value of the option.
 OnResume = Literal["free", "warn", "refuse"]
@@ -36,51 +39,83 @@ def option(
     return attrs.field(default=default, validator=validator, metadata=metadata)
 
 
-def one_of(*values: Any) -> Callable[[Any, Any, Any], None]:
+# The bound of numbers that have no other: whole numbers up to here are exact as floats too.
+MOST = 2**53
+
+Validator = Callable[[Any, Any, Any], None]
+
+
+def shown(value: Any) -> str:
+    """Return a value as TOML writes it, for a message: on one line, without control characters, cut if it is long."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    text = shorten(value)
+    if isinstance(value, str) and text.startswith("'"):
+        text = f'"{text[1:]}'
+        text = f'{text[:-1]}"' if text.endswith("'") else text
+    return text
+
+
+def one_of(*values: Any) -> Validator:
     """Validator: the value is one of ``values``."""
 
     def check(_: Any, attribute: Any, value: Any) -> None:
         if value not in values:
-            raise ValueError(f"must be one of {', '.join(map(repr, values))}, not {value!r}")
+            raise ValueError(f"must be one of {', '.join(map(repr, values))}, not {shown(value)}")
 
     return check
 
 
-def at_least(minimum: float) -> Callable[[Any, Any, Any], None]:
-    """Validator: the value, when it is a number, is at least ``minimum``."""
+def at_least(minimum: float, most: float = MOST, *, below: float = math.inf) -> Validator:
+    """Validator: the value, when it is a number, and each number of a list lies in [minimum, most].
 
+    Args:
+        most: an upper bound that no sensible value exceeds, so that nothing overflows or takes for ever.
+        below: the value must also be less than this, such as 1 for a decay rate.
+    """
+    return _bounds(lambda number: number >= minimum, f"must be at least {minimum}", most, below)
+
+
+def above(minimum: float, most: float = MOST) -> Validator:
+    """Validator: the value, when it is a number, and each number of a list lies in (minimum, most]."""
+    return _bounds(lambda number: number > minimum, f"must be greater than {minimum}", most)
+
+
+def between(low: float, high: float) -> Validator:
+    """Validator: the value, when it is a number, and each number of a list lies in [low, high]."""
+    return _bounds(lambda number: low <= number <= high, f"must lie between {low} and {high}")
+
+
+def _bounds(fits: Callable[[float], bool], must: str, most: float = math.inf, below: float = math.inf) -> Validator:
     def check(_: Any, attribute: Any, value: Any) -> None:
-        if isinstance(value, int | float) and not value >= minimum:
-            raise ValueError(f"must be at least {minimum}, not {value}")
+        for number in value if isinstance(value, tuple) else (value,):
+            if not isinstance(number, int | float) or isinstance(number, bool):
+                continue
+            if not fits(number):
+                raise ValueError(f"{must}, not {shown(number)}")
+            if number > most:
+                limit = f"{most:,}" if isinstance(most, int) else f"{most:g}"
+                raise ValueError(f"must be at most {limit}, not {shown(number)}")
+            if below < math.inf and not number < below:
+                raise ValueError(f"must be less than {below}, not {shown(number)}")
 
     return check
 
 
-def above(minimum: float) -> Callable[[Any, Any, Any], None]:
-    """Validator: the value, when it is a number, is greater than ``minimum``."""
-
-    def check(_: Any, attribute: Any, value: Any) -> None:
-        if isinstance(value, int | float) and not value > minimum:
-            raise ValueError(f"must be greater than {minimum}, not {value}")
-
-    return check
-
-
-def between(low: float, high: float) -> Callable[[Any, Any, Any], None]:
-    """Validator: the value, when it is a number, lies in [low, high]."""
-
-    def check(_: Any, attribute: Any, value: Any) -> None:
-        if isinstance(value, int | float) and not low <= value <= high:
-            raise ValueError(f"must lie between {low} and {high}, not {value}")
-
-    return check
+def one_line(_: Any, attribute: Any, value: Any) -> None:
+    """Validator: the value, when it is text, and each text of a list is one line that people can read."""
+    for text in value if isinstance(value, tuple) else (value,):
+        if isinstance(text, str) and not (len(text) <= LONGEST_NAME and text.isprintable() and text == text.strip()):
+            raise ValueError(
+                f"must be one line of at most {LONGEST_NAME} characters, without control characters and without blanks "
+                f"at its ends, not {shown(text)}"
+            )
 
 
-def plain_name(_: Any, attribute: Any, value: str) -> None:
-    if value != value.strip() or any(c in value for c in '/\\\0:"') or value.startswith("."):
-        raise ValueError(f"must be usable as a directory name, not {value!r}")
-
-
-def finite(_: Any, attribute: Any, value: Any) -> None:
-    if value is not None and not 0 < value < math.inf:
-        raise ValueError(f"must be a finite number greater than 0, not {value}")
+def file_name(_: Any, attribute: Any, value: Any) -> None:
+    """Validator: the value is empty, or may become the name of a file or directory."""
+    problem = name_problem(value) if value else ""
+    if problem:
+        raise ValueError(f"{problem}: {shown(value)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -12,7 +13,11 @@ import attrs
 import cattrs
 
 from nanochat_core.errors import PluginError, did_you_mean, mask_credentials
+from nanochat_core.files import expand_path
 from nanochat_core.plugins.choice import RESERVED, EntryKeys
+from nanochat_core.plugins.options import shown
+
+INTEGERS = range(-(2**63), 2**63)  # those that every reader of TOML can hold
 
 
 class Mismatch(ValueError):
@@ -44,30 +49,56 @@ def _strict(tp: Any) -> Callable[[Any, Any], Any]:
 
     def structure(value: Any, _: Any) -> Any:
         if tp is float and isinstance(value, int) and not isinstance(value, bool):
-            return float(value)
+            value = _as_float(value)
         if tp is Path and isinstance(value, str):
-            return Path(value).expanduser().absolute()
-        if isinstance(value, tp) and (tp is bool or not isinstance(value, bool)):
-            return value
-        shown = f'"{value}"' if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else value
-        raise Mismatch([((), f"must be {type_name(tp)}, not {shown}")])
+            return _as_path(value)
+        if not isinstance(value, tp) or (tp is not bool and isinstance(value, bool)):
+            raise Mismatch([((), f"must be {type_name(tp)}, not {shown(value)}")])
+        if tp is int and value not in INTEGERS:
+            raise Mismatch([((), f"must be an integer of 64 bits, not {shown(value)}")])
+        if tp is str and not _is_unicode(value):
+            raise Mismatch([((), f"must be valid Unicode, which TOML can hold, not {shown(value)}")])
+        return value
 
     return structure
 
 
+def _as_float(value: int) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        raise Mismatch([((), f"must be a number that a float can hold, not {shown(value)}")]) from None
+
+
+def _as_path(value: str) -> Path:
+    try:
+        return expand_path(value)
+    except ValueError as error:
+        raise Mismatch([((), str(error))]) from None
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _union_hook(tp: Any) -> Callable[[Any, Any], Any]:
+    members = [member for member in get_args(tp) if member is not type(None)]
+
     def structure(value: Any, _: Any) -> Any:
         if value is None and type(None) in get_args(tp):  # from a checkpoint; TOML has no None
             return None
-        for member in get_args(tp):
-            if member is type(None):
-                continue
+        if len(members) == 1:
+            return converter.structure(value, members[0])
+        for member in members:
             try:
                 return converter.structure(value, member)
             except Mismatch:
                 pass
-        shown = f'"{value}"' if isinstance(value, str) else value
-        raise Mismatch([((), f"must be {type_name(tp)}, not {shown}")])
+        raise Mismatch([((), f"must be {type_name(tp)}, not {shown(value)}")])
 
     return structure
 
@@ -77,8 +108,7 @@ def _literal_hook(tp: Any) -> Callable[[Any, Any], Any]:
         for allowed in get_args(tp):
             if value == allowed and type(value) is type(allowed):
                 return value
-        shown = f'"{value}"' if isinstance(value, str) else value
-        raise Mismatch([((), f"must be {type_name(tp)}, not {shown}")])
+        raise Mismatch([((), f"must be {type_name(tp)}, not {shown(value)}")])
 
     return structure
 
@@ -86,7 +116,7 @@ def _literal_hook(tp: Any) -> Callable[[Any, Any], Any]:
 def _list_hook(tp: Any) -> Callable[[Any, Any], Any]:
     def structure(value: Any, _: Any) -> Any:
         if not isinstance(value, list | tuple):
-            raise Mismatch([((), f"must be a {type_name(tp)}, not {value!r}")])
+            raise Mismatch([((), f"must be a {type_name(tp)}, not {shown(value)}")])
         return tuple(converter.structure(item, get_args(tp)[0]) for item in value)
 
     return structure
@@ -97,7 +127,7 @@ def _attrs_hook(cls: Any) -> Callable[[Any, Any], Any]:
 
     def structure(table: Any, _: Any) -> Any:
         if not isinstance(table, Mapping):
-            raise Mismatch([((), f"must be a table, not {table!r}")])
+            raise Mismatch([((), f"must be a table, not {shown(table)}")])
         problems: list[tuple[tuple[str, ...], str]] = []
         for key in table:
             if key not in fields:
@@ -113,24 +143,35 @@ def _attrs_hook(cls: Any) -> Callable[[Any, Any], Any]:
                 if field.validator is not None:
                     try:
                         field.validator(None, field, values[name])
-                    except (ValueError, TypeError) as error:
-                        problems.append(((name,), str(error.args[0]) if error.args else str(error)))
+                    except _BAD_VALUE as error:
+                        problems.append(((name,), _reason(error)))
             elif field.default is attrs.NOTHING:
                 problems.append(((name,), f"missing: give a value ({type_name(field.type)})"))
         if problems:
             raise Mismatch(problems)
         try:
             return cls(**values)  # runs __attrs_post_init__, where a class checks fields against each other
-        except (ValueError, TypeError) as error:
-            name, must, rest = str(error).partition(" must ")
+        except _BAD_VALUE as error:
+            name, must, rest = _reason(error).partition(" must ")
             if name in fields:  # "depth must be even" is about that field
                 raise Mismatch([((name,), f"{must.lstrip()}{rest}")]) from error
-            raise Mismatch([((), str(error))]) from error
+            raise Mismatch([((), _reason(error))]) from error
 
     return structure
 
 
-def _typed_fields(cls: type) -> dict[str, Any]:
+# What a validator raises for a value that it refuses, or that it can't compute with or look up.
+_BAD_VALUE = (ValueError, TypeError, ArithmeticError, OSError)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"can't be used: {error.strerror}"
+    return str(error.args[0]) if isinstance(error, ValueError | TypeError) and error.args else str(error)
+
+
+@functools.cache
+def _typed_fields(cls: type) -> Mapping[str, Any]:
     """Fields of an attrs class by name, their types resolved."""
     hints = typing.get_type_hints(cls)
     return {f.name: f.evolve(type=hints[f.name]) for f in attrs.fields(cls) if f.init}
@@ -156,7 +197,15 @@ converter = _make_converter()
 
 def fields_of(cls: type) -> dict[str, Any]:
     """Attributes of a config class by name: ``.type`` (resolved), ``.default``, ``.metadata["help"]``."""
-    return _typed_fields(cls)
+    return dict(_typed_fields(cls))
+
+
+def takes_text(tp: Any) -> bool:
+    """Whether values of a type are text, and never numbers or booleans."""
+    origin, args = get_origin(tp), get_args(tp)
+    if origin in (Union, types.UnionType):
+        return any(map(takes_text, args)) and not any(a in (bool, int, float) for a in args)
+    return tp in (str, Path)
 
 
 def to_plain(config: Any, keep_none: bool = False) -> dict[str, Any]:
@@ -201,13 +250,13 @@ def check_config_class(kind: str, name: str, config: type) -> None:
     if not (isinstance(config, type) and attrs.has(config)):
         raise PluginError(f"{where} must be an attrs class: decorate it with @attrs.frozen")
     try:
-        fields = _typed_fields(config)
+        fields = fields_of(config)
     except (NameError, KeyError) as error:
         raise PluginError(
             f"{where} has a field type that can't be resolved ({error}): import types at run time, "
             f"not under TYPE_CHECKING"
         ) from error
-    reserved = set(_typed_fields(RESERVED.get(kind, EntryKeys))) | {"remove"}
+    reserved = set(fields_of(RESERVED.get(kind, EntryKeys))) | {"remove"}
     for field in fields.values():
         if field.name in reserved:
             raise PluginError(f"{where} may not have a field {field.name!r}: the core uses that key; rename it")

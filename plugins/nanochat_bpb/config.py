@@ -35,7 +35,7 @@ class BpbConfig:
     """Options of ``bpb``."""
 
     eval_tokens: int = option(
-        20 * 524288, "tokens to evaluate of each split and set; fewer where it has fewer", validator=at_least(1)
+        20 * 524288, "tokens to evaluate of each split and set; fewer where it has fewer", validator=at_least(1, 10**15)
     )
     split: Literal["val", "train", "both", "none"] = option(
         "val", "split of the run's data to evaluate; the metric is named <split>/bpb"

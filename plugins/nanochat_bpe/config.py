@@ -22,13 +22,15 @@ class BPEConfig:
     vocab_size: int = option(
         32768,
         "number of tokens: 256 bytes, the merges, and nine special ones",
-        validator=at_least(BYTES + len(SPECIAL_TOKENS)),
+        validator=at_least(BYTES + len(SPECIAL_TOKENS), 2**24),
     )
     max_chars: int = option(
-        2_000_000_000, "number of characters of training documents to learn from", validator=at_least(1)
+        2_000_000_000, "number of characters of training documents to learn from", validator=at_least(1, 10**15)
     )
     doc_cap: int = option(
-        10_000, "number of characters of each document to learn from; the rest is ignored", validator=at_least(1)
+        10_000,
+        "number of characters of each document to learn from; the rest is ignored",
+        validator=at_least(1, 10**15),
     )
     pattern: str = option(PATTERN, "regular expression whose matches are the words; merges don't cross their ends")
     encoder: Literal["tiktoken", "gigatoken"] = option(

@@ -11,5 +11,7 @@ from nanochat_core import at_least, option
 class ConsoleConfig:
     """Options of ``console``."""
 
-    log_every: int = option(1, "steps between printed lines; the last step is always printed", validator=at_least(1))
+    log_every: int = option(
+        1, "steps between printed lines; the last step is always printed", validator=at_least(1, 10**12)
+    )
     progress: bool | Literal["auto"] = option("auto", "show a progress bar; auto: on a terminal, not in a pipe")

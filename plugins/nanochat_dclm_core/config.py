@@ -17,7 +17,7 @@ class CoreConfig:
     )
     tasks: tuple[str, ...] = option((), "labels of the tasks to evaluate; empty: all tasks in the bundle's core.yaml")
     max_per_task: int | Literal["all"] = option(
-        500, 'largest number of examples per task, or "all"', validator=at_least(1)
+        500, 'largest number of examples per task, or "all"', validator=at_least(1, 10**9)
     )
     max_len: Literal["unlimited", "model"] = option(
         "unlimited",
@@ -25,5 +25,5 @@ class CoreConfig:
         "their beginning",
     )
     batch_tokens: int | Literal["auto"] = option(
-        "auto", "tokens per forward pass; auto: 32768, on a CPU 4096", validator=at_least(1)
+        "auto", "tokens per forward pass; auto: 32768, on a CPU 4096", validator=at_least(1, 2**24)
     )

@@ -5,7 +5,7 @@ from typing import Literal
 
 import attrs
 
-from nanochat_core import above, at_least, one_of, option
+from nanochat_core import above, at_least, first_few, one_of, option
 
 SMEAR_CHANNELS, GATE_CHANNELS = 24, 12  # of the residual stream, inputs of the gates
 INITS = ("classic", "modern")
@@ -17,10 +17,10 @@ BACKENDS = ("auto", "matrix", "sdpa", "flex", "flash3")
 class GPTConfig:
     """Options of ``gpt``."""
 
-    depth: int = option(20, "number of blocks; determines the width too", validator=at_least(1))
-    aspect_ratio: int = option(64, "width per unit of depth", validator=at_least(1))
+    depth: int = option(20, "number of blocks; determines the width too", validator=at_least(1, 1024))
+    aspect_ratio: int = option(64, "width per unit of depth", validator=at_least(1, 2**14))
     head_dim: int = option(
-        128, "target size of an attention head; heads = ceil(width / head_dim)", validator=at_least(2)
+        128, "target size of an attention head; heads = ceil(width / head_dim)", validator=at_least(2, 2**14)
     )
     width_rounding: Literal["heads", "head_dim"] = option(
         "heads",
@@ -28,19 +28,21 @@ class GPTConfig:
         "every head has exactly that size",
         validator=one_of(*ROUNDINGS),
     )
-    n_head: int | Literal["auto"] = option("auto", 'query heads; "auto": ceil(width / head_dim)', validator=at_least(1))
+    n_head: int | Literal["auto"] = option(
+        "auto", 'query heads; "auto": ceil(width / head_dim)', validator=at_least(1, 2**16)
+    )
     n_kv_head: int | Literal["auto"] = option(
-        "auto", 'key and value heads, a divisor of n_head; "auto": as many as n_head', validator=at_least(1)
+        "auto", 'key and value heads, a divisor of n_head; "auto": as many as n_head', validator=at_least(1, 2**16)
     )
     vocab_size: int | Literal["auto"] = option(
         "auto",
         'number of tokens of the model, at least that of the tokenizer; "auto": that of the tokenizer',
-        validator=at_least(1),
+        validator=at_least(1, 2**24),
     )
-    softcap: float = option(15.0, "logits z become softcap x tanh(z / softcap); 0 is off", validator=at_least(0))
-    rope_base: float = option(10000.0, "base of the rotary frequencies", validator=above(0))
-    norm_eps: float = option(1e-6, "added to the mean square in every RMSNorm", validator=at_least(0))
-    qk_scale: float = option(1.0, "factor on queries and keys after their norm", validator=above(0))
+    softcap: float = option(15.0, "logits z become softcap x tanh(z / softcap); 0 is off", validator=at_least(0, 1e6))
+    rope_base: float = option(10000.0, "base of the rotary frequencies", validator=at_least(1, 1e12))
+    norm_eps: float = option(1e-6, "added to the mean square in every RMSNorm", validator=at_least(0, 1))
+    qk_scale: float = option(1.0, "factor on queries and keys after their norm", validator=above(0, 1e6))
     window_pattern: str = option(
         "L",
         "repeated over the layers: L attends to all earlier tokens, S to as many as window; the last layer is always L",
@@ -48,7 +50,7 @@ class GPTConfig:
     window: int | Literal["auto"] = option(
         "auto",
         'earlier tokens that an S layer attends to; "auto": max_seq_len / 4, rounded up to a multiple of 128',
-        validator=at_least(1),
+        validator=at_least(1, 2**24),
     )
     value_embeddings: bool = option(
         False, "in every second layer, counted back from the last, a gated embedding of the token is added to its value"
@@ -107,7 +109,7 @@ class GPTConfig:
         heads = natural if self.n_head == "auto" else self.n_head
         kv_heads = heads if self.n_kv_head == "auto" else self.n_kv_head
         if heads % kv_heads:
-            divisors = ", ".join(str(d) for d in range(1, heads + 1) if heads % d == 0)
+            divisors = first_few([str(d) for d in range(1, heads + 1) if heads % d == 0], 20)
             raise ValueError(f"n_kv_head must divide the {heads} query heads (one of {divisors}), not {kv_heads}")
         if self.width_rounding == "head_dim":
             if heads != natural:

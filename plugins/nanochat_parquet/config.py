@@ -1,19 +1,19 @@
 """Options of the data sources ``parquet``, ``hub_parquet``, ``fineweb_edu`` and ``climbmix``."""
 
-from pathlib import Path
 from typing import Any, Literal
 
 import attrs
 
-from nanochat_core import at_least, between, option
+from nanochat_core import at_least, between, expand_path, option
 
 COLUMN_HELP = "column of strings, one document per row; a null is an empty document"
 ON_ERROR_HELP = "effect of a row group or text that can't be read: fail ends the run; skip makes its documents empty"
 
 
-def _not_empty(_: Any, attribute: Any, value: Any) -> None:
+def _are_places(_: Any, attribute: Any, value: Any) -> None:
     if value in ((), ""):
         raise ValueError("must name a directory, file, pattern or URL")
+    _absolute(value)
 
 
 @attrs.frozen
@@ -23,7 +23,7 @@ class ParquetConfig:
     path: str | tuple[str, ...] = option(
         help="directory of *.parquet files, file, pattern such as data/*.parquet, or URL (http, https, s3, gs, "
         "or any other that fsspec knows); or a list of these",
-        validator=_not_empty,
+        validator=_are_places,
         on_resume="free",  # the fingerprint notices other data
     )
     text_column: str = option("text", COLUMN_HELP)
@@ -31,7 +31,7 @@ class ParquetConfig:
         None,
         "directory, file, pattern, URL or list of these, of the validation shards; all shards of path are for training "
         "then",
-        validator=_not_empty,
+        validator=_are_places,
         on_resume="free",
     )
     val_fraction: float | None = option(
@@ -53,7 +53,7 @@ def _absolute(path: Any) -> Any:
         return tuple(_absolute(part) for part in path)
     if path is None or "://" in str(path):
         return path
-    return str(Path(path).expanduser().absolute())
+    return str(expand_path(path))
 
 
 @attrs.frozen(kw_only=True)
@@ -64,11 +64,11 @@ class HubConfig:
         240,
         "number of training shards, from the first on (the last of the data set is for validation); each is fetched "
         "before it is needed",
-        validator=at_least(1),
+        validator=at_least(1, 10**6),
     )
     text_column: str = option("text", COLUMN_HELP)
     revision: str = option("main", "branch, tag or commit of the data set on the hub")
-    workers: int = option(4, "number of files fetched at the same time", validator=at_least(1), on_resume="free")
+    workers: int = option(4, "number of files fetched at the same time", validator=at_least(1, 256), on_resume="free")
     on_error: Literal["fail", "skip"] = option("fail", ON_ERROR_HELP, on_resume="warn")
 
 

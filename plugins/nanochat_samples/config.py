@@ -21,13 +21,17 @@ class SamplesConfig:
         ),
         "texts to continue, each as the start of a document",
     )
-    max_new_tokens: int = option(16, "largest number of new tokens; fewer if the document ends", validator=at_least(1))
-    temperature: float = option(0.0, "softmax temperature; 0 takes the most likely token", validator=at_least(0))
+    max_new_tokens: int = option(
+        16, "largest number of new tokens; fewer if the document ends", validator=at_least(1, 10**6)
+    )
+    temperature: float = option(0.0, "softmax temperature; 0 takes the most likely token", validator=at_least(0, 1e6))
     top_k: int | None = option(
-        None, "sample among this many most likely tokens; default: among all", validator=at_least(1)
+        None, "sample among this many most likely tokens; default: among all", validator=at_least(1, 2**24)
     )
     num_sampled: int = option(
-        0, "number of additional continuations of each prompt, sampled at sampled_temperature", validator=at_least(0)
+        0,
+        "number of additional continuations of each prompt, sampled at sampled_temperature",
+        validator=at_least(0, 1000),
     )
-    sampled_temperature: float = option(0.8, "temperature of the additional continuations", validator=above(0))
+    sampled_temperature: float = option(0.8, "temperature of the additional continuations", validator=above(0, 1e6))
     seed: int = option(42, "seed of sampling, equal for all prompts", validator=between(0, 2**63 - 1))

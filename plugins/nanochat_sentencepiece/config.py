@@ -22,7 +22,7 @@ class SentencePieceConfig:
     vocab_size: int | None = option(
         None,
         "number of tokens: <unk>, 256 bytes, the pieces, nine special ones; default 32768, or that of model_file",
-        validator=at_least(LEAST + 1),
+        validator=at_least(LEAST + 1, 2**24),
     )
     model_file: Path | None = option(
         None,
@@ -35,10 +35,12 @@ class SentencePieceConfig:
         0.9995, "share of the text's characters that get their own piece", validator=between(0.9, 1)
     )
     max_chars: int = option(
-        200_000_000, "number of characters of training documents to learn from", validator=at_least(1)
+        200_000_000, "number of characters of training documents to learn from", validator=at_least(1, 10**15)
     )
     doc_cap: int = option(
-        10_000, "number of characters of each document to learn from; the rest is ignored", validator=at_least(1)
+        10_000,
+        "number of characters of each document to learn from; the rest is ignored",
+        validator=at_least(1, 10**15),
     )
 
     def __attrs_post_init__(self) -> None:

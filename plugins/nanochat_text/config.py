@@ -1,16 +1,16 @@
 """Options of the data sources ``jsonl`` and ``text``."""
 
-from pathlib import Path
 from typing import Any, Literal
 
 import attrs
 
-from nanochat_core import between, option
+from nanochat_core import between, expand_path, option
 
 
-def _not_empty(_: Any, attribute: Any, value: Any) -> None:
+def _are_places(_: Any, attribute: Any, value: Any) -> None:
     if value in ((), ""):
         raise ValueError("must name a directory, file or pattern")
+    _absolute(value)
 
 
 def _one_line(_: Any, attribute: Any, value: Any) -> None:
@@ -23,14 +23,15 @@ class FilesConfig:
     """Options that both sources share."""
 
     path: str | tuple[str, ...] = option(
-        help="directory, file, or pattern such as notes/**/*.md; or a list of these; .gz and .zst are decompressed",
-        validator=_not_empty,
+        help="directory, file, or pattern such as notes/**/*.md; or a list of these; .gz, .bz2, .xz and .zst are "
+        "decompressed",
+        validator=_are_places,
         on_resume="free",  # the fingerprint notices other data
     )
     val_path: str | tuple[str, ...] | None = option(
         None,
         "directory, file, pattern or list of these, for validation; all documents of path are for training then",
-        validator=_not_empty,
+        validator=_are_places,
         on_resume="free",
     )
     val_fraction: float = option(
@@ -52,7 +53,7 @@ class FilesConfig:
 def _absolute(path: Any) -> Any:
     if path is None:
         return None
-    return tuple(map(_absolute, path)) if isinstance(path, tuple) else str(Path(path).expanduser().absolute())
+    return tuple(map(_absolute, path)) if isinstance(path, tuple) else str(expand_path(path))
 
 
 @attrs.frozen(kw_only=True)

@@ -170,7 +170,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body[: len(body) // 2])
             self.wfile.flush()
             if fault == "stall":
-                self.server.stalled.wait(30)
+                self.server.stalled.wait(60)
             self.close_connection = True
             return
         try:

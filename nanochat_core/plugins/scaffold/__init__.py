@@ -9,6 +9,7 @@ from pathlib import Path
 import attrs
 
 from nanochat_core.errors import ConfigError
+from nanochat_core.files import shorten
 from nanochat_core.plugins.distribution import NAME
 from nanochat_core.plugins.hookspecs import HOOK_API
 
@@ -51,9 +52,10 @@ def write_package(kind: str, name: str, directory: Path | None) -> Path:
     Raises:
         ConfigError: when the name or the directory can't be used.
     """
-    if not re.fullmatch(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*", name):
+    if len(name) > 60 or not re.fullmatch(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*", name):
         raise ConfigError(
-            f"{name!r} can't be a plugin's name: use lower-case letters, digits, - and _, with a letter first"
+            f"{shorten(name)} can't be a plugin's name: use at most 60 lower-case letters, digits, - and _, with a "
+            f"letter first"
         )
     distribution = f"nanochat-{name.replace('_', '-')}"
     if distribution == NAME:
