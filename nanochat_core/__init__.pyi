@@ -26,6 +26,7 @@ from .errors import Problem as Problem
 from .errors import DataError as DataError
 from .errors import CheckpointError as CheckpointError
 from .errors import PluginError as PluginError
+from .errors import mask_credentials as mask_credentials
 
 # Types that several interfaces share.
 from .interfaces.types import Tokens as Tokens

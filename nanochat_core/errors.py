@@ -3,9 +3,27 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import attrs
+
+# In an address: user name and password, and the values of parameters with such names.
+_USERINFO = re.compile(r"([a-zA-Z][\w+.-]*://)(?:[^\s/'\"?#]*|[^\s/'\"@:]*:(?!\d+/)[^\s'\"@]*)@")
+_NAMES = "secret|token|passw|pwd|signature|credential|auth|access_?-?key|access_?-?id|api_?-?key|session"
+_PARAMETER = re.compile(
+    rf"([?&;](?:[\w.-]*(?:{_NAMES})[\w.-]*|key|sig|x-(?:amz|goog)-[\w-]+)=)[^\s&;'\"#]*", re.IGNORECASE
+)
+
+
+def mask_credentials(text: str) -> str:
+    """Return ``text`` in which ``***`` takes the place of credentials in addresses, as in ``s3://***@bucket``.
+
+    Whatever is written, printed or sent passes through it: messages, the files of a run, and what loggers get.
+    """
+    if "://" in text:
+        text = _USERINFO.sub(r"\1***@", text)
+    return _PARAMETER.sub(r"\1***", text) if "=" in text else text
 
 
 @attrs.frozen
@@ -19,8 +37,8 @@ class Problem:
     """
 
     key: str
-    message: str
-    where: str = ""
+    message: str = attrs.field(converter=mask_credentials)
+    where: str = attrs.field(default="", converter=mask_credentials)
 
     def __str__(self) -> str:
         return ": ".join(part for part in (_cut(self.where, 300), _cut(self.key, 200), _cut(self.message)) if part)

@@ -16,15 +16,32 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from nanochat_core.errors import ConfigError, Problem
+
 if TYPE_CHECKING:
     from filelock import AcquireReturnProxy
 
 
 def cache_dir() -> Path:
-    """Return the directory of downloads and derived data: ``NANOCHAT_HOME`` or ``~/.cache/nanochat``; create it."""
-    path = Path(os.environ.get("NANOCHAT_HOME") or Path.home() / ".cache" / "nanochat").expanduser()
-    path.mkdir(parents=True, exist_ok=True)
-    return path
+    """Return the directory of downloads and derived data: ``NANOCHAT_HOME`` or ``~/.cache/nanochat``; create it.
+
+    Raises:
+        ConfigError: when it can't be made or written, or there is no home directory.
+    """
+    given = os.environ.get("NANOCHAT_HOME")
+    try:
+        path = Path(given or "~/.cache/nanochat").expanduser().absolute()
+        path.mkdir(parents=True, exist_ok=True)
+        if os.access(path, os.W_OK | os.X_OK):
+            return path
+        reason = f"{path} can't be written"
+    except OSError as error:
+        reason = f"{error.filename or given} can't be made a directory ({error.strerror})"
+    except RuntimeError:
+        reason = f"{given or '~'} begins with a home directory that is not known"
+    begin = "names no usable directory" if given else "is not set"
+    message = f"{begin}: {reason}; set it to a directory that you can write, for downloads and caches"
+    raise ConfigError([Problem("", message, "the environment variable NANOCHAT_HOME")])
 
 
 # Names in a run directory that packages below ``runs`` use; ``runs/directory.py`` has the others.

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from nanochat_core import __version__
+from nanochat_core.cli.streams import drop_output, finish_output, prepare_streams
 from nanochat_core.distributed.signals import Interrupted, interruptible_command
 from nanochat_core.errors import NanochatError, PassesPlugins, Problem
 from nanochat_core.files import expand_path, shorten
@@ -26,6 +27,8 @@ ENVIRONMENT = {
     "THP_MEM_ALLOC_ENABLE": "1",
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
 }
+
+UNWRITTEN = 2  # exit code of a command whose output could not be written
 
 COMMANDS = {
     "run": "train an experiment",
@@ -56,8 +59,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     moved, replaced or deleted while it trained, 6 when the last step of a run could not be saved, 75 when a signal
     stopped the run, 130 after Ctrl-C. ``run`` with several processes returns the code of the process that failed first.
     """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    prepare_streams(goes_on=_goes_on(arguments))
     with interruptible_command():
-        return _main(list(sys.argv[1:] if argv is None else argv))
+        return _main(arguments)
+
+
+def _goes_on(arguments: list[str]) -> bool:
+    """Whether the command does its work also when its output is lost: its results are on disk."""
+    return arguments[:1] in (["run"], ["eval"])
 
 
 def _main(arguments: list[str]) -> int:
@@ -84,16 +94,14 @@ def _main(arguments: list[str]) -> int:
             code = importlib.import_module(modules[options.command]).main(options, arguments)
             if code is not None and (isinstance(code, bool) or not isinstance(code, int)):
                 raise TypeError(f"main() must return an exit code, not {shorten(code)}")
-        try:
-            sys.stdout.flush()
-        except OSError:
-            _drop_stdout()
+        if finish_output() and not code and not _goes_on(arguments):
+            return UNWRITTEN
         return code or 0
     except NanochatError as error:
         print(error, file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:  # the reader of the pipe, such as head, has ended
-        _drop_stdout()
+        drop_output()
         return 0
     except Interrupted:
         return 130
@@ -133,11 +141,6 @@ def _command(name: str, modules: Mapping[str, str]) -> Iterator[None]:
             if ended.code is not None and not isinstance(ended.code, int):
                 raise
             raise _Exit(ended.code or 0) from ended
-
-
-def _drop_stdout() -> None:
-    """Discard what is still buffered, so that Python does not fail when it flushes stdout at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _plugin_commands(arguments: Sequence[str], modules: dict[str, str]) -> dict[str, str]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import attrs
 
-from nanochat_core.errors import NanochatError
+from nanochat_core.errors import NanochatError, mask_credentials
 
 
 @attrs.frozen
@@ -18,7 +18,7 @@ class Origin:
         layer: 0 for the innermost base file, rising towards ``--set``; -1 for defaults.
     """
 
-    text: str
+    text: str = attrs.field(converter=mask_credentials)  # the text of --set may be an address
     layer: int = -1
 
     def kept_from(self, run: str) -> Origin:

@@ -27,6 +27,11 @@ class Run:
     project: str = option("nanochat", "project that loggers file the run under", validator=one_line)
     group: str = option("", "group of runs that belong together, such as the arms of an ablation", validator=one_line)
     tags: tuple[str, ...] = option((), "tags for loggers", validator=one_line)
+    share_environment: bool = option(
+        False,
+        "let loggers tell their services the host name, git remote, command and list of packages of this machine",
+        on_resume="free",
+    )
 
 
 @attrs.frozen

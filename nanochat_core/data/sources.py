@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any, overload
 
-from nanochat_core.files import cache_dir, shorten
+from nanochat_core.files import shorten
 from nanochat_core.interfaces.data_source import DataContext, DataSource
 from nanochat_core.interfaces.types import Split
 from nanochat_core.plugins.choice import Choice
@@ -22,7 +22,7 @@ def build_source(choice: Choice) -> DataSource:
         PluginError: when the factory returns something else.
         NanochatError: from the factory, about its options or the data.
     """
-    source = choice.build(DataContext(cache_dir=cache_dir()))
+    source = choice.build(DataContext())
     if not isinstance(source, DataSource):
         raise choice.breaks(f"the factory must return a nanochat_core.DataSource, not {shorten(source)}")
     return _CheckedSource(choice, source)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import attrs
 
+from nanochat_core.files import cache_dir
 from nanochat_core.interfaces.types import Split
 
 
@@ -17,10 +18,19 @@ class DataContext:
     """The context that the factory of a data source receives.
 
     Args:
-        cache_dir: an existing directory for files that are kept between runs (downloads, extracted text).
+        cache_dir: the directory of ``files.cache_dir`` if it is not given.
     """
 
-    cache_dir: Path
+    _cache_dir: Path | None = None
+
+    @property
+    def cache_dir(self) -> Path:
+        """An existing directory for files that are kept between runs (downloads, extracted text).
+
+        Raises:
+            ConfigError: when there is none that can be written. A source that keeps nothing does not ask for it.
+        """
+        return self._cache_dir or cache_dir()
 
 
 class DataSource(ABC):

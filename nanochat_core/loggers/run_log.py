@@ -14,7 +14,7 @@ from typing import IO, Literal
 import attrs
 from tqdm import tqdm
 
-from nanochat_core.errors import CheckpointError, PluginError
+from nanochat_core.errors import CheckpointError, PluginError, mask_credentials
 from nanochat_core.interfaces.logger import Logger, LoggerContext
 from nanochat_core.loggers.process import LoggerProcess
 from nanochat_core.loggers.progress import Job
@@ -130,7 +130,7 @@ class Logs:
         """Print a line to stdout and ``log.txt``; on other ranks, to their log."""
         if self._prints:
             with contextlib.suppress(OSError):  # the terminal or the reader of the pipe is gone: no reason to stop
-                tqdm.write(line)  # goes around a progress bar
+                tqdm.write(mask_credentials(line))  # goes around a progress bar
                 sys.stdout.flush()
         self.note(line)
 
@@ -138,7 +138,7 @@ class Logs:
         """Write a line to the log only."""
         if self._text is not None:
             with contextlib.suppress(OSError):  # a full disk
-                print(line, file=self._text, flush=True)
+                print(mask_credentials(line), file=self._text, flush=True)
 
     def record(self, step: int, values: dict[str, float | str]) -> None:
         """Append a record to the ledger. A logger in this process that raises is reported once and not called again;

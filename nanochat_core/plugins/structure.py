@@ -12,7 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import attrs
 import cattrs
 
-from nanochat_core.errors import PluginError, did_you_mean
+from nanochat_core.errors import PluginError, did_you_mean, mask_credentials
 from nanochat_core.files import expand_path
 from nanochat_core.plugins.choice import RESERVED, EntryKeys
 from nanochat_core.plugins.options import shown
@@ -211,7 +211,8 @@ def takes_text(tp: Any) -> bool:
 def to_plain(config: Any, keep_none: bool = False) -> dict[str, Any]:
     """Return a config as plain data for TOML or JSON: lists for tuples, str for paths.
 
-    Options that are None are left out unless ``keep_none``, because TOML has no None.
+    Credentials in addresses are masked: see ``mask_credentials``. Options that are None are left out unless
+    ``keep_none``, because TOML has no None.
     """
     if isinstance(config, Mapping):
         return dict(config)
@@ -221,7 +222,7 @@ def to_plain(config: Any, keep_none: bool = False) -> dict[str, Any]:
             return to_plain(value, keep_none)
         if isinstance(value, tuple | list):
             return [plain(v) for v in value]
-        return str(value) if isinstance(value, Path) else value
+        return mask_credentials(str(value)) if isinstance(value, Path | str) else value
 
     values = {f.name: getattr(config, f.name) for f in attrs.fields(type(config)) if f.init}
     return {name: plain(value) for name, value in values.items() if keep_none or value is not None}

@@ -14,6 +14,7 @@ from typing import Any
 
 from nanochat_core import __version__
 from nanochat_core.config.origins import Origin
+from nanochat_core.errors import mask_credentials
 from nanochat_core.plugins.distribution import NAME
 
 
@@ -41,7 +42,7 @@ def provenance(
     packages = {NAME: __version__, "numpy": importlib.metadata.version("numpy")}
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": sys.argv,
+        "command": [mask_credentials(argument) for argument in sys.argv],
         "code": describe_code(),
         "plugins": dict(distributions),
         "packages": packages,

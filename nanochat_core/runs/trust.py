@@ -9,7 +9,7 @@ from typing import Any
 
 import attrs
 
-from nanochat_core.errors import ConfigError
+from nanochat_core.errors import ConfigError, mask_credentials
 from nanochat_core.files import shorten
 from nanochat_core.plugins.choice import Choice
 from nanochat_core.runs.directory import RunDirectory
@@ -46,7 +46,7 @@ def require_trust(
         f"have written its files. {command} would\n{would}\n"
     )
     if sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty():
-        print(f"{message}Go on? [y/N] ", end="", file=sys.stderr, flush=True)
+        print(f"{mask_credentials(message)}Go on? [y/N] ", end="", file=sys.stderr, flush=True)
         if sys.stdin.readline().strip().lower() in ("y", "yes"):
             return
         raise ConfigError(f"nothing was done; read {run.experiment} first, and add --trust if you trust it")

@@ -199,6 +199,12 @@ def find(places: str | Iterable[str], key: str) -> list[File]:
     local = []
     for place in [places] if isinstance(places, str) else places:
         scheme = urlsplit(place).scheme if "://" in place else ""
+        if scheme and ("://***@" in place or "=***" in place):
+            raise DataError(
+                f"{place}: the credentials in this address are not kept in a run; give the whole address, as in "
+                f"--set data.{key}=...",
+                key=key,
+            )
         if scheme in ("http", "https"):
             files.append(_http_file(place))
         elif scheme and scheme != "file":

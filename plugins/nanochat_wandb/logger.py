@@ -18,6 +18,14 @@ from nanochat_core import Logger, LoggerContext, metrics_and_texts
 from nanochat_wandb.config import WandbConfig
 
 _PROBE_SECONDS = 5.0
+# Settings with which wandb tells nothing about this machine, the working directory and the command.
+PRIVATE: Mapping[str, Any] = {
+    "disable_code": True,
+    "disable_git": True,
+    "host": "not shared",
+    "x_disable_meta": True,
+    "x_save_requirements": False,
+}
 
 # Don't share the service of a parent process, such as a sweep's agent: it has other runs and may end earlier.
 os.environ.pop("WANDB_SERVICE", None)
@@ -63,6 +71,8 @@ class Wandb(Logger):
             settings["x_disable_stats"] = True
         else:
             settings["x_stats_pid"] = os.getppid()  # the training process, not this one
+        if not context.experiment.get("run", {}).get("share_environment", False):
+            settings |= PRIVATE
         known = {k: v for k, v in settings.items() if k in wandb.Settings.model_fields}
         run_id = re.sub(r"[^A-Za-z0-9_-]+", "-", f"{context.name}-{context.id}")[-100:]
         seed = context.experiment.get("train", {}).get("seed")

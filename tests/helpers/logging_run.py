@@ -21,11 +21,12 @@ class Run:
         self.directory = directory / "runs" / "mine" / "1"
         self.directory.mkdir(parents=True)
         self.logs = Logs(RunDirectory(self.directory))
+        self.experiment: dict[str, Any] = {}
 
     def start(self, plugin: str = "moody", timeout: float = 300.0, start_step: int = 0, **options: Any) -> Run:
         entry = load_plugins()["logger"].get(plugin)
         assert entry is not None
-        context = LoggerContext(self.directory, "mine", "1", "nanochat", "", (), {}, 10, start_step)
+        context = LoggerContext(self.directory, "mine", "1", "nanochat", "", (), self.experiment, 10, start_step)
         self.logs.open()
         self.logs.open_ledger()
         choice = Choice(LoggerKeys(plugin, plugin, timeout), entry, entry.config(**options))

@@ -112,6 +112,25 @@ def test_a_preempted_run_says_so(tmp_path: Path) -> None:
     assert any(r.get("summary", {}).get("update", {}).get("status") == "preempted" for r in only)
 
 
+@pytest.mark.parametrize("share", [False, True])
+def test_the_environment_is_told_only_if_the_experiment_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: bool
+) -> None:
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    subprocess.run(["git", "-C", tmp_path, "remote", "add", "origin", "https://host/our-remote.git"], check=True)
+    who = ["-c", "user.name=x", "-c", "user.email=x@y"]
+    subprocess.run(["git", "-C", tmp_path, *who, "commit", "-q", "--allow-empty", "-m", "x"], check=True)
+    monkeypatch.chdir(tmp_path)
+    run = Run(tmp_path)
+    run.experiment = {"run": {"share_environment": share}}
+    run.start("wandb", timeout=60.0, mode="offline").train(0).finish()
+    (only,) = records(run.directory)
+    told = json.dumps(only)
+    files = [path.name for path in run.directory.rglob("wandb/offline-run-*/files/*")]
+    facts = [socket.gethostname() in told, sys.executable in told, "our-remote" in told, "requirements.txt" in files]
+    assert facts == [share] * 4
+
+
 class Refusing(http.server.BaseHTTPRequestHandler):
     """Knows no key."""
 

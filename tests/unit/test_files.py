@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from nanochat_core import file_sha256, first_few, open_atomic, write_atomic
-from nanochat_core.files import is_locked, lock_file
+from nanochat_core.errors import ConfigError
+from nanochat_core.files import cache_dir, is_locked, lock_file
 
 
 def test_an_atomic_write_replaces_the_file_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -121,3 +122,34 @@ def test_a_file_that_was_deleted_while_it_was_locked_is_no_lock_any_more(tmp_pat
         path.unlink()
         with lock_file(path, timeout=0):
             assert is_locked(path)
+
+
+@pytest.mark.parametrize("place", ["a file", "a file/below", "/proc/none", "~nobody-here/x", "read only", "x" * 5000])
+def test_a_cache_that_can_not_be_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a file").touch()
+    (tmp_path / "read only").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path).name != "read only")  # root may write everywhere
+    monkeypatch.setenv("NANOCHAT_HOME", place)
+    with pytest.raises(
+        ConfigError, match=r"^the environment variable NANOCHAT_HOME: names no usable directory: "
+    ) as error:
+        cache_dir()
+    assert "set it to a directory that you can write" in str(error.value)
+
+
+def test_a_cache_without_a_home_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NANOCHAT_HOME")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", _nobody)
+    with pytest.raises(
+        ConfigError, match=r"NANOCHAT_HOME: is not set: ~ begins with a home directory that is not known"
+    ):
+        cache_dir()
+    monkeypatch.setenv("HOME", "/proc")
+    with pytest.raises(ConfigError, match=r"NANOCHAT_HOME: is not set: /proc/.* can't be made a directory"):
+        cache_dir()
+
+
+def _nobody(uid: int) -> None:
+    raise KeyError(uid)

@@ -444,3 +444,15 @@ def test_sampling_from_a_run_without_checkpoint(trained: Trained, tmp_path: Path
     result = call("sample", "tiny", "x", "--runs-dir", tmp_path)
     assert result.code == 2
     assert "has no sound checkpoint" in result.err
+
+
+def test_without_a_cache_what_needs_none_works(tiny, tmp_path, monkeypatch):
+    (tmp_path / "a file").touch()
+    monkeypatch.setenv("NANOCHAT_HOME", str(tmp_path / "a file"))
+    for command in ("show", "plan", "data info"):
+        result = call(*command.split(), tiny)
+        assert result.code == 0, result.err
+    refused = call("run", tiny, "--runs-dir", tmp_path / "runs")
+    assert refused.code == 2
+    assert "NANOCHAT_HOME: names no usable directory" in refused.err
+    assert not (tmp_path / "runs").exists()
