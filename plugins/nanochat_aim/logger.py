@@ -6,13 +6,14 @@ import contextlib
 import json
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import psutil
 from aim import Repo, Run, Text
 
 from nanochat_aim.config import AimConfig
-from nanochat_core import Logger, LoggerContext, metrics_and_texts
+from nanochat_core import Logger, LoggerContext, lock_file, metrics_and_texts
 
 
 class Aim(Logger):
@@ -27,8 +28,10 @@ class Aim(Logger):
     def __init__(self, config: AimConfig, context: LoggerContext) -> None:
         self.context = context
         self.repo = config.repo or str(context.directory.parents[1])
-        if not Repo.is_remote_path(self.repo) and not Repo.exists(self.repo):
-            Repo.from_path(self.repo, init=True)
+        if not Repo.is_remote_path(self.repo):
+            with lock_file(Path(self.repo) / ".aim_repository.lock"):  # two runs may find that there is none
+                if not Repo.exists(self.repo):
+                    Repo.from_path(self.repo, init=True)
         record_file = context.directory / "aim_run.json"
         known: dict[str, str] = json.loads(record_file.read_text(encoding="utf-8")) if record_file.exists() else {}
         run: Any = Run(
