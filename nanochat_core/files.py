@@ -140,7 +140,7 @@ def directory_problem(path: Path) -> str:
     for there in (path, *path.parents):
         try:
             status = there.stat()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             continue
         except (OSError, ValueError) as error:
             return f"{there} can't be used ({getattr(error, 'strerror', None) or error})"
