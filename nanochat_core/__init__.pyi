@@ -66,6 +66,7 @@ from .interfaces.evaluator import Evaluation as Evaluation
 # Logger
 from .interfaces.logger import Logger as Logger
 from .interfaces.logger import LoggerContext as LoggerContext
+from .interfaces.logger import RunLabels as RunLabels
 from .interfaces.logger import metrics_and_texts as metrics_and_texts
 
 # The rest is help that a plugin may use or leave.
@@ -120,6 +121,7 @@ from .training.gradients import GradientReducer as GradientReducer
 # Machines and files.
 from .files import cache_dir as cache_dir
 from .files import expand_path as expand_path
+from .files import directory_problem as directory_problem
 from .files import file_sha256 as file_sha256
 from .files import first_few as first_few
 from .files import open_regular as open_regular

@@ -192,6 +192,21 @@ def read_json(path: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
     return content
 
 
+def directory_problem(path: Path) -> str:
+    """Return why files can't be written into the directory ``path``, which need not exist; empty if they can."""
+    for there in (path, *path.parents):
+        try:
+            status = there.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except (OSError, ValueError) as error:
+            return f"{there} can't be used ({getattr(error, 'strerror', None) or error})"
+        if not stat.S_ISDIR(status.st_mode):
+            return f"{there} is not a directory"
+        return "" if os.access(there, os.W_OK | os.X_OK) else f"{there} is not writable"
+    return f"{path} can't be used"
+
+
 # ---------------------------------------------------------------------------------------------------------- writing
 
 

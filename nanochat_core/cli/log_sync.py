@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="KEY=VALUE",
         dest="options",
-        help="an option of that logger, as in --set mode=online; may be repeated",
+        help="an option of that logger, as in --set mode=online, or of [run], as in --set run.tags=[]; may be repeated",
     )
     add_runs_dir(parser)
     add_trust(parser)
@@ -59,20 +59,28 @@ def _load(run: RunDirectory, plugins: Plugins, name: str, options: Sequence[str]
         ConfigError: when the logger or one of its libraries is not installed, or an option is wrong.
         PluginError: when the logger shows a run only while it is trained.
     """
+    import attrs
+
     from nanochat_core.config.load import Tables
     from nanochat_core.errors import ConfigError, PluginError
+    from nanochat_core.interfaces.logger import RunLabels
     from nanochat_core.runs.restore import load_recorded
 
     experiment = load_recorded(run, plugins).experiment
     is_new = name not in [choice.name for choice in experiment.loggers]
     added = [Tables({"loggers": {name: {"plugin": name}}}, f"--to {name}")] if is_new else []
-    loaded = load_recorded(run, plugins, [f"loggers.{name}.{option}" for option in options], added)
+    overrides = [option if option.startswith("run.") else f"loggers.{name}.{option}" for option in options]
+    loaded = load_recorded(run, plugins, overrides, added)
     missing = [problem for problem in loaded.missing if f"{problem.key}.".startswith(f"loggers.{name}.")]
     if missing:
         raise ConfigError(missing)
     (choice,) = (choice for choice in loaded.experiment.loggers if choice.name == name)
     if choice.entry is not None and choice.entry.in_process:
         raise PluginError(f"logger {name!r} shows a run while it is trained: nothing can be sent to it afterwards")
+    experiment = attrs.evolve(experiment, run=loaded.experiment.run)
+    labels = RunLabels(run.name, experiment.run.project, experiment.run.group, experiment.run.tags)
+    if problems := choice.backend_problems(labels):
+        raise ConfigError([attrs.evolve(p, message=f"{p.message}; give another one with --set") for p in problems])
     return experiment, choice
 
 

@@ -87,6 +87,13 @@ class ModelFacts:
         self._modules = [(module, _tables_of(module)) for module in model.modules()]
         self._parameters = {name: _facts_of(p) for name, p in model.named_parameters()}
         self._buffers = [(b, b.detach().clone(), b._version) for b in _persistent_buffers(model)]
+        # Tables that are not saved may grow during an evaluation, but not change their dtype.
+        self._tables = [
+            (module, name, buffer)
+            for module in model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None and name in module._non_persistent_buffers_set
+        ]
         self._sample = self._sampled()
 
     def put_back(self) -> tuple[list[str], list[str]]:
@@ -109,6 +116,11 @@ class ModelFacts:
                 lost.append(name)
             elif facts.grad is not None and facts.grad._version != facts.grad_version:
                 lost.append(f"gradient of {name}")
+        for module, name, before_it in self._tables:
+            now = module._buffers.get(name)
+            if now is None or (now.dtype, now.device) != (before_it.dtype, before_it.device):
+                changed.add("buffers")
+                module._buffers[name] = before_it
         for buffer, copy, version in self._buffers:
             if buffer._version != version:
                 changed.add("buffers")

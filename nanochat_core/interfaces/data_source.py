@@ -9,7 +9,7 @@ from pathlib import Path
 
 import attrs
 
-from nanochat_core.files import cache_dir
+from nanochat_core.files import cache_dir, shorten
 from nanochat_core.interfaces.types import Split
 
 
@@ -47,7 +47,9 @@ class DataSource(ABC):
     def fingerprint(self, split: Split) -> str:
         """Return a hex digest of the split's content. The default reads every document; override it if that is slow."""
         digest = hashlib.sha256()
-        for document in self.documents(split):
+        for index, document in enumerate(self.documents(split)):
+            if not isinstance(document, str):
+                raise TypeError(f"document {index} of {split!r} must be a str, not {shorten(document)}")
             data = document.encode("utf-8", errors="surrogatepass")
             digest.update(len(data).to_bytes(8, "little") + data)
         return digest.hexdigest()

@@ -25,6 +25,16 @@ def metrics_and_texts(record: Mapping[str, Any]) -> tuple[dict[str, float], dict
 
 
 @attrs.frozen
+class RunLabels:
+    """What a run is called, for the check of a logger before it: ``name``, and the options of ``[run]``."""
+
+    name: str
+    project: str
+    group: str
+    tags: tuple[str, ...]
+
+
+@attrs.frozen
 class LoggerContext:
     """The context that the factory of a logger receives, once per run and only on rank 0.
 

@@ -3,6 +3,7 @@ follows the ledger, so that one that raises, hangs or dies never touches trainin
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import math
@@ -17,6 +18,7 @@ from nanochat_core.errors import PluginError
 from nanochat_core.files import JSON_LIMIT, read_regular, write_atomic
 from nanochat_core.interfaces.logger import Logger, LoggerContext, metrics_and_texts
 from nanochat_core.plugins import hookspecs
+from nanochat_core.plugins.calls import describe
 from nanochat_core.plugins.choice import Choice, LoggerKeys
 from nanochat_core.plugins.discovery import load_plugins
 from nanochat_core.plugins.registry import Entry
@@ -79,11 +81,12 @@ class Observer(Logger):
             known = {"context": self.context, **arguments}
             try:
                 function(**{name: known[name] for name in inspect.signature(function).parameters})
-            except Exception as error:
-                traceback.print_exc()
+            except BaseException as error:  # a library may call sys.exit
+                with contextlib.suppress(Exception):
+                    traceback.print_exc()
                 self.failures += 1
                 if self.failures == 1:
-                    self.context.report(f"{hook.__name__} failed, training continues: {type(error).__name__}: {error}")
+                    self.context.report(f"{hook.__name__} failed, training continues: {describe(error)}")
 
 
 def _names_in(memory: Path) -> list[str]:

@@ -17,9 +17,11 @@ import attrs
 
 from nanochat_core.distributed.environment import python_command, python_environment
 from nanochat_core.loggers.progress import Job, Progress, progress_file
-from nanochat_core.loggers.worker import CANT_START, INCOMPLETE
+from nanochat_core.loggers.worker import CANT_START, COMPLETE, INCOMPLETE
 from nanochat_core.runs.directory import RunDirectory
 from nanochat_core.runs.ledger import read_ledger
+
+MOST_UNREAD = 2**20  # bytes
 
 _DOING = {"start": "to start", "log": "over one record", "finish": "to send the rest and finish"}
 
@@ -39,7 +41,8 @@ class LoggerProcess:
     _messages: int = attrs.field(init=False)
     _buffer: bytes = attrs.field(default=b"", init=False)
     _phase: str = attrs.field(default="start", init=False)
-    _overdue: bool = attrs.field(default=False, init=False)  # killed here, because it had not ended in time
+    _too_late: bool = attrs.field(default=False, init=False)
+    _log_start: int = attrs.field(default=0, init=False)
 
     def __attrs_post_init__(self) -> None:
         job = self.job
@@ -49,6 +52,7 @@ class LoggerProcess:
         self._messages, their_messages = os.pipe()
         os.set_blocking(self._messages, False)
         with progress.with_suffix(".log").open("ab") as log, tempfile.TemporaryFile() as stdin:
+            self._log_start = log.tell()
             pickle.dump(job, stdin)
             stdin.seek(0)
             numbers = map(str, (their_control, their_messages, os.getpid()))
@@ -82,12 +86,16 @@ class LoggerProcess:
         self._read_messages()
         self.kill()
         code = self._process.returncode
-        if code not in (0, INCOMPLETE, CANT_START):  # it reports those itself; the watchdog exits with 1
-            phase = "finish" if self._overdue else self._phase
-            late = f"took longer than {self.job.timeout:g} s {_DOING[phase]}"
-            how = late if code == 1 or self._overdue else f"died ({code})"
-            self.report(f"logger {self.name} {how} and is ended; see {self._relative('.log')}")
-        self._account(complete=code == 0)
+        if code not in (COMPLETE, INCOMPLETE, CANT_START):  # it reports those itself
+            if self._too_late or (code == 1 and self._watchdog_fired()):
+                phase = "finish" if self._too_late else self._phase
+                how = f"took longer than {self.job.timeout:g} s {_DOING.get(phase, '')} and is ended"
+            elif code == 0:
+                how = "has ended its process by itself before it was complete (exit code 0)"
+            else:
+                how = f"died ({code}) and is ended"
+            self.report(f"logger {self.name} {how}; see {self._relative('.log')}")
+        self._account(complete=code == COMPLETE)
         os.close(self._control)
         os.close(self._messages)
         return False
@@ -102,11 +110,11 @@ class LoggerProcess:
         record."""
         while self.look():
             if deadline is not None and time.monotonic() > deadline:
-                self._overdue = True
+                self._too_late = True
                 self.kill()
             else:
                 time.sleep(0.02)
-        return self._process.returncode == 0
+        return self._process.returncode == COMPLETE
 
     def kill(self) -> None:
         """Kill it and its children."""
@@ -118,12 +126,30 @@ class LoggerProcess:
         with contextlib.suppress(BlockingIOError, OSError):
             while data := os.read(self._messages, 65536):
                 self._buffer += data
-        *lines, self._buffer = self._buffer.split(b"\n")
+        *lines, rest = self._buffer.split(b"\n")
+        self._buffer = rest[-MOST_UNREAD:]
         for line in lines:
-            message = json.loads(line)
-            self._phase = message.get("phase", self._phase)
+            try:
+                message = json.loads(line)
+            except (ValueError, RecursionError):  # cut short, or written by something that the logger has started
+                continue
+            if not isinstance(message, dict):
+                continue
+            self._phase = str(message.get("phase", self._phase))
             if "report" in message:
-                self.report(f"logger {self.name}: {message['report']}")
+                text = "".join(c if c.isprintable() else " " for c in str(message["report"]))
+                self.report(f"logger {self.name}: {text}")
+
+    def _watchdog_fired(self) -> bool:
+        """Whether the watchdog has ended the process: it has written where the process was into the log. Any other code
+        may end with the watchdog's exit code."""
+        with (
+            contextlib.suppress(OSError),
+            progress_file(self.job.context.directory, self.name).with_suffix(".log").open("rb") as log,
+        ):
+            log.seek(max(self._log_start, log.seek(0, os.SEEK_END) - MOST_UNREAD))
+            return b"Timeout (" in log.read(MOST_UNREAD)
+        return False
 
     def _account(self, complete: bool) -> None:
         """Report the records that a logger which has ended did not receive."""

@@ -14,7 +14,8 @@ from typing import IO, Literal
 import attrs
 from tqdm import tqdm
 
-from nanochat_core.errors import CheckpointError, PluginError, mask_credentials
+from nanochat_core.errors import CheckpointError, NanochatError, mask_credentials
+from nanochat_core.files import shorten
 from nanochat_core.interfaces.logger import Logger, LoggerContext
 from nanochat_core.loggers.process import LoggerProcess
 from nanochat_core.loggers.progress import Job
@@ -121,15 +122,16 @@ class Logs:
                     continue
                 logger = choice.build(context)
                 if not isinstance(logger, Logger):
-                    raise PluginError("its factory must return a nanochat_core.Logger")
+                    raise choice.breaks(f"the factory must return a nanochat_core.Logger, not {shorten(logger)}")
                 self._loggers.append((choice, logger))
-            except Exception as error:
+            except (NanochatError, OSError) as error:
                 self.report(f"logger {choice.name} can't start, the run continues without it: {error}")
 
     def report(self, line: str) -> None:
         """Print a line to stdout and ``log.txt``; on other ranks, to their log."""
         if self._prints:
-            with contextlib.suppress(OSError):  # the terminal or the reader of the pipe is gone: no reason to stop
+            # The terminal or the reader of the pipe is gone, or a plugin has closed stdout: no reason to stop.
+            with contextlib.suppress(OSError, ValueError):
                 tqdm.write(mask_credentials(line))  # goes around a progress bar
                 sys.stdout.flush()
         self.note(line)
@@ -156,11 +158,13 @@ class Logs:
             )
         for choice, logger in list(self._loggers):
             try:
-                logger.log(record)
-            except Exception as error:
-                self._loggers.remove((choice, logger))
-                self.report(f"logger {choice.name} failed at step {step}, the run continues without it: {error!r}")
-                self.note(traceback.format_exc())
+                with choice.calling():
+                    logger.log(dict(record))
+            except NanochatError as error:
+                self._loggers = [(c, other) for c, other in self._loggers if other is not logger]
+                self.report(f"logger {choice.name} failed at step {step}, the run continues without it: {error}")
+                with contextlib.suppress(Exception):  # of an exception whose text can't be made
+                    self.note("".join(traceback.format_exception(error.__cause__)))
         now = time.monotonic()
         if self._processes and now > self._looked + LOOK_SECONDS:
             self._looked = now
@@ -188,9 +192,10 @@ class Logs:
             process.end(status)
         for choice, logger in self._loggers:
             try:
-                logger.finish(status)
-            except Exception as error:
-                self.report(f"logger {choice.name} failed to finish: {error!r}")
+                with choice.calling():
+                    logger.finish(status)
+            except NanochatError as error:
+                self.report(f"logger {choice.name} failed to finish: {error}")
         self._loggers.clear()
         started = time.monotonic()
         for process in self._processes:

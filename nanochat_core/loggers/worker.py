@@ -30,18 +30,26 @@ from typing import IO, TYPE_CHECKING, Any
 import attrs
 
 from nanochat_core.errors import NanochatError, PluginError
-from nanochat_core.files import ledger_record, lock_file
+from nanochat_core.files import ledger_record, lock_file, shorten
 from nanochat_core.interfaces.logger import Logger
 from nanochat_core.loggers.priority import lower_priority
 from nanochat_core.loggers.progress import Job, Progress, progress_file
+from nanochat_core.plugins.calls import describe, message_of
 from nanochat_core.runs.directory import RunDirectory
 
 if TYPE_CHECKING:
     from filelock import AcquireReturnProxy
 
 POLL_SECONDS = 1.0  # seconds between reads of the ledger; new records are passed on together, which costs least
+LONGEST_MESSAGE = 2000  # characters: a longer one could be written in parts
+LONGEST_REPORT, MOST_REPORTS = 1000, 50  # characters, and lines, that a logger may print on the terminal
 LONGEST_PAUSE = 60.0  # seconds between attempts at a record on which the logger raises
-INCOMPLETE, CANT_START = 3, 4  # exit codes
+# Exit codes, which nothing else uses: a library that ends the process has not sent everything. The watchdog's is 1.
+COMPLETE, INCOMPLETE, CANT_START = 110, 111, 112
+
+
+class RecordFailed(Exception):
+    """Error: the logger raised, which was reported."""
 
 
 class LoggerWorker:
@@ -57,7 +65,7 @@ class LoggerWorker:
         self.progress_file = progress_file(job.context.directory, job.choice.name)
         self.progress = Progress.read(self.progress_file)
         self.known = bool(self.progress.steps)
-        self.failure_reported = False
+        self.failure_reported, self.reports = False, 0
         self.logger: Logger
 
     def start(self) -> None:
@@ -69,16 +77,27 @@ class LoggerWorker:
         start_step = 0
         if self.known:
             start_step = min(self.job.context.start_step, max(self.progress.steps.values()))
-        context = attrs.evolve(self.job.context, start_step=start_step, report=lambda line: self.say(report=line))
+        context = attrs.evolve(self.job.context, start_step=start_step, report=self._report)
         with self._watched("start"):
             self.logger = self.job.choice.build(context)
         if not isinstance(self.logger, Logger):
-            raise PluginError("its factory must return a nanochat_core.Logger")
+            raise self.job.choice.breaks(f"the factory must return a nanochat_core.Logger, not {shorten(self.logger)}")
         if self.logger.rewinds:
             self.progress.steps = {name: min(step, start_step - 1) for name, step in self.progress.steps.items()}
             self.progress.offset = 0
         elif not self._ledger_is_as_it_was():
             self.progress.offset = 0  # rewound: read all of it, and leave out the steps that the logger has
+
+    def _report(self, line: object) -> None:
+        """Send a line of the logger to the terminal: a short one without control characters, and not too many."""
+        self.reports += 1
+        text = "".join(c if c.isprintable() else " " for c in str(line)[:LONGEST_REPORT])
+        if self.reports <= MOST_REPORTS:
+            self.say(report=text)
+        else:
+            print(text)
+        if self.reports == MOST_REPORTS:
+            self.say(report="further lines of it are only in its log")
 
     def _ledger_is_as_it_was(self) -> bool:
         """Whether the ledger still has the last line passed on, just before the offset."""
@@ -99,7 +118,7 @@ class LoggerWorker:
         """Pass on the new records of the ledger.
 
         Raises:
-            Exception: what the logger raised on a record; the next call passes that record again.
+            RecordFailed: when the logger raised on a record; the next call passes that record again.
         """
         self._armed = 0.0
         with self._watched("log"):
@@ -112,10 +131,10 @@ class LoggerWorker:
         record = ledger_record(line)
         if record is not None and not self.progress.already_told(record):  # a damaged line is passed over
             try:
-                self.logger.log(record)
-            except Exception as error:
-                self._failed(f"failed at step {record['step']}, training continues: {type(error).__name__}: {error}")
-                raise
+                self.logger.log(dict(record))
+            except BaseException as error:  # a library may call sys.exit, and no signal ends this process
+                self._failed(f"failed at step {record['step']}, training continues: {describe(error)}")
+                raise RecordFailed from error
             self.progress.note(record)
         self.progress.offset += len(line)
         self.progress.last_line = _digest(line)
@@ -138,22 +157,22 @@ class LoggerWorker:
         """Pass on the remaining records and the status of the run.
 
         Raises:
-            Exception: what the logger raised.
+            RecordFailed: when the logger raised.
         """
         with self._watched("finish") if self.job.finish_at_once else contextlib.nullcontext():
             self.send_new()
             try:
                 with contextlib.nullcontext() if self.job.finish_at_once else self._watched("finish"):
                     self.logger.finish(status)  # type: ignore[arg-type]
-            except Exception as error:
-                self._failed(f"failed to finish: {type(error).__name__}: {error}")
-                raise
+            except BaseException as error:
+                self._failed(f"failed to finish: {describe(error)}")
+                raise RecordFailed from error
         self.progress.status = status
         self.progress.write(self.progress_file)
 
     def _failed(self, what: str) -> None:
         """Count a failure, and report the first."""
-        traceback.print_exc()
+        _print_traceback()
         self.progress.failures += 1
         self.progress.write(self.progress_file)
         if not self.failure_reported:
@@ -216,13 +235,13 @@ def _follow(worker: LoggerWorker, ended: _Ended) -> bool:
         try:
             worker.send_new()
             pause = POLL_SECONDS
-        except Exception:
+        except RecordFailed:
             pause = min(max(1.0, 2 * pause), LONGEST_PAUSE)
     if worker.job.context.live:
         lower_priority(False)
     try:
         worker.finish(ended.status)
-    except Exception:
+    except RecordFailed:
         return False
     return True
 
@@ -235,7 +254,7 @@ class _Speaker:
         os.set_blocking(pipe.fileno(), False)
 
     def __call__(self, **message: str) -> None:
-        text = json.dumps(message)
+        text = json.dumps({name: value[:LONGEST_MESSAGE] for name, value in message.items()})
         if text != self.last:  # a phase is sent only when it changes
             self.last = text
             with contextlib.suppress(OSError):
@@ -262,15 +281,20 @@ def main() -> int:
             os.nice(10)
         worker = LoggerWorker(job, say)
         worker.start()
-    except Exception as error:
-        traceback.print_exc()
-        reason = str(error).splitlines()[0] if isinstance(error, NanochatError) else repr(error)
+    except BaseException as error:
+        _print_traceback()
+        reason = message_of(error) if isinstance(error, NanochatError) else describe(error)
         say(report=f"can't start, training continues without it: {reason}")
         return CANT_START
     if job.context.live:
         lower_priority()
     with lock:
-        return 0 if _follow(worker, ended) else INCOMPLETE
+        return COMPLETE if _follow(worker, ended) else INCOMPLETE
+
+
+def _print_traceback() -> None:
+    with contextlib.suppress(Exception):  # an exception whose text can't be made, or a closed stderr
+        traceback.print_exc()
 
 
 def _lock(path: Path, timeout: float) -> AcquireReturnProxy:
@@ -283,6 +307,7 @@ def _lock(path: Path, timeout: float) -> AcquireReturnProxy:
 
 if __name__ == "__main__":
     code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):  # the logger may have closed it
+            stream.flush()
     os._exit(code)  # what a library does at exit may hang, and a logger that has finished has nothing left to do

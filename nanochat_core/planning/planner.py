@@ -17,6 +17,7 @@ from nanochat_core.errors import ConfigError, NanochatError, Problem
 from nanochat_core.hardware.casting import dtype_of
 from nanochat_core.hardware.devices import DeviceSpec, planning_for
 from nanochat_core.hardware.machine import device_spec
+from nanochat_core.interfaces.logger import RunLabels
 from nanochat_core.interfaces.model import Model
 from nanochat_core.interfaces.optimizer import Optimizer
 from nanochat_core.interfaces.types import Resolved
@@ -212,8 +213,16 @@ def _plan(
     plan = _assemble(draft.experiment, devices, size, steps, estimate, choices, description)
     unsupported = {f"model.{option}": why for option, why in model.unsupported().items()}
     problems = tuple(Problem(key, why, draft.place(key)) for key, why in unsupported.items())
+    problems += tuple(attrs.evolve(p, where=draft.place(p.key)) for p in logger_problems(draft.experiment))
     planned = Planned(plan, draft.experiment, draft.origins, problems, unverified)
     return planned, {rows: estimate.memory(rows) for rows in (sizes if batches is None else batches)}
+
+
+def logger_problems(experiment: Experiment) -> list[Problem]:
+    """Return what the backends of an experiment's loggers would refuse."""
+    run = experiment.run
+    labels = RunLabels(run.name, run.project, run.group, run.tags)
+    return [problem for choice in experiment.loggers for problem in choice.backend_problems(labels)]
 
 
 def _measure(model: Model, train: Train, vocab_size: int) -> _ModelSize:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import attrs
 
-from nanochat_core.errors import NanochatError, PluginError
+from nanochat_core.errors import NanochatError, PluginError, Problem
 from nanochat_core.plugins.calls import plugin_call, remember
 from nanochat_core.plugins.options import above, at_least, file_name, option, shown
 from nanochat_core.plugins.registry import Entry, Kind
@@ -171,6 +171,21 @@ class Choice:
     def breaks(self, rule: str) -> PluginError:
         """Return the error for a plugin that breaks a rule of its contract, such as ``the factory must ...``."""
         return PluginError(f"{self.title} breaks its contract: {rule}")
+
+    def backend_problems(self, labels: Any) -> list[Problem]:
+        """Return what the backend of a logger would refuse, with full keys; empty for other kinds.
+
+        Args:
+            labels: a ``RunLabels``.
+        """
+        if self.entry is None or not self.entry.check or self.entry.missing():
+            return []
+        check = self.entry.load_check()
+        with self.calling("can't be checked"):
+            found = [(str(option), str(message)) for option, message in check(self.config, labels)]
+        return [
+            Problem(option if option.startswith("run.") else f"{self.table}.{option}", why) for option, why in found
+        ]
 
     @contextlib.contextmanager
     def calling(self, what: str = "failed") -> Iterator[None]:

@@ -63,6 +63,8 @@ class Entry:
         aliases: other names of options, accepted in TOML files: old to new.
         in_process: of a logger: whether it must run in the training process, as one that writes to the terminal;
             other loggers have a process of their own.
+        check: of a logger: ``module:function``, called with (config, labels) before anything is built, the labels being
+            a ``RunLabels``; it yields (option, message) for what the backend would refuse, such as ("run.tags", "...").
         model_version: of a model; of other kinds it has no meaning.
         default: of a data source: whether ``nanochat eval`` uses it for a model that comes without data.
         limit_option: of a data source: the option that limits the amount of data, which ``nanochat data -n`` sets.
@@ -82,6 +84,7 @@ class Entry:
     defaults: Mapping[str, Any] = attrs.field(factory=dict)
     aliases: Mapping[str, str] = attrs.field(factory=dict)
     in_process: bool = False
+    check: str = ""
     model_version: ModelVersion = ModelVersion()
     default: bool = False
     limit_option: str = ""
@@ -122,6 +125,14 @@ class Entry:
             PluginError: when it can't be imported.
         """
         return self._import(self.from_name)
+
+    def load_check(self) -> Callable[[Any, Any], Iterable[tuple[str, str]]]:
+        """Import and return the function that yields what a logger's backend would refuse.
+
+        Raises:
+            PluginError: when it can't be imported.
+        """
+        return self._import(self.check)
 
     def _import(self, target: str) -> Callable[..., Any]:
         module, _, attribute = target.partition(":")
@@ -225,6 +236,7 @@ class Registrar:
         defaults: Mapping[str, Any] | None = None,
         aliases: Mapping[str, str] | None = None,
         in_process: bool = False,
+        check: str = "",
         version: int = 1,
         upgrade: str = "",
         default: bool = False,
@@ -239,7 +251,12 @@ class Registrar:
         """
         _check_name(self._registry.kind.replace("_", " "), name)
         _check_text(f"summary of {name!r}", summary)
-        for what, target in (("factory", factory), ("upgrade", upgrade or "a:b"), ("from_name", from_name or "a:b")):
+        for what, target in (
+            ("factory", factory),
+            ("upgrade", upgrade or "a:b"),
+            ("from_name", from_name or "a:b"),
+            ("check", check or "a:b"),
+        ):
             if not isinstance(target, str) or not re.fullmatch(r"[\w.]+:\w+", target):
                 raise PluginError(f'{what} of {name!r} must be "module:attribute", not {shorten(target)}')
         if isinstance(requires, str) or not all(isinstance(module, str) and module for module in requires):
@@ -261,6 +278,7 @@ class Registrar:
             ("data_source", "default and limit_option", default or limit_option),
             ("tokenizer", "from_name", from_name),
             ("evaluator", "best_metric", best_metric),
+            ("logger", "check", check),
         ):
             if given and self._registry.kind != kind:
                 raise PluginError(f"{self._registry.kind} {name!r}: only {kind.replace('_', ' ')}s have {what}")
@@ -276,6 +294,7 @@ class Registrar:
                 defaults=dict(defaults or {}),
                 aliases=dict(aliases or {}),
                 in_process=in_process,
+                check=check,
                 model_version=ModelVersion(version, upgrade),
                 default=default,
                 limit_option=limit_option,

@@ -17,6 +17,7 @@ def nanochat_register_loggers(registry: Registrar) -> None:
         "aim",
         config=AimConfig,
         factory="nanochat_aim.logger:Aim",
+        check="nanochat_aim.check:check",
         summary="an Aim repository, on disk or behind a server",
         requires=("aim",),
         install="pip install 'nanochat-core[aim]' (Aim has no packages for Python 3.13)",

@@ -17,5 +17,6 @@ def nanochat_register_loggers(registry: Registrar) -> None:
         "csv",
         config=CSVConfig,
         factory="nanochat_csv.logger:CSV",
+        check="nanochat_csv.check:check",
         summary="tables for spreadsheets and pandas: metrics.csv and texts.csv",
     )

@@ -17,6 +17,7 @@ def nanochat_register_loggers(registry: Registrar) -> None:
         "tensorboard",
         config=TensorBoardConfig,
         factory="nanochat_tensorboard.logger:TensorBoard",
+        check="nanochat_tensorboard.check:check",
         summary="event files for TensorBoard",
         requires=("tensorboard",),
         install="pip install 'nanochat-core[tensorboard]'",

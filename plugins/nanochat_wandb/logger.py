@@ -15,6 +15,7 @@ from typing import Any, Literal
 import wandb
 
 from nanochat_core import Logger, LoggerContext, metrics_and_texts
+from nanochat_wandb.check import mode_of_environment
 from nanochat_wandb.config import WandbConfig
 
 _PROBE_SECONDS = 5.0
@@ -40,6 +41,10 @@ class Wandb(Logger):
 
     def __init__(self, config: WandbConfig, context: LoggerContext) -> None:
         self.context = context
+        self.run: Any = None
+        if config.mode == "auto" and mode_of_environment() == "disabled":
+            context.report("writes nothing, because WANDB_MODE is disabled")
+            return
         online, why = _is_online(config)
         if not online and config.mode == "auto":
             context.report(f"offline, because {why}")
@@ -47,6 +52,8 @@ class Wandb(Logger):
             self.run = self._init(config, online)
         except Exception as error:
             if config.mode == "online":
+                raise
+            if not online:
                 raise
             context.report(f"offline, because the server does not accept the run: {' '.join(str(error).split())[:200]}")
             wandb.teardown(exit_code=1)  # releases the id of the run that was not accepted
@@ -93,6 +100,8 @@ class Wandb(Logger):
         )
 
     def log(self, record: Mapping[str, float | str]) -> None:
+        if self.run is None:
+            return
         metrics, texts = metrics_and_texts(record)
         row: dict[str, Any] = {"step": record["step"], "_timestamp": record["time"], **metrics}
         if texts:
@@ -101,6 +110,8 @@ class Wandb(Logger):
         self.run.log(row)
 
     def finish(self, status: Literal["finished", "failed", "preempted"]) -> None:
+        if self.run is None:
+            return
         rows = self.context.evaluations()
         if rows:
             table = wandb.Table(columns=["step", "evaluator", "metric", "value"], data=[list(row) for row in rows])
@@ -122,7 +133,7 @@ def _is_online(config: WandbConfig) -> tuple[bool, str]:
         return config.mode == "online", "the experiment sets mode"
     mode = os.environ.get("WANDB_MODE", "")
     if mode:
-        return mode == "online", f"WANDB_MODE is {mode}"
+        return mode_of_environment() == "online", f"WANDB_MODE is {mode}"
     url = str(wandb.setup().settings.base_url)
     if not _has_key(url):
         return False, "there is no key (wandb login, or WANDB_API_KEY)"

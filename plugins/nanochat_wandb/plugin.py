@@ -18,6 +18,7 @@ def nanochat_register_loggers(registry: Registrar) -> None:
         config=WandbConfig,
         factory="nanochat_wandb.logger:Wandb",
         summary="Weights & Biases, online or offline",
+        check="nanochat_wandb.check:check",
         requires=("wandb",),
         install="pip install 'nanochat-core[wandb]'",
     )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
+import importlib.util
 import re
 import string
 from pathlib import Path
@@ -60,11 +63,17 @@ def write_package(kind: str, name: str, directory: Path | None) -> Path:
     distribution = f"nanochat-{name.replace('_', '-')}"
     if distribution == NAME:
         raise ConfigError(f"{distribution} is nanochat's own distribution: choose another name than {name!r}")
+    package = distribution.replace("-", "_")
+    if _is_installed(distribution, package):
+        raise ConfigError(
+            f"a package {distribution} (module {package}) is installed already, which the new one would replace: "
+            f"choose another name than {name!r}"
+        )
     directory = directory or Path(distribution)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ConfigError(f"{directory} exists and is not empty: give another directory")
     camel = "".join(part.capitalize() for part in re.split("[-_]", name))
-    what, package = _KINDS[kind], distribution.replace("-", "_")
+    what = _KINDS[kind]
     values = {
         "kind_dashed": kind.replace("_", "-"),
         "Kind": kind.replace("_", " ").capitalize(),
@@ -91,6 +100,13 @@ def write_package(kind: str, name: str, directory: Path | None) -> Path:
             text = _use(text, what, name)
         path.write_text(string.Template(text).substitute(values), encoding="utf-8")
     return directory
+
+
+def _is_installed(distribution: str, package: str) -> bool:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        importlib.metadata.version(distribution)
+        return True
+    return importlib.util.find_spec(package) is not None
 
 
 def _use(experiment: str, what: _Kind, name: str) -> str:

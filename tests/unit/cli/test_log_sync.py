@@ -38,6 +38,7 @@ def test_a_run_that_never_had_a_logger_is_sent_whole_and_once(trained: Trained, 
         (("--to", "console"), "shows a run while it is trained"),
         (("--to", "wanbd"), 'no logger plugin "wanbd" is installed (did you mean "wandb"?)'),
         (("--to", "csv", "--set", "dir=x"), "loggers.csv.dir: unknown key"),
+        (("--to", "csv", "--set", "directory=/dev/null/x"), "loggers.csv.directory: /dev/null is not a directory"),
     ],
 )
 def test_what_can_not_be_sent_is_said(trained: Trained, arguments: tuple[str, ...], reason: str) -> None:

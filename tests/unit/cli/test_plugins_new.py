@@ -227,3 +227,12 @@ def test_mistakes_are_said(arguments: tuple[str, ...], reason: str, tmp_path: Pa
     result = call("plugins", "new", *arguments)
     assert result.code == 2
     assert reason in result.err
+
+
+@pytest.mark.parametrize("name", ["bytes", "core", "gpt"])
+def test_an_installed_package_is_not_replaced(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = call("plugins", "new", "tokenizer", name)
+    assert result.code == 2
+    assert "choose another name" in result.err
+    assert list(tmp_path.iterdir()) == []
