@@ -17,6 +17,7 @@ from pathlib import Path
 
 import attrs
 
+from nanochat_core.files import append_regular
 from nanochat_core.loggers.progress import Job, Progress, progress_file
 from nanochat_core.loggers.worker import CANT_START, INCOMPLETE
 from nanochat_core.runs.directory import RunDirectory
@@ -49,7 +50,7 @@ class LoggerProcess:
         self._messages, their_messages = os.pipe()
         os.set_blocking(self._messages, False)
         paths = [str(Path(p).resolve()) for p in sys.path if p]
-        with progress.with_suffix(".log").open("ab") as log, tempfile.TemporaryFile() as stdin:
+        with append_regular(progress.with_suffix(".log")) as log, tempfile.TemporaryFile() as stdin:
             pickle.dump(job, stdin)
             stdin.seek(0)
             numbers = map(str, (their_control, their_messages, os.getpid()))

@@ -17,6 +17,8 @@ from helpers.support import Trained
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nanochat_core.files import remove
+
 pytestmark = pytest.mark.fuzz
 
 ODD: list[Any] = [
@@ -68,7 +70,7 @@ def replace(path: Path, draw: random.Random) -> None:
 
 def swap(path: Path, draw: random.Random) -> None:
     """Something else in its place."""
-    path.unlink()
+    remove(path)
     kind = draw.choice(["directory", "pipe", "zeros", "dangling", "loop", "nothing", "full directory"])
     if kind.endswith("directory"):
         path.mkdir()
@@ -145,9 +147,15 @@ def fuzzed(runs: Path, draw: random.Random) -> Path:
     """Change one to three files of the run in a runs directory. Returns the run."""
     (run,) = (runs / "tiny").iterdir()
     for _ in range(draw.choice([1, 1, 1, 2, 3])):
+        if not files_of(run):
+            break
         path = run / draw.choice([name for name in files_of(run) if name != "lock" or draw.random() < 0.1])
         draw.choice(CHANGES)(path, draw)
+        if draw.random() < 0.05:
+            swap(draw.choice(sorted(path for path in run.rglob("*") if path.is_dir() or path.is_file())), draw)
         checkpoint = path.parent
+        if not path.parent.is_dir():
+            break
         if checkpoint.parent.name == "checkpoints" and draw.random() < 0.6 and (checkpoint / "manifest.json").is_file():
             try:
                 seal(checkpoint)
