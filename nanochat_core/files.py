@@ -176,6 +176,20 @@ def require_regular(path: Path) -> os.stat_result:
     return status
 
 
+def append_regular(path: Path) -> BinaryIO:
+    """Open a file for appending, unbuffered; create it if it does not exist.
+
+    Raises:
+        OSError: when it can't be written, or is a directory, FIFO, device or socket.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC
+    descriptor = os.open(path, flags, 0o666)  # a FIFO without a reader does not block
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    return os.fdopen(descriptor, "ab", buffering=0)
+
+
 def read_json(path: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
     """Return the object in a JSON file that somebody else may have written. See ``read_regular``.
 

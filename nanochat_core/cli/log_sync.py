@@ -49,7 +49,14 @@ def main(options: argparse.Namespace, _: Sequence[str]) -> int:
     if not run.ledger.exists():
         raise CheckpointError(f"{run.path} has no {run.ledger.name}, so there is nothing to send")
     status = run.read_status()
-    return _send(choice, _context(run, experiment, status), str(status.get("status")), list(read_ledger(run.ledger)))
+    damaged: list[int] = []
+    try:
+        records = list(read_ledger(run.ledger, damaged))
+    except OSError as error:
+        raise CheckpointError(f"{run.ledger} can't be read: {error.strerror}") from error
+    if damaged:
+        print(f"{run.ledger}: {len(damaged)} damaged lines are left out, the first is line {damaged[0]}")
+    return _send(choice, _context(run, experiment, status), str(status.get("status")), records)
 
 
 def _load(run: RunDirectory, plugins: Plugins, name: str, options: Sequence[str]) -> tuple[Experiment, Choice]:
@@ -110,6 +117,7 @@ def _send(choice: Choice, context: LoggerContext, status: str, records: Sequence
         status: how the run ended, as in its ``status.json``.
         records: all records of the run's ledger.
     """
+    from nanochat_core.errors import CheckpointError
     from nanochat_core.loggers.process import LoggerProcess
     from nanochat_core.loggers.progress import Job, Progress, progress_file
     from nanochat_core.plugins.choice import LoggerKeys
@@ -120,7 +128,10 @@ def _send(choice: Choice, context: LoggerContext, status: str, records: Sequence
 
     assert isinstance(choice.keys, LoggerKeys)
     missing_before = count_missing()
-    process = LoggerProcess(Job(choice, context, choice.keys.timeout, finish_at_once=False), print)
+    try:
+        process = LoggerProcess(Job(choice, context, choice.keys.timeout, finish_at_once=False), print)
+    except OSError as error:
+        raise CheckpointError(f"{error.filename}: {error.strerror}: make it writable, or move it away") from error
     try:
         process.end(status if status in ("finished", "preempted") else "failed")
         complete = process.wait(None)

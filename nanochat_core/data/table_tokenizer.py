@@ -13,6 +13,7 @@ import numpy as np
 
 from nanochat_core.data.texts import SPECIAL_TOKENS, cut_long_runs, well_formed
 from nanochat_core.errors import CheckpointError, ConfigError
+from nanochat_core.files import read_json, shorten
 from nanochat_core.interfaces.tokenizer import Tokenizer
 from nanochat_core.interfaces.types import Tokens
 
@@ -153,9 +154,9 @@ def load_table_tokenizer(kind: type[Made], directory: Path, make: Callable[[Mapp
         CheckpointError: when a file is missing or damaged, or they don't belong together.
     """
     try:
-        settings = json.loads((directory / kind.settings_file).read_text(encoding="utf-8"))
+        settings = read_json(directory / kind.settings_file)
         if settings["format"] != kind.format:
-            raise ValueError(f"its format is {settings['format']!r}, this version reads {kind.format!r}")
+            raise ValueError(f"its format is {shorten(settings['format'])}, this version reads {kind.format!r}")
         tokenizer = make(settings)
         if tokenizer.fingerprint != settings.get(
             "fingerprint", tokenizer.fingerprint

@@ -17,7 +17,7 @@ from typing import Any
 import attrs
 
 from nanochat_core.errors import CheckpointError, PluginError
-from nanochat_core.files import cache_dir, file_sha256, lock_file, remove, shorten, sync, write_atomic
+from nanochat_core.files import cache_dir, file_sha256, lock_file, remove, require_regular, shorten, sync, write_atomic
 from nanochat_core.interfaces.data_source import DataSource
 from nanochat_core.interfaces.tokenizer import Tokenizer, TokenizerContext, vocabulary_problems
 from nanochat_core.plugins.choice import Choice
@@ -151,7 +151,17 @@ def _locked(path: Path, report: Callable[[str], None]) -> Iterator[None]:
 
 
 def load_tokenizer(choice: Choice, directory: Path) -> Tokenizer:
-    """A tokenizer that was saved in ``directory``."""
+    """A tokenizer that was saved in ``directory``.
+
+    Raises:
+        CheckpointError: when it is damaged, or a file of it is a pipe, a device, or a link to nothing.
+    """
+    for path in sorted(directory.rglob("*")):
+        try:
+            if not path.is_dir():
+                require_regular(path)
+        except OSError as error:
+            raise CheckpointError(f"tokenizer file {path} can't be read: {error.strerror}") from error
 
     def no_documents() -> Iterable[str]:
         raise PluginError(f"tokenizer {choice.plugin!r} asks for documents although context.saved is given")

@@ -68,6 +68,10 @@ def _tokens(
         with torch.no_grad():
             ids_BT = torch.tensor([unread], device=device)
             logits_V = model.logits(model.hidden(ids_BT, cache)[:, -1])[0, :vocab_size]
+            if not torch.isfinite(logits_V.max()):  # neither a NaN nor, where a model rules tokens out, all of them
+                raise NanochatError(
+                    "the model gives no finite logits, since its weights are not finite: take an earlier checkpoint"
+                )
             token = _pick(logits_V.float().cpu(), temperature, top_k, generator)
         if token in stop:
             return

@@ -16,6 +16,7 @@ from collections.abc import Callable
 import attrs
 
 from nanochat_core.distributed.environment import python_command, python_environment
+from nanochat_core.files import append_regular
 from nanochat_core.loggers.progress import Job, Progress, progress_file
 from nanochat_core.loggers.worker import CANT_START, COMPLETE, INCOMPLETE
 from nanochat_core.runs.directory import RunDirectory
@@ -51,7 +52,7 @@ class LoggerProcess:
         their_control, self._control = os.pipe()
         self._messages, their_messages = os.pipe()
         os.set_blocking(self._messages, False)
-        with progress.with_suffix(".log").open("ab") as log, tempfile.TemporaryFile() as stdin:
+        with append_regular(progress.with_suffix(".log")) as log, tempfile.TemporaryFile() as stdin:
             self._log_start = log.tell()
             pickle.dump(job, stdin)
             stdin.seek(0)

@@ -67,7 +67,7 @@ class Progress:
         """Overwrite the file in one call: it is written at every record, and renaming a file each time would be
         slow."""
         text = json.dumps(attrs.asdict(self, recurse=False))
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK, 0o666)
         try:
             size = os.fstat(descriptor).st_size
             os.write(descriptor, text.ljust(max(size - 1, 0)).encode() + b"\n")

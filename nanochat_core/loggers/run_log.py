@@ -4,18 +4,20 @@ their own."""
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import platform
 import sys
 import time
 import traceback
-from typing import IO, Literal
+from pathlib import Path
+from typing import IO, Literal, cast
 
 import attrs
 from tqdm import tqdm
 
 from nanochat_core.errors import CheckpointError, NanochatError, mask_credentials
-from nanochat_core.files import shorten
+from nanochat_core.files import append_regular, shorten
 from nanochat_core.interfaces.logger import Logger, LoggerContext
 from nanochat_core.loggers.process import LoggerProcess
 from nanochat_core.loggers.progress import Job
@@ -27,6 +29,10 @@ LOOK_SECONDS = 0.2  # seconds between polls of the loggers' processes; a poll ta
 GRACE_SECONDS = 10.0  # a logger's process ends itself at its timeout, and says where it was; after that it is killed
 
 Status = Literal["finished", "failed", "preempted"]
+
+
+def _open_log(path: Path) -> IO[str]:
+    return io.TextIOWrapper(cast(IO[bytes], append_regular(path)), encoding="utf-8", write_through=True)
 
 
 @attrs.define
@@ -46,7 +52,7 @@ class Logs:
         """Open the log of rank 0, which also prints to the terminal."""
         self._prints = True
         try:
-            self._text = self.run_dir.log.open("a", encoding="utf-8")
+            self._text = _open_log(self.run_dir.log)
         except OSError as error:
             self.report(f"{self.run_dir.log} can't be written, the run continues without it: {error.strerror}")
 
@@ -61,7 +67,7 @@ class Logs:
         file = self.run_dir.rank_log(rank)
         with contextlib.suppress(OSError):  # rank 0 has failed and removed the directory
             file.parent.mkdir(exist_ok=True)
-            self._text = file.open("a", encoding="utf-8")
+            self._text = _open_log(file)
             for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
                 stream.flush()
                 os.dup2(self._text.fileno(), number)
@@ -101,7 +107,7 @@ class Logs:
         self.keep_ledger()
         if self._text is not None and not run_dir.log.exists():
             with contextlib.suppress(OSError):
-                text = run_dir.log.open("a", encoding="utf-8")
+                text = _open_log(run_dir.log)
                 self._text.close()
                 self._text = text
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from nanochat_core.config.load import LoadedExperiment, Tables, load
 from nanochat_core.config.schema import Experiment
 from nanochat_core.errors import ConfigError, NanochatError, Problem
+from nanochat_core.files import require_regular
 from nanochat_core.plugins.choice import Choice
 from nanochat_core.plugins.discovery import Plugins
 from nanochat_core.plugins.distribution import NAME, current_name
@@ -63,7 +64,7 @@ def load_run(
     entry = plugins["model"].get(record.plugin)
     options = record.options if entry is None else saved_options(checkpoint, entry)
     model = Tables({"model": {"plugin": record.plugin, **options}}, str(checkpoint / MANIFEST), replace=True)
-    return load(run.experiment, overrides, plugins, [model, *tables])
+    return _load(run, overrides, plugins, [model, *tables])
 
 
 def load_experiment(run: RunDirectory, checkpoint: Path, plugins: Plugins) -> Experiment:
@@ -92,4 +93,12 @@ def load_recorded(
     for checkpoint in list_checkpoints(run.checkpoints):
         with contextlib.suppress(NanochatError, OSError, ValueError):  # it need not be sound
             return load_run(run, checkpoint, plugins, overrides, tables)
+    return _load(run, overrides, plugins, tables)
+
+
+def _load(run: RunDirectory, overrides: Sequence[str], plugins: Plugins, tables: Sequence[Tables]) -> LoadedExperiment:
+    try:
+        require_regular(run.experiment)
+    except OSError as error:
+        raise ConfigError([Problem("", f"can't be read: {error.strerror}", str(run.experiment))]) from error
     return load(run.experiment, overrides, plugins, tables)

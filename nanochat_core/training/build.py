@@ -35,7 +35,7 @@ from nanochat_core.runs.saver import Saver
 from nanochat_core.runs.state import TrainState, restore_rng
 from nanochat_core.training.parts import Parts
 from nanochat_core.training.prepare import Setup
-from nanochat_core.training.run_files import rewind_run, write_run_files
+from nanochat_core.training.run_files import rewind_run, write_run_files, writing
 
 MAX_BYTES_TO_COUNT = 2**31  # a larger text is not read only to count its bytes
 
@@ -71,13 +71,13 @@ def build_parts(
     """
     planned, run_dir = setup.planned, setup.run_dir
     plan, experiment = planned.plan, planned.experiment
-    world.on_main(lambda: _prepare_data(planned, run_dir, logs.report))
+    world.on_main(writing(run_dir, lambda: _prepare_data(planned, run_dir, logs.report)))
     source = build_source(experiment.data)
     tokenizer = _load_tokenizer(planned, run_dir)
     train, val = source.fingerprint("train"), source.fingerprint("val")
     fingerprints = {"tokenizer": tokenizer.fingerprint, "train": train, "val": val}
 
-    changed = world.on_main(lambda: write_run_files(setup, state, fingerprints, logs.report))
+    changed = world.on_main(writing(run_dir, lambda: write_run_files(setup, state, fingerprints, logs.report)))
     state.fingerprints = fingerprints
     if "train" in changed:  # cursors refer to documents of the previous data
         state.lanes, state.cursors = 0, {}
@@ -94,7 +94,9 @@ def build_parts(
     dtype, steps = plan.torch_dtype, plan.num_iterations
     evaluations = Evaluations(evaluators, steps, dtype, guarded, run_dir.path, logs.report, heartbeat)
 
-    evaluated: list[str] = world.on_main(lambda: rewind_run(run_dir, state)) if content is not None else []
+    evaluated: list[str] = (
+        world.on_main(writing(run_dir, lambda: rewind_run(run_dir, state))) if content is not None else []
+    )
     if "val" in changed:  # results on the previous data are not comparable
         state.minimum, state.comparable_from, evaluated = {}, state.step, []
     return Parts(model, optimizer, source, tokenizer, loader, evaluations, state, evaluated)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import attrs
 import torch
@@ -20,7 +20,27 @@ from nanochat_core.runs.provenance import provenance
 from nanochat_core.runs.state import TrainState
 from nanochat_core.training.prepare import Setup
 
+T = TypeVar("T")
 HEADER = "# The resolved experiment, each auto filled in. provenance.json says where every value came from.\n"
+
+
+def writing(run_dir: RunDirectory, work: Callable[[], T]) -> Callable[[], T]:
+    """Return ``work`` with errors of the run's files that say what to do about them.
+
+    Raises:
+        CheckpointError: when a file of the run can't be read or written.
+    """
+
+    def careful() -> T:
+        try:
+            return work()
+        except OSError as error:
+            names = [str(name) for name in (error.filename2, error.filename) if name is not None]
+            if not any(name.startswith(str(run_dir.path)) for name in names):
+                raise
+            raise CheckpointError(f"{names[0]}: {error.strerror}: make it writable, or move it away") from error
+
+    return careful
 
 
 def write_run_files(
