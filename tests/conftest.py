@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 from helpers.install import install_fixture
 from helpers.support import BROKEN, THIRD_PARTY, Site, Trained, call, only_run, write_experiment, write_shards
-from hypothesis import HealthCheck, settings
 
 # What keeps files between processes. TorchInductor's cache is not here: it goes by content, and compiling takes long.
 CACHES = ("NANOCHAT_HOME", "HF_HOME", "TIKTOKEN_CACHE_DIR", "XDG_CACHE_HOME", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR",
@@ -34,11 +33,6 @@ FOREIGN = (
     "HF_",
     "WANDB_",
 )
-
-
-# On a busy machine making an input takes long, which says nothing about the product.
-settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("busy")
 
 
 def pytest_configure(config: pytest.Config) -> None:
