@@ -84,6 +84,11 @@ class ConfigError(NanochatError):
         self._set((Problem(key, problems),) if isinstance(problems, str) else problems)
 
 
+class PassesPlugins:
+    """Marks exceptions with which the core ends work in progress, such as a request to stop: they pass through code of
+    plugins, and are never taken for a failure of a plugin."""
+
+
 class PluginError(NanochatError):
     """A plugin that is missing, fails, or breaks the contract of its kind."""
 

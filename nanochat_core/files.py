@@ -41,6 +41,7 @@ def rank_log_name(rank: int) -> str:
 LONGEST_NAME = 200  # bytes; file systems allow 255, and temporary names are longer
 LONGEST_PATH = 4000  # bytes; systems allow 4096, some 1024
 JSON_LIMIT = 64 << 20  # bytes
+LONGEST_LINE = 16 << 20  # bytes of a line of a ledger
 
 
 def name_problem(name: object, *, nested: bool = False) -> str:
@@ -95,7 +96,9 @@ def expand_path(text: str) -> Path:
             raise ValueError(f"must be a path of at most {LONGEST_PATH} bytes, with names of at most 255")
         path.as_posix().encode()
     except UnicodeEncodeError:
-        raise ValueError("must be valid Unicode") from None
+        raise ValueError(
+            f"{shorten(text)} must be UTF-8, since an experiment file holds it: rename it, or make a link to it"
+        ) from None
     except RuntimeError:
         raise ValueError(
             f"must be a whole path: {shorten(text)} begins with a home directory that is unknown"
@@ -121,15 +124,27 @@ def read_regular(path: Path, limit: int) -> bytes:
     Raises:
         OSError: when it can't be read, is larger, or is a directory, FIFO, device or socket (its ``strerror`` says so).
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO without a writer does not block
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    with open_regular(path) as file:
         content = file.read(limit + 1)
         if len(content) > limit:
             raise OSError(errno.EFBIG, f"it has more than the {limit:,} bytes that such a file may have", str(path))
         return content
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file for reading.
+
+    Raises:
+        OSError: when it can't be read, or is a directory, FIFO, device or socket (its ``strerror`` says so).
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO without a writer does not block
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
 
 
 def require_regular(path: Path) -> os.stat_result:
@@ -193,28 +208,67 @@ def open_atomic(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
-def read_ledger(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the records of a ledger, a flat JSON object per line. A last line that a crash cut short is skipped; a file
-    that does not exist has no records."""
+def read_ledger(path: Path, damaged: list[int] | None = None) -> Iterator[dict[str, Any]]:
+    """Yield the records of a ledger. A last line that a crash cut short is skipped, and so is a line that is no record
+    (see ``ledger_record``); a file that does not exist has no records.
+
+    Args:
+        damaged: gets the numbers, from 1, of the lines that are no records.
+
+    Raises:
+        OSError: when it can't be read, or is no regular file.
+    """
     try:
+        require_regular(path)
         with path.open("rb") as file:
-            for line in file:
-                if line.endswith(b"\n"):
-                    yield json.loads(line)
+            number = 0
+            while line := file.readline(LONGEST_LINE):
+                number += 1
+                if not line.endswith(b"\n"):
+                    while (rest := file.readline(LONGEST_LINE)) and not rest.endswith(b"\n"):
+                        pass
+                    if not rest:
+                        return
+                    line = b""
+                record = ledger_record(line)
+                if record is not None:
+                    yield record
+                elif damaged is not None:
+                    damaged.append(number)
     except FileNotFoundError:
         return
 
 
+def ledger_record(line: bytes) -> dict[str, Any] | None:
+    """Return the record in a line of a ledger: a flat JSON object with ``step`` and ``time``. None for anything else,
+    such as the NULs that a power cut leaves on some file systems."""
+    try:
+        record = json.loads(line.decode())
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or not all(isinstance(value, str | int | float) for value in record.values()):
+        return None
+    if any(isinstance(value, int) and abs(value) > 10**300 for value in record.values()):  # no float can hold it
+        return None
+    step, seconds = record.get("step"), record.get("time", 0.0)
+    if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < 2**63:
+        return None
+    if isinstance(seconds, str) or not isinstance(record.get("evaluator", ""), str):
+        return None
+    return record
+
+
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file's content, as 64 hexadecimal digits."""
+    require_regular(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def first_few(texts: Sequence[str], most: int = 8) -> str:
+def first_few(texts: Sequence[str], most: int = 8, separator: str = ", ") -> str:
     """Join texts with commas. Those beyond the first ``most`` are only counted, as in ``a, b and 3 more``."""
     more = f" and {len(texts) - most} more" if len(texts) > most else ""
-    return ", ".join(texts[:most]) + more
+    return separator.join(texts[:most]) + more
 
 
 def lock_file(path: Path, timeout: float = -1.0) -> AcquireReturnProxy:
@@ -246,12 +300,15 @@ def is_locked(path: Path) -> bool:
     don't take each other for the holder, and the directory may be read-only.
     """
     try:
-        with path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:  # there is none, or it can't be opened, and then not be locked either
         return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError:
         return True
+    finally:
+        os.close(descriptor)
     return False
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from helpers.install import install_fixture
 from helpers.support import BROKEN, THIRD_PARTY, Site, Trained, call, only_run, write_experiment, write_shards
+from hypothesis import HealthCheck, settings
 
 # What keeps files between processes. TorchInductor's cache is not here: it goes by content, and compiling takes long.
 CACHES = ("NANOCHAT_HOME", "HF_HOME", "TIKTOKEN_CACHE_DIR", "XDG_CACHE_HOME", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR",
@@ -43,6 +44,10 @@ def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(lambda: shutil.rmtree(home, ignore_errors=True))
     os.environ.update({name: f"{home}/{name.lower()}" for name in CACHES})
     os.environ["NANOCHAT_DEVICE"] = "cpu"
+    # The same inputs each time, however busy the machine is.
+    checks = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
+    settings.register_profile("steady", derandomize=True, deadline=None, suppress_health_check=checks, database=None)
+    settings.load_profile("steady")
 
 
 # Fixtures that start processes or install packages: the tests that share one go to one process of xdist.

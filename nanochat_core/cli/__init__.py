@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from nanochat_core import __version__
-from nanochat_core.errors import NanochatError, Problem
+from nanochat_core.distributed.signals import Interrupted, interruptible_command
+from nanochat_core.errors import NanochatError, PassesPlugins, Problem
 from nanochat_core.files import expand_path, shorten
 
 # Environment variables that are read when torch is imported. Waiting threads sleep after a short spin (a long spin
@@ -50,9 +52,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code.
 
     The codes: 0 for success, 1 when an evaluator or a check of plugins failed, 2 for an error that the user can fix
-    (argparse exits with it too), 3 when training diverged, 4 when memory ran out, 75 when a signal stopped the run,
-    130 after Ctrl-C. ``run`` with several processes returns the code of the process that failed first.
+    (argparse exits with it too), 3 when training diverged, 4 when memory ran out, 5 when the directory of a run was
+    moved, replaced or deleted while it trained, 6 when the last step of a run could not be saved, 75 when a signal
+    stopped the run, 130 after Ctrl-C. ``run`` with several processes returns the code of the process that failed first.
     """
+    with interruptible_command():
+        return _main(list(sys.argv[1:] if argv is None else argv))
+
+
+def _main(arguments: list[str]) -> int:
     parser = _Parser(
         prog="nanochat",
         description="Train small GPT-style language models end to end from one TOML file. Every part is a plugin.",
@@ -60,31 +68,71 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"nanochat {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    arguments = list(sys.argv[1:] if argv is None else argv)
     modules = {name: f"nanochat_core.cli.{name.replace('-', '_')}" for name in COMMANDS}
-    known = {**COMMANDS, **_plugin_commands(arguments, modules)}
-    for name, summary in known.items():
-        command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
-        if name in arguments[:1]:  # only the module of the requested command is imported
-            importlib.import_module(modules[name]).add_arguments(command)
-    options = parser.parse_args(arguments)
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
     try:
-        code: int = importlib.import_module(modules[options.command]).main(options, arguments)
+        known = {**COMMANDS, **_plugin_commands(arguments, modules)}
+        for name, summary in known.items():
+            text = summary.replace("%", "%%")  # argparse formats it
+            command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+            if name in arguments[:1]:  # only the module of the requested command is imported
+                with _command(name, modules):
+                    importlib.import_module(modules[name]).add_arguments(command)
+        options = parser.parse_args(arguments)
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        with _command(options.command, modules):
+            code = importlib.import_module(modules[options.command]).main(options, arguments)
+            if code is not None and (isinstance(code, bool) or not isinstance(code, int)):
+                raise TypeError(f"main() must return an exit code, not {shorten(code)}")
         try:
             sys.stdout.flush()
         except OSError:
             _drop_stdout()
-        return code
+        return code or 0
     except NanochatError as error:
         print(error, file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:  # the reader of the pipe, such as head, has ended
         _drop_stdout()
         return 0
-    except KeyboardInterrupt:
+    except Interrupted:
         return 130
+    except _Exit as ended:
+        return ended.code
+    except BaseException as error:
+        from nanochat_core.plugins.calls import blame
+
+        failure = blame(error)
+        if failure is None and isinstance(error, KeyboardInterrupt):
+            return 130
+        if failure is None:
+            raise
+        print(failure, file=sys.stderr)
+        return failure.exit_code
+
+
+class _Exit(PassesPlugins, Exception):
+    """The command of a plugin has called ``sys.exit`` with an exit code."""
+
+    def __init__(self, code: int) -> None:
+        self.code = code
+
+
+@contextlib.contextmanager
+def _command(name: str, modules: Mapping[str, str]) -> Iterator[None]:
+    """A context for code of a command: what a plugin's command raises is the plugin's failure, but it may exit."""
+    if name in COMMANDS:
+        yield
+        return
+    from nanochat_core.plugins.calls import plugin_call
+
+    with plugin_call(f"command {name!r} of a plugin ({modules[name]}) failed"):
+        try:
+            yield
+        except SystemExit as ended:
+            if ended.code is not None and not isinstance(ended.code, int):
+                raise
+            raise _Exit(ended.code or 0) from ended
 
 
 def _drop_stdout() -> None:
@@ -137,6 +185,15 @@ def add_runs_dir(parser: argparse.ArgumentParser) -> None:
         default=Path("runs"),
         metavar="DIR",
         help="directory of all runs (default: runs)",
+    )
+
+
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """Add ``--trust``, for commands that do what the files of a run say."""
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        help="do what the files of a run say that is not under --runs-dir, without asking",
     )
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nanochat_core.cli import add_runs_dir, processes
+from nanochat_core.cli import add_runs_dir, add_trust, processes
+from nanochat_core.distributed.environment import check_nproc, is_worker
 from nanochat_core.errors import CheckpointError, ConfigError, DataError, Problem
 from nanochat_core.files import expand_path, shorten
 
@@ -59,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --compare: compare the two although they were measured on different data",
     )
     add_runs_dir(parser)
+    add_trust(parser)
 
 
 def main(options: argparse.Namespace, arguments: Sequence[str]) -> int:
@@ -67,14 +68,17 @@ def main(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     if options.compare is not None:
         a, b = options.compare
         return _compare(a, b, options.evaluators, options.runs_dir, options.allow_other_data)
-    if options.nproc > 1 and "WORLD_SIZE" not in os.environ:
-        from nanochat_core.distributed.launcher import launch
-
-        return launch(arguments, options.nproc)
-    from nanochat_core.evaluation.standalone import evaluate_model
+    check_nproc(options.nproc)
+    from nanochat_core.evaluation.standalone import check_subject, evaluate_model
     from nanochat_core.plugins.discovery import load_plugins
 
-    return evaluate_model(options.target, options.evaluators, options.overrides, options.runs_dir, load_plugins())
+    what = (options.target, options.evaluators, options.overrides, options.runs_dir, load_plugins(), options.trust)
+    if options.nproc > 1 and not is_worker():
+        from nanochat_core.distributed.launcher import launch
+
+        check_subject(*what)  # here, since the workers have nobody to ask
+        return launch([arguments[0], "--trust", *arguments[1:]], options.nproc)
+    return evaluate_model(*what)
 
 
 def _compare(a: str, b: str, names: Sequence[str], runs_dir: Path, allow_other_data: bool) -> int:

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from nanochat_core.cli import add_runs_dir
+from nanochat_core.cli import add_runs_dir, add_trust
 
 if TYPE_CHECKING:
     from nanochat_core.config.schema import Experiment
@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="an option of that logger, as in --set mode=online; may be repeated",
     )
     add_runs_dir(parser)
+    add_trust(parser)
 
 
 def main(options: argparse.Namespace, _: Sequence[str]) -> int:
@@ -37,11 +38,15 @@ def main(options: argparse.Namespace, _: Sequence[str]) -> int:
     from nanochat_core.plugins.discovery import load_plugins
     from nanochat_core.runs.directory import find_run
     from nanochat_core.runs.ledger import read_ledger
+    from nanochat_core.runs.trust import require_trust
 
     run = find_run(options.run, options.runs_dir)
     if run.is_locked():
         raise CheckpointError(f"{run.path} is being trained, and its loggers receive it: wait until the run has ended")
     experiment, choice = _load(run, load_plugins(), options.to, options.options)
+    require_trust(
+        run, options.runs_dir, "nanochat log-sync", {f"loggers.{choice.name}": choice}, [run.loggers], options.trust
+    )
     if not run.ledger.exists():
         raise CheckpointError(f"{run.path} has no {run.ledger.name}, so there is nothing to send")
     status = run.read_status()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 
 from nanochat_core.cli import add_experiment, add_runs_dir, processes
+from nanochat_core.distributed.environment import check_nproc, find_place, is_worker
 from nanochat_core.distributed.signals import PREEMPTED_EXIT_CODE, Stopped, StopRequest
 from nanochat_core.errors import ConfigError, Problem
 from nanochat_core.training.request import RunRequest
@@ -50,19 +50,22 @@ def main(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         raise ConfigError(
             [Problem("", "is only allowed with --resume: a new run has no earlier data", "--allow-other-data")]
         )
-    is_worker = "WORLD_SIZE" in os.environ
+    check_nproc(options.nproc)
     request = RunRequest(options.file, options.overrides, options.runs_dir, options.resume, options.allow_other_data)
-    loaded = None if is_worker else request.load()  # before torch is imported, so that mistakes are reported at once
-    if options.nproc > 1 and not is_worker:
+    loaded = None if is_worker() else request.load()  # before torch is imported, so that mistakes are reported at once
+    if options.nproc > 1 and not is_worker():
         from nanochat_core.distributed.launcher import launch
 
         return launch(arguments, options.nproc)
-    with StopRequest() as stop:
-        try:
-            with stop.interruptible():
-                from nanochat_core.training.session import run_experiment
-            return run_experiment(request, stop, loaded)
-        except Stopped:
-            if os.environ.get("RANK", "0") == "0":
-                print("stopped by a signal before training began; run it again with: --resume auto", file=sys.stderr)
-            return PREEMPTED_EXIT_CODE
+    stop = StopRequest()
+    stop.install()  # until the process ends: a signal that comes after the run has ended must not change its exit code
+    try:
+        with stop.interruptible():
+            from nanochat_core.training.session import run_experiment
+        return run_experiment(request, stop, loaded)
+    except Stopped:
+        if find_place().rank == 0:
+            print("stopped by a signal before training began; run it again with: --resume auto", file=sys.stderr)
+        return PREEMPTED_EXIT_CODE
+    finally:
+        stop.over()

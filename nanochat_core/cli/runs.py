@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
+import sys
 import time
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -14,8 +14,12 @@ from typing import Any
 
 from nanochat_core.cli import add_runs_dir
 from nanochat_core.cli.console import age, size, table
+from nanochat_core.files import read_regular, shorten
 from nanochat_core.runs.directory import RunDirectory, all_runs
 from nanochat_core.runs.ledger import best_value, read_ledger
+
+LONGEST = 200  # characters of a text in the table
+LONGEST_EXPERIMENT = 4 << 20  # bytes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,44 +37,57 @@ def main(options: argparse.Namespace, _: Sequence[str]) -> int:
 
 
 def _row(run: RunDirectory) -> tuple[str, ...]:
-    status = run.read_status()
-    step, horizon = status.get("step", 0), status.get("num_iterations", 0)
-    facts = _provenance(run)
-    for record in read_ledger(run.ledger):
-        if "train/loss" in record:
-            step = max(step, record["step"] + 1)
-    seconds = time.time() - status.get("time", run.path.stat().st_mtime)
+    """Return the row of a run. What is damaged in it is named on stderr, and hides nothing else."""
+    status, facts, problems = run.read_status(), run.read_provenance(), run.problems()
+    step, horizon, best = status.get("step", 0), status.get("num_iterations", 0), "-"
+    lines: list[int] = []
+    try:
+        for record in read_ledger(run.ledger, lines):
+            if "train/loss" in record:
+                step = max(step, record["step"] + 1)
+        best = _best(run, _comparable_from(facts))
+    except (OSError, ValueError, RecursionError) as error:
+        name = run.ledger if not run.ledger.is_file() and run.ledger.exists() else run.experiment
+        problems.append(f"{name}: {error.strerror if isinstance(error, OSError) else error}")
+    if lines:
+        problems.append(f"{run.ledger}: {len(lines)} damaged lines are left out, the first is line {lines[0]}")
+    for problem in problems:
+        print(shown(problem), file=sys.stderr)
+    words = [status.get("status", "" if problems else "unknown"), "damaged" if problems else ""]
+    now = time.time()
+    with contextlib.suppress(OSError):
+        now -= status.get("time") or run.path.stat().st_mtime
     return (
-        run.name,
-        run.id,
-        status.get("status", "unknown"),
+        shown(run.name),
+        shown(run.id),
+        ", ".join(word for word in words if word),
         f"{step}/{horizon}",
-        _best(run, _comparable_from(facts)),
-        str(facts.get("fingerprints", {}).get("val", "-"))[
-            :8
-        ],  # results on different validation sets are not comparable
-        age(seconds),
+        shown(best),
+        # results on different validation sets are not comparable
+        shown(facts.get("fingerprints", {}).get("val", "-")[:8]),
+        age(now),
         size(_bytes(run.path)),
     )
 
 
+def shown(text: str) -> str:
+    """Return a text that others may have written, without characters that a terminal would obey, and not too long."""
+    return shorten(text, LONGEST)[1:-1]
+
+
 def _best(run: RunDirectory, comparable_from: int) -> str:
-    """Return the run's ``best_metric`` with its best value; "-" if there is none."""
-    try:
-        options = tomllib.loads(run.experiment.read_text(encoding="utf-8")).get("checkpoint", {})
-    except (OSError, ValueError):
+    """Return the run's ``best_metric`` with its best value; "-" if there is none.
+
+    Raises:
+        OSError, ValueError, RecursionError: when the run's experiment or ledger can't be read.
+    """
+    options = tomllib.loads(read_regular(run.experiment, LONGEST_EXPERIMENT).decode()).get("checkpoint", {})
+    metric = options.get("best_metric", "") if isinstance(options, dict) else ""
+    if not isinstance(metric, str):
         return "-"
-    metric = options.get("best_metric", "")
-    value = best_value(run.ledger, metric, options.get("best_is", "smallest"), comparable_from)
+    best_is = "largest" if options.get("best_is") == "largest" else "smallest"
+    value = best_value(run.ledger, metric, best_is, comparable_from)
     return f"{metric} {value:.4f}" if value is not None else "-"
-
-
-def _provenance(run: RunDirectory) -> dict[str, Any]:
-    try:
-        facts: dict[str, Any] = json.loads(run.provenance.read_text())
-        return facts
-    except (OSError, ValueError):
-        return {}
 
 
 def _comparable_from(facts: Mapping[str, Any]) -> int:
@@ -87,6 +104,6 @@ def _bytes(path: Path) -> int:
     total = 0
     for directory, _, files in os.walk(path):
         for name in files:
-            with contextlib.suppress(FileNotFoundError):  # a run in progress renames and removes files
+            with contextlib.suppress(OSError):  # a run in progress renames and removes files
                 total += Path(directory, name).stat().st_size
     return total

@@ -7,7 +7,7 @@ import codecs
 import sys
 from collections.abc import Sequence
 
-from nanochat_core.cli import add_runs_dir, not_negative, positive, seed, whole
+from nanochat_core.cli import add_runs_dir, add_trust, not_negative, positive, seed, whole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=seed, default=42, metavar="N", help="random seed (default: 42)")
     add_runs_dir(parser)
+    add_trust(parser)
 
 
 def main(options: argparse.Namespace, _: Sequence[str]) -> int:
@@ -41,7 +42,7 @@ def main(options: argparse.Namespace, _: Sequence[str]) -> int:
     from nanochat_core.hardware.machine import pick_device
     from nanochat_core.plugins.discovery import load_plugins
 
-    trained = load_trained(options.run, options.runs_dir, pick_device(0), load_plugins())
+    trained = load_trained(options.run, options.runs_dir, pick_device(0), load_plugins(), options.trust)
     tokenizer = trained.tokenizer
     ids = [tokenizer.bos_id, *tokenizer.encode(options.text)]
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a token may end within a character

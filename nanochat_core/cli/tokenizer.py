@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nanochat_core.cli import add_experiment, add_runs_dir, path_argument, positive
+from nanochat_core.cli import add_experiment, add_runs_dir, add_trust, path_argument, positive
 from nanochat_core.cli.console import table
 from nanochat_core.errors import ConfigError, NanochatError, Problem
 
@@ -48,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     show.add_argument("text", nargs="?", metavar="TEXT", help="the text (default: standard input)")
     show.add_argument("--ids", action="store_true", help="also print the token ids")
     add_runs_dir(show)
+    add_trust(show)
     compare = commands.add_parser("compare", help="compare bytes per token on several texts")
     compare.add_argument(
         "references",
@@ -72,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="bytes of validation documents of the first FILE or RUN argument to measure (default: 1000000)",
     )
     add_runs_dir(compare)
+    add_trust(compare)
 
 
 def main(options: argparse.Namespace, _: Sequence[str]) -> int:
@@ -118,27 +120,32 @@ def _require(missing: Sequence[Problem]) -> None:
 # ------------------------------------------------------------------------------------------------------------ show
 
 
-def _open(reference: str, runs_dir: Path, plugins: Plugins) -> tuple[Tokenizer, Experiment]:
+def _open(reference: str, options: argparse.Namespace, plugins: Plugins) -> tuple[Tokenizer, Experiment]:
     """Return the tokenizer and experiment of an experiment file (trained now unless it is cached) or of a run."""
     from nanochat_core.config.load import load
     from nanochat_core.data.sources import build_source
     from nanochat_core.data.tokenizer_cache import load_tokenizer, make_tokenizer
     from nanochat_core.runs.directory import find_run
     from nanochat_core.runs.restore import load_recorded
+    from nanochat_core.runs.trust import require_trust
 
     if reference.endswith(".toml"):
         loaded = load(Path(reference), (), plugins)
         _require(loaded.missing)
         experiment = loaded.experiment
         return make_tokenizer(experiment.tokenizer, build_source(experiment.data), _say).tokenizer, experiment
-    run = find_run(reference, runs_dir)
+    run = find_run(reference, options.runs_dir)
     loaded = load_recorded(run, plugins)
     _require([p for p in loaded.missing if p.key.startswith("tokenizer")])
+    used = {"tokenizer": loaded.experiment.tokenizer}
+    if options.action == "compare":
+        used["data"] = loaded.experiment.data
+    require_trust(run, options.runs_dir, f"nanochat tokenizer {options.action}", used, trusted=options.trust)
     return load_tokenizer(loaded.experiment.tokenizer, run.tokenizer), loaded.experiment
 
 
 def _show(options: argparse.Namespace, plugins: Plugins) -> int:
-    tokenizer, _ = _open(options.reference, options.runs_dir, plugins)
+    tokenizer, _ = _open(options.reference, options, plugins)
     text = sys.stdin.read() if options.text is None else options.text
     ids = tokenizer.encode(text)
     pieces = [_readable(tokenizer.decode_bytes([i])) for i in ids]
@@ -176,7 +183,7 @@ def _compare(options: argparse.Namespace, plugins: Plugins) -> int:
         if known is not None:
             tokenizers[reference] = known
             continue
-        tokenizer, experiment = _open(reference, options.runs_dir, plugins)
+        tokenizer, experiment = _open(reference, options, plugins)
         tokenizers[Path(reference).stem if reference.endswith(".toml") else reference] = tokenizer
         if index == 0:
             try:

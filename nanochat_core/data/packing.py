@@ -23,8 +23,10 @@ import numpy as np
 import numpy.typing as npt
 
 from nanochat_core.errors import CheckpointError, DataError
+from nanochat_core.files import shorten
 from nanochat_core.interfaces.tokenizer import Tokenizer
 from nanochat_core.interfaces.types import Tokens
+from nanochat_core.plugins.calls import breaks, plugin_call, title_of
 
 MAX_LANES = 64
 CHUNK = 16  # documents read and tokenized at once: slices are cheaper than single documents
@@ -55,7 +57,26 @@ class Encoder:
         return len(self.documents)
 
     def read(self, indices: range) -> Sequence[Tokens]:
-        return self.tokenizer.encode_documents(self.documents[indices.start : indices.stop : indices.step])
+        return encode_documents(self.tokenizer, self.documents[indices.start : indices.stop : indices.step])
+
+
+def encode_documents(tokenizer: Tokenizer, texts: Sequence[str]) -> Sequence[Tokens]:
+    """Return the tokens of each text, led by bos. What the tokenizer returns is checked, which costs little.
+
+    Raises:
+        PluginError: when these are not tokens of its vocabulary.
+    """
+    with plugin_call(f"{title_of(tokenizer)} failed"):
+        made = tokenizer.encode_documents(texts)
+        if len(made) != len(texts):
+            raise breaks(tokenizer, f"encode_documents gives {len(made)} documents for {len(texts)} texts")
+        for tokens in made:
+            if not (isinstance(tokens, np.ndarray) and tokens.dtype.kind in "iu" and tokens.ndim == 1 and len(tokens)):
+                raise breaks(tokenizer, f"encode_documents must give int32 arrays led by bos, not {shorten(tokens)}")
+            if int(tokens.min()) < 0 or int(tokens.max()) >= tokenizer.vocab_size:
+                wrong = tokens[(tokens < 0) | (tokens >= tokenizer.vocab_size)][0]
+                raise breaks(tokenizer, f"encode gives the id {wrong}, outside [0, {tokenizer.vocab_size})")
+    return made
 
 
 class Cursor(NamedTuple):

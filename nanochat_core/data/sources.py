@@ -1,12 +1,11 @@
-"""Building the data source of an experiment."""
+"""Building the data source of an experiment, and checking that it keeps its contract."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import overload
+from collections.abc import Iterator, Mapping, Sequence, Set
+from typing import Any, overload
 
-from nanochat_core.errors import PluginError
-from nanochat_core.files import cache_dir
+from nanochat_core.files import cache_dir, shorten
 from nanochat_core.interfaces.data_source import DataContext, DataSource
 from nanochat_core.interfaces.types import Split
 from nanochat_core.plugins.choice import Choice
@@ -16,7 +15,8 @@ def build_source(choice: Choice) -> DataSource:
     """The data source that an experiment picks.
 
     Returns:
-        A source whose errors, also those of reading documents later, have full keys of options, file and line.
+        A source whose errors, also those of reading documents later, have full keys of options, file and line. What it
+        returns is checked: a document that is no text is an error when it is read.
 
     Raises:
         PluginError: when the factory returns something else.
@@ -24,53 +24,91 @@ def build_source(choice: Choice) -> DataSource:
     """
     source = choice.build(DataContext(cache_dir=cache_dir()))
     if not isinstance(source, DataSource):
-        raise PluginError(f"the factory of data source {choice.plugin!r} must return a nanochat_core.DataSource")
-    return _NamingSource(choice, source)
+        raise choice.breaks(f"the factory must return a nanochat_core.DataSource, not {shorten(source)}")
+    return _CheckedSource(choice, source)
 
 
-class _NamingSource(DataSource):
-    """A data source that adds keys and places of options to the errors of another one, also to those of reading."""
+class _CheckedSource(DataSource):
+    """Another data source, whose errors have keys and places of options, and whose results are checked."""
 
     def __init__(self, choice: Choice, source: DataSource) -> None:
         self._choice, self._source = choice, source
 
     def documents(self, split: Split) -> Sequence[str]:
-        with self._choice.naming_options():
-            return _NamingDocuments(self._choice, self._source.documents(split))
+        with self._choice.calling():
+            return _CheckedDocuments(self._choice, self._source.documents(split), split)
 
     def fingerprint(self, split: Split) -> str:
-        with self._choice.naming_options():
-            return self._source.fingerprint(split)
+        with self._choice.calling():
+            fingerprint = self._source.fingerprint(split)
+        if not (isinstance(fingerprint, str) and fingerprint and fingerprint.isprintable() and len(fingerprint) <= 200):
+            raise self._choice.breaks(f"fingerprint({split!r}) must be a hex digest, not {shorten(fingerprint)}")
+        return fingerprint
 
     def problems(self) -> Sequence[str]:
-        return self._source.problems()
+        with self._choice.calling():
+            return [str(line) for line in self._source.problems()]
 
     def describe(self) -> Mapping[str, str | int]:
-        with self._choice.naming_options():
-            return self._source.describe()
+        with self._choice.calling():
+            described = self._source.describe()
+        if not isinstance(described, Mapping) or not all(
+            isinstance(k, str) and isinstance(v, str | int) for k, v in described.items()
+        ):
+            raise self._choice.breaks(f"describe() must map names to texts and whole numbers, not {shorten(described)}")
+        return described
 
     def download(self, workers: int) -> Sequence[str]:
-        with self._choice.naming_options():
-            return self._source.download(workers)
+        with self._choice.calling():
+            return [str(line) for line in self._source.download(workers)]
 
 
-class _NamingDocuments(Sequence[str]):
+class _CheckedDocuments(Sequence[str]):
     """Its documents."""
 
-    def __init__(self, choice: Choice, documents: Sequence[str]) -> None:
-        self._choice, self._documents = choice, documents
+    def __init__(self, choice: Choice, documents: Any, split: Split) -> None:
+        self._choice, self._documents, self._split = choice, documents, split
+        is_sequence = hasattr(documents, "__len__") and hasattr(documents, "__getitem__")
+        if not is_sequence or isinstance(documents, str | bytes | Mapping | Set):
+            raise choice.breaks(f"documents({split!r}) must return a sequence of texts, not {shorten(documents)}")
 
     def __len__(self) -> int:
-        return len(self._documents)
+        with self._choice.calling():
+            return len(self._documents)
 
     @overload
     def __getitem__(self, index: int) -> str: ...
     @overload
     def __getitem__(self, index: slice) -> Sequence[str]: ...
     def __getitem__(self, index: int | slice) -> str | Sequence[str]:
-        with self._choice.naming_options():
-            return self._documents[index]
+        if isinstance(index, slice):
+            return self._part(index)
+        if index >= len(self):  # so that a loop over all documents ends
+            raise IndexError(index)
+        with self._choice.calling():
+            document = self._documents[index]
+        return self._text(document, index)
+
+    def _part(self, index: slice) -> Sequence[str]:
+        indices = range(*index.indices(len(self)))
+        with self._choice.calling():
+            part = list(self._documents[index])
+        if len(part) != len(indices):
+            raise self._choice.breaks(
+                f"documents({self._split!r}) has {len(self)} documents by its length, but a slice of {len(indices)} of "
+                f"them has {len(part)}"
+            )
+        return [self._text(document, i) for i, document in zip(indices, part, strict=True)]
+
+    def _text(self, document: object, index: int) -> str:
+        if not isinstance(document, str):
+            raise self._choice.breaks(f"document {index} of {self._split!r} must be a str, not {shorten(document)}")
+        return document
 
     def __iter__(self) -> Iterator[str]:
-        with self._choice.naming_options():
-            yield from self._documents
+        with self._choice.calling():
+            documents = iter(self._documents)
+        for index in range(len(self)):
+            with self._choice.calling():
+                document = next(documents)
+            yield self._text(document, index)

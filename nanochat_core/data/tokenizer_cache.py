@@ -17,9 +17,9 @@ from typing import Any
 import attrs
 
 from nanochat_core.errors import CheckpointError, PluginError
-from nanochat_core.files import cache_dir, file_sha256, lock_file, remove, sync, write_atomic
+from nanochat_core.files import cache_dir, file_sha256, lock_file, remove, shorten, sync, write_atomic
 from nanochat_core.interfaces.data_source import DataSource
-from nanochat_core.interfaces.tokenizer import Tokenizer, TokenizerContext
+from nanochat_core.interfaces.tokenizer import Tokenizer, TokenizerContext, vocabulary_problems
 from nanochat_core.plugins.choice import Choice
 from nanochat_core.plugins.structure import to_plain
 
@@ -42,7 +42,10 @@ class MadeTokenizer:
     def copy_to(self, directory: Path) -> None:
         """Copy its files to ``directory``, which is created atomically."""
         partial = directory.with_name(f".{directory.name}.{secrets.token_hex(4)}")
-        shutil.copytree(self.directory, partial)
+        partial.mkdir()
+        for path in sorted(self.directory.rglob("*")):  # contents only: the modes are those that this process gives
+            target = partial / path.relative_to(self.directory)
+            target.mkdir() if path.is_dir() else shutil.copyfile(path, target)
         for path in partial.rglob("*"):
             sync(path)  # checkpoints need it
         partial.rename(directory)
@@ -126,7 +129,8 @@ def _train(choice: Choice, source: DataSource, directory: Path, parts: dict[str,
     partial = directory.with_name(f"{directory.name}.{secrets.token_hex(4)}")
     partial.mkdir()
     try:
-        tokenizer.save(partial)
+        with choice.calling("can't be saved"):
+            tokenizer.save(partial)
         write_atomic(directory.with_suffix(".json"), json.dumps(parts, indent=1) + "\n")
         partial.rename(directory)
     except BaseException:
@@ -167,7 +171,8 @@ def build_tokenizer(choice: Choice) -> Tokenizer:
 def _build(choice: Choice, context: TokenizerContext) -> Tokenizer:
     tokenizer = choice.build(context)
     if not isinstance(tokenizer, Tokenizer):
-        raise PluginError(f"the factory of tokenizer {choice.plugin!r} must return a nanochat_core.Tokenizer")
-    if "<|bos|>" not in tokenizer.special_tokens:
-        raise PluginError(f"tokenizer {choice.plugin!r} has no special token <|bos|>, which must lead every document")
+        raise choice.breaks(f"the factory must return a nanochat_core.Tokenizer, not {shorten(tokenizer)}")
+    with choice.calling():
+        for problem in vocabulary_problems(tokenizer):
+            raise choice.breaks(problem)
     return tokenizer

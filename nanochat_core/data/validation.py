@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from nanochat_core.data.packing import CHUNK
+from nanochat_core.data.packing import CHUNK, encode_documents
 from nanochat_core.errors import DataError
 from nanochat_core.interfaces.tokenizer import Tokenizer
 from nanochat_core.interfaces.types import IGNORED, Batch, Tokens
@@ -33,7 +33,7 @@ def validation_rows(
     parts: list[Tokens] = []
     have = 0
     for start in range(0, len(documents), CHUNK):
-        chunk = tokenizer.encode_documents(documents[start : start + CHUNK])
+        chunk = encode_documents(tokenizer, documents[start : start + CHUNK])
         parts += chunk
         have += sum(map(len, chunk))
         if have >= needed:

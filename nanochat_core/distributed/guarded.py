@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nanochat_core.distributed.signals import StopRequest
 from nanochat_core.distributed.world import World
+from nanochat_core.errors import PassesPlugins
 
 FAILED, FINISHED = 1, 2
 
@@ -26,7 +27,15 @@ STOPPED = "stopped by a signal"  # in place of an error
 OPERATIONS = {"sum": 3, "all_reduce": 4, "broadcast": 5, "broadcast_object": 6, "all_gather_object": 7, "barrier": 8}
 
 
-class Cancelled(Exception):
+def _pickled(value: Any, operation: str) -> bytes:
+    """The value as bytes. What can't be pickled fails here, before other ranks wait for it."""
+    try:
+        return pickle.dumps(value)
+    except Exception as error:  # objects pickle themselves, so that it can be anything
+        raise TypeError(f"{operation} can't pickle a {type(value).__name__}: {error}") from error
+
+
+class Cancelled(PassesPlugins, Exception):
     """Another rank failed, so this evaluation ends on all ranks."""
 
 
@@ -118,14 +127,14 @@ class EvaluationWorld(World):
     def broadcast_object(self, value: Any = None) -> Any:
         if self.size == 1:
             return value
-        data = pickle.dumps(value)  # a value that can't be pickled fails here, before other ranks wait for it
+        data = _pickled(value, "broadcast_object")
         with self._together("broadcast_object"):
             return pickle.loads(super().broadcast_object(data))
 
     def all_gather_object(self, value: Any) -> list[Any]:
         if self.size == 1:
             return [value]
-        data = pickle.dumps(value)
+        data = _pickled(value, "all_gather_object")
         with self._together("all_gather_object"):
             return [pickle.loads(each) for each in super().all_gather_object(data)]
 

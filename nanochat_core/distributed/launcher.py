@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING
 
 import attrs
 
-from nanochat_core.distributed.signals import PREEMPTED_EXIT_CODE, SAME_SECONDS
+from nanochat_core.distributed.environment import python_command, python_environment
+from nanochat_core.distributed.signals import PATIENT, PREEMPTED_EXIT_CODE, REQUESTS, SAME_SECONDS, stop_signals
 from nanochat_core.distributed.store import RankFailure, RankStore
 from nanochat_core.distributed.watchdog import PIPE
 from nanochat_core.files import rank_log_name
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
+
+LOOPBACK = "127.0.0.1"
 GRACE_SECONDS = 30.0  # seconds that the other workers have to end after one has failed; longer than the watchdog's
 NOW_SECONDS = 2.0  # seconds that workers have to end after a second signal
 
@@ -26,32 +31,31 @@ NOW_SECONDS = 2.0  # seconds that workers have to end after a second signal
 def launch(arguments: Sequence[str], nproc: int) -> int:
     """Run ``python -m nanochat_core ARGUMENTS`` in ``nproc`` worker processes; returns the first failure's exit code.
 
-    SIGTERM, SIGINT and SIGUSR1 are passed on to every worker, which may then take as long as it needs to save; a second
-    one ends them. Workers notice when this process dies, and stop as after a signal. Only rank 0 writes to the
+    SIGTERM, SIGINT, SIGUSR1, SIGHUP and SIGXCPU are passed on to every worker, which may then take as long as it needs
+    to save; a second one ends them. When all have ended, signals have no effect any more: the exit code is theirs.
+    Workers notice when this process dies, and stop as after a signal. Only rank 0 writes to the
     terminal's stdout.
 
     It is not torch's own agent (``torchrun``): that kills workers which take longer than 30 s to save after a signal,
     and its exit code is 1 whatever a worker's was, which hides "stopped, resume me" (75) from job schedulers. Workers
     started by torchrun work too.
     """
-    from torch.distributed import TCPStore
-
-    # This process holds the rendezvous store on a port the system picked, so that two launches never collide.
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = _open_store()
     read_end, write_end = os.pipe()  # our end closes when this process ends, in whatever way
     threads = str(max((os.cpu_count() or 1) // nproc, 1))
     launcher = _Launcher(RankStore(store), has_logs=arguments[0] == "run")
-    before: dict[int, Any] = {n: signal.signal(n, launcher.relay) for n in SIGNALS}
+    for number in stop_signals():
+        signal.signal(number, launcher.relay)
     try:
         for rank in range(nproc):
             environment = {
-                "OMP_NUM_THREADS": threads,
-                **os.environ,
+                "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads),
+                **_loopback(),
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(nproc),
                 "LOCAL_WORLD_SIZE": str(nproc),
-                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_ADDR": LOOPBACK,
                 "MASTER_PORT": str(store.port),
                 "TORCHELASTIC_USE_AGENT_STORE": "True",
                 PIPE: str(read_end),
@@ -59,8 +63,8 @@ def launch(arguments: Sequence[str], nproc: int) -> int:
             # A session of its own: a Ctrl-C in the terminal reaches workers once, through us.
             launcher.workers.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", "nanochat_core", *arguments],
-                    env=environment,
+                    python_command("nanochat_core", *arguments),
+                    env=python_environment(environment),
                     stdout=None if rank == 0 else subprocess.DEVNULL,
                     start_new_session=True,
                     pass_fds=(read_end,),
@@ -71,10 +75,24 @@ def launch(arguments: Sequence[str], nproc: int) -> int:
         launcher.send(signal.SIGKILL)
         for worker in launcher.workers:
             worker.wait()
-        for number, handler in before.items():
-            signal.signal(number, handler)
         os.close(read_end)
         os.close(write_end)
+
+
+def _open_store() -> TCPStore:
+    """The rendezvous store, which this process holds on a port that the system picks, so that two launches never
+    collide. It has no password, so it listens on the loopback interface only; by itself it would on all."""
+    from torch.distributed import TCPStore
+
+    listener = socket.create_server((LOOPBACK, 0), backlog=1024)
+    port = listener.getsockname()[1]
+    return TCPStore(LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+
+
+def _loopback() -> dict[str, str]:
+    """The variable that keeps the ranks' own connections on the loopback interface, unless somebody has set it."""
+    name = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
+    return {} if name is None or "GLOO_SOCKET_IFNAME" in os.environ else {"GLOO_SOCKET_IFNAME": name}
 
 
 @attrs.define
@@ -92,7 +110,9 @@ class _Launcher:
         self.send(number)
         if self.signalled is None:
             self.signalled = now
-        elif now > self.signalled + SAME_SECONDS:  # a worker that waits in a collective handles no signal
+        elif (
+            now > self.signalled + SAME_SECONDS and number not in PATIENT
+        ):  # a worker that waits in a collective handles no signal
             self.deadline = min(self.deadline, now + NOW_SECONDS)
 
     def send(self, number: int) -> None:
@@ -134,6 +154,6 @@ def _obituary(rank: int, number: int) -> str:
     if number == signal.SIGKILL:
         why = "most likely because the machine was out of memory (see dmesg): use fewer workers, or a smaller "
         why += "train.device_batch_size"
-    elif number in SIGNALS:
+    elif number in REQUESTS:
         why = "it was sent to this process only"
     return f"rank {rank} was killed by {name}, {why}"

@@ -1,9 +1,13 @@
-"""Short messages between ranks while collectives fail or hang, in the store beside the process group."""
+"""Short messages between ranks while collectives fail or hang, in the store beside the process group.
+
+Whoever reaches the port of the store can write to it, so its texts are read as those of strangers.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -46,19 +50,22 @@ class RankStore:
     def mark_failure(self, failure: RankFailure) -> RankFailure:
         """Record that a rank failed. Returns the failure that was recorded first, which may be of another rank."""
         text = f"{failure.rank} {failure.code}"
+        first = None
         if self._store is not None:
             with self._while_it_stands() as store:
-                text = store.compare_set("failure", "", text).decode()
-        return _failure(text)
+                first = _failure(store.compare_set("failure", "", text))
+                if first is None:  # not written by a rank
+                    store.set("failure", text)
+        return first or failure
 
     def failure(self, wait: float = 0.0) -> RankFailure | None:
         """The failure that was recorded first. ``wait``: seconds to wait for one."""
         end = time.monotonic() + wait
-        while not (text := self._read("failure")):
+        while (first := _failure(self._read("failure"))) is None:
             if time.monotonic() >= end or self._store is None:
                 return None
             time.sleep(0.05)
-        return _failure(text)
+        return first
 
     def post(self, rank: int, text: str) -> None:
         """Post a rank's text in place of its earlier one; an empty text removes it."""
@@ -67,15 +74,15 @@ class RankStore:
                 store.set(f"post/{rank}", text)
 
     def posted(self, rank: int) -> str:
-        """The text that a rank has posted, or an empty string."""
-        return self._read(f"post/{rank}")
+        """The text that a rank, or somebody else who reaches the store, has posted; or an empty string."""
+        return self._read(f"post/{rank}").decode(errors="replace")
 
-    def _read(self, key: str) -> str:
-        text = ""
+    def _read(self, key: str) -> bytes:
+        content = b""
         if self._store is not None:
             with self._while_it_stands() as store:
-                text = store.get(key).decode() if store.check([key]) else ""
-        return text
+                content = store.get(key) if store.check([key]) else b""
+        return content
 
     @contextlib.contextmanager
     def _while_it_stands(self) -> Iterator[dist.Store]:
@@ -87,6 +94,7 @@ class RankStore:
             self._store = None
 
 
-def _failure(text: str) -> RankFailure:
-    rank, code = text.split()
-    return RankFailure(int(rank), int(code))
+def _failure(content: bytes) -> RankFailure | None:
+    """The failure that a text describes; None for any other text, which no rank has written."""
+    found = re.fullmatch(rb"(\d{1,7}) (\d{1,3})", content)
+    return None if found is None or int(found[2]) == 0 else RankFailure(int(found[1]), int(found[2]))

@@ -38,6 +38,17 @@ class RankStatus:
     text: str
     waits: bool = False
 
+    @classmethod
+    def parse(cls, posted: str) -> RankStatus:
+        """The status that a rank has posted, or one that says that the text is none."""
+        try:
+            text, waits = json.loads(posted)
+            if isinstance(text, str) and isinstance(waits, bool):
+                return cls("".join(c if c.isprintable() else " " for c in text[:500]), waits)
+        except (ValueError, TypeError, RecursionError):
+            pass
+        return cls("says what no rank says")
+
 
 class Watchdog:
     """A context manager that runs the watchdog's thread.
@@ -156,7 +167,7 @@ class Watchdog:
         while len(found) < self.size and time.monotonic() < end:
             for rank in set(range(self.size)) - found.keys():
                 if text := self.store.posted(rank):
-                    found[rank] = RankStatus(*json.loads(text))
+                    found[rank] = RankStatus.parse(text)
             time.sleep(0.1)
         missing = RankStatus("says nothing")
         groups: dict[RankStatus, list[int]] = {}

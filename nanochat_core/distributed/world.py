@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Sequence
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, NoReturn
 
@@ -12,11 +15,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanochat_core.errors import NanochatError
+from nanochat_core.distributed.environment import Place, find_place
+from nanochat_core.errors import ConfigError, NanochatError, PassesPlugins
+from nanochat_core.files import shorten
 from nanochat_core.hardware.machine import pick_device
 
+TIMEOUT = timedelta(minutes=30)  # of the ranks' first meeting, and of each collective
+PATIENCE = 10.0  # seconds until a rank says where it waits for the others
 
-class OtherRankFailed(Exception):
+
+class OtherRankFailed(PassesPlugins, Exception):
     """Rank 0 failed and has reported the reason; carries the exit code."""
 
     def __init__(self, exit_code: int) -> None:
@@ -103,9 +111,14 @@ class World:
 
 
 def join_world() -> World:
-    """Join the process group that the environment describes (our launcher's or torchrun's), or make a world of one."""
-    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    device = pick_device(int(os.environ.get("LOCAL_RANK", "0")))
+    """Join the process group that the environment describes (our launcher's or torchrun's), or make a world of one.
+
+    Raises:
+        ConfigError: when the environment describes none, or the other ranks can't be reached.
+    """
+    place = find_place()
+    rank, size = place.rank, place.size
+    device = pick_device(place.local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if size > 1 and not dist.is_initialized():
@@ -113,8 +126,34 @@ def join_world() -> World:
             device = torch.device("cpu")  # no backend of torch.distributed supports MPS
         backend = "nccl" if device.type == "cuda" else "gloo"
         device_id = device if device.type == "cuda" else None
-        dist.init_process_group(backend, timeout=timedelta(minutes=30), device_id=device_id)
+        with _saying_where(place):
+            dist.init_process_group(backend, timeout=TIMEOUT, device_id=device_id)
     return World(rank=rank, size=size, device=device)
+
+
+@contextlib.contextmanager
+def _saying_where(place: Place) -> Iterator[None]:
+    """Name the place where ranks meet, when the wait there is long or fails."""
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+
+    def say() -> None:
+        print(
+            f"rank {place.rank} of {place.size} waits for the others at {shorten(where)}", file=sys.stderr, flush=True
+        )
+
+    timer = threading.Timer(PATIENCE, say)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except (dist.DistError, ValueError) as error:
+        reason = "".join(c if c.isprintable() else " " for c in str(error).split("\n")[0])[:300]
+        raise ConfigError(
+            f"rank {place.rank} of {place.size} can't meet the others at {shorten(where)} ({reason}): check "
+            f"MASTER_ADDR and MASTER_PORT, or unset WORLD_SIZE to run alone"
+        ) from error
+    finally:
+        timer.cancel()
 
 
 def leave_world() -> None:

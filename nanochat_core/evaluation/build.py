@@ -9,8 +9,9 @@ from nanochat_core.config.schema import Experiment
 from nanochat_core.data.validation import ValidationRows
 from nanochat_core.distributed.guarded import EvaluationWorld
 from nanochat_core.distributed.world import World
-from nanochat_core.errors import DataError, PluginError
+from nanochat_core.errors import DataError
 from nanochat_core.evaluation.evaluate import BuiltEvaluator
+from nanochat_core.files import shorten
 from nanochat_core.interfaces.data_source import DataSource
 from nanochat_core.interfaces.evaluator import Evaluator, EvaluatorContext
 from nanochat_core.interfaces.tokenizer import Tokenizer
@@ -80,7 +81,7 @@ def build_evaluators(
         kept = directory / f".{choice.name}"
         evaluator = choice.build(EvaluatorContext(tokenizer, world, T, B, noted_rows, world.time_left, kept))
         if not isinstance(evaluator, Evaluator):
-            raise PluginError(f"the factory of evaluator {choice.plugin!r} must return a nanochat_core.Evaluator")
+            raise choice.breaks(f"the factory must return a nanochat_core.Evaluator, not {shorten(evaluator)}")
         return BuiltEvaluator(choice, evaluator, data)
 
     return tuple(build(choice) for choice in choices)

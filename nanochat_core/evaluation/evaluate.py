@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
-import traceback
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import attrs
@@ -16,10 +15,15 @@ import torch
 from nanochat_core.distributed.guarded import STOPPED, Cancelled, EvaluationWorld
 from nanochat_core.distributed.signals import Stopped
 from nanochat_core.distributed.world import World
+from nanochat_core.errors import NanochatError, PassesPlugins, PluginError
+from nanochat_core.evaluation.contract import BadResult, checked, reserved_problem
 from nanochat_core.evaluation.results import write_evaluation
+from nanochat_core.evaluation.undisturbed import Undisturbed
+from nanochat_core.files import first_few, write_atomic
 from nanochat_core.hardware.casting import autocast, weights_at_rest
 from nanochat_core.interfaces.evaluator import Evaluation, Evaluator
 from nanochat_core.interfaces.model import Model
+from nanochat_core.plugins.calls import describe, is_not_a_plugins, message_of
 from nanochat_core.plugins.choice import Choice, EvaluatorKeys
 from nanochat_core.runs.directory import RunDirectory
 from nanochat_core.runs.state import restore_rng, rng_state
@@ -50,45 +54,96 @@ def inference(model: Model, dtype: torch.dtype) -> Iterator[None]:
 
 
 def evaluate(
-    choice: Choice, evaluator: Evaluator, model: Model, dtype: torch.dtype, step: int, world: World
+    choice: Choice,
+    evaluator: Evaluator,
+    model: Model,
+    dtype: torch.dtype,
+    step: int,
+    world: World,
+    owners: dict[str, str] | None = None,
+    report: Callable[[str], None] = lambda line: None,
 ) -> Evaluation:
-    """Call an evaluator on every rank.
+    """Call an evaluator on every rank. What it returns is checked, and encoded as it will be written.
+
+    What it leaves changed of the model and the process is put back and reported.
+
+    Args:
+        owners: entry of the experiment by name of a metric or text, for those in use; the new names are added.
+        report: called with a line for the log.
 
     Raises:
-        EvaluationFailed: on every rank, when the evaluator raised on any.
+        EvaluationFailed: on every rank, when the evaluator raised on any, or returned what it may not.
         EvaluationStopped: on every rank, when a signal asked any of them to stop.
+        PluginError: when it has changed weights of the model, which can't be put back; OtherRankFailed on other ranks.
     """
-    keys = choice.keys
+    keys, names = choice.keys, owners if owners is not None else {}
     assert isinstance(keys, EvaluatorKeys)
     guard = world if isinstance(world, EvaluationWorld) else EvaluationWorld.of(world)
     guard.begin(keys.time_budget)
     problem, cause = "", None
     evaluation = Evaluation()
     with inference(model, dtype):
+        undisturbed = Undisturbed(model)
         try:
             with guard.stop.interruptible(), choice.naming_options():
-                evaluation = evaluator.evaluate(model, step)
-            for wrong in contract_problems(evaluation):
-                raise TypeError(wrong)
+                evaluation = _with_names(checked(evaluator.evaluate(model, step)), choice, names)
         except Stopped:
             problem = STOPPED
         except Cancelled:
             pass
-        except Exception as error:
-            last = traceback.extract_tb(error.__traceback__)[-1]
-            problem, cause = f"{type(error).__name__}: {error} ({last.filename}:{last.lineno})", error
-    problems = guard.settle(problem)
+        except BaseException as error:
+            if isinstance(error, PassesPlugins) or (is_not_a_plugins(error) and not isinstance(error, Exception)):
+                raise
+            problem, cause = _told(error), error
+        finally:
+            changed, lost = undisturbed.put_back()
+    if changed:
+        report(f"evaluator {choice.name} left changed, which was put back: {', '.join(changed)}")
+    problems = guard.settle(f"{CHANGED}{first_few(lost, 3)}" if lost else problem)
+    for text in problems.values():
+        if text.startswith(CHANGED):
+            guard.raise_on_main(PluginError(f"{choice.title} {text} (step {step}). {_REMEDY}"))
     if STOPPED in problems.values():
         raise EvaluationStopped
     if problems:
         raise EvaluationFailed(problems, guard.size) from cause
-    if choice.name != choice.plugin:
-        evaluation = attrs.evolve(
-            evaluation,
-            metrics={choice.metric_name(key): value for key, value in evaluation.metrics.items()},
-            texts={choice.metric_name(key): text for key, text in evaluation.texts.items()},
-        )
+    names.update(dict.fromkeys((*evaluation.metrics, *evaluation.texts), choice.name))
     return evaluation
+
+
+CHANGED = "has changed weights of the model: "  # in place of an error
+_REMEDY = (
+    "An evaluator must leave them as they are, and they can't be put back. Mend the evaluator or remove its entry; "
+    "a run continues from its last checkpoint with --resume"
+)
+
+
+def _with_names(evaluation: Evaluation, choice: Choice, owners: Mapping[str, str]) -> Evaluation:
+    """Return an evaluation with the names that the ledger will have. Raises BadResult for names that are not free."""
+    renamed = attrs.evolve(
+        evaluation,
+        metrics={choice.metric_name(key): value for key, value in evaluation.metrics.items()},
+        texts={choice.metric_name(key): text for key, text in evaluation.texts.items()},
+    )
+    for name in (*renamed.metrics, *renamed.texts):
+        problem = reserved_problem(name, owners, choice.name)
+        if problem:
+            raise BadResult(problem)
+    return renamed
+
+
+def _told(error: BaseException) -> str:
+    """What went wrong in an evaluator, in one line."""
+    return message_of(error) if isinstance(error, BadResult | NanochatError) else describe(error)
+
+
+def claimed_names(evaluators: Iterable[BuiltEvaluator]) -> dict[str, str]:
+    """Return the entry by name of the metrics that entries of the experiment are known for."""
+    known: dict[str, str] = {}
+    for choice in (built.choice for built in evaluators):
+        if choice.entry is not None and choice.entry.best_metric:
+            known.setdefault(choice.metric_name(choice.entry.best_metric), choice.name)
+    return known
 
 
 class EvaluationStopped(Exception):
@@ -117,27 +172,32 @@ class BuiltEvaluator:
 
 
 def evaluate_each(
-    evaluators: Iterable[BuiltEvaluator],
+    evaluators: Sequence[BuiltEvaluator],
     model: Model,
     dtype: torch.dtype,
     step: int,
     world: World,
     failed: Callable[[str, EvaluationFailed], None],
     heartbeat: Callable[[str], None] = lambda doing: None,
+    owners: dict[str, str] | None = None,
+    report: Callable[[str], None] = lambda line: None,
 ) -> Iterator[tuple[BuiltEvaluator, Evaluation]]:
     """Call evaluators one by one on every rank, and yield each with its results. An evaluator that raises is skipped.
 
     Args:
         failed: called on every rank with the entry's name and the error of an evaluator that raised.
         heartbeat: called before each evaluation with the activity that begins.
+        owners, report: see ``evaluate``.
 
     Raises:
         EvaluationStopped: on every rank, when a signal asked any of them to stop before or during an evaluation.
+        PluginError: see ``evaluate``.
     """
+    owners = claimed_names(evaluators) if owners is None else owners
     for built in evaluators:
         heartbeat(f"in evaluation {built.choice.name}")
         try:
-            evaluation = evaluate(built.choice, built.evaluator, model, dtype, step, world)
+            evaluation = evaluate(built.choice, built.evaluator, model, dtype, step, world, owners, report)
         except EvaluationFailed as error:
             failed(built.choice.name, error)
             continue
@@ -165,6 +225,9 @@ class Evaluations:
     report: Callable[[str], None]
     heartbeat: Callable[[str], None] = lambda doing: None
     _reported: set[str] = attrs.field(factory=set, init=False, eq=False)
+    _owners: dict[str, str] = attrs.field(
+        default=attrs.Factory(lambda self: claimed_names(self.evaluators), takes_self=True), init=False, eq=False
+    )
 
     def due(self, step: int) -> list[BuiltEvaluator]:
         """Return the evaluators to call after ``step`` optimizer steps."""
@@ -195,7 +258,10 @@ class Evaluations:
             self.report(f"evaluator {name} failed at step {step}, the run continues: {error}")
 
         due = [built for built in self.due(step) if built.choice.name not in done]
-        for built, evaluation in evaluate_each(due, model, self.dtype, step, self.world, failed, self.heartbeat):
+        each = evaluate_each(
+            due, model, self.dtype, step, self.world, failed, self.heartbeat, self._owners, self._report_once
+        )
+        for built, evaluation in each:
             name = built.choice.name
             if self.world.is_main:
                 try:
@@ -206,32 +272,16 @@ class Evaluations:
 
     def _keep(self, name: str, step: int, evaluation: Evaluation, data: Mapping[str, str]) -> None:
         for note in evaluation.notes:
-            if f"{name}: {note}" not in self._reported:  # once per run
-                self._reported.add(f"{name}: {note}")
-                self.report(f"{name}: {note}")
+            self._report_once(f"{name}: {note}")
         if evaluation.texts:
             samples = RunDirectory(self.directory).samples
             samples.mkdir(exist_ok=True)
             path = samples / f"{name}_{step:06d}.json"
-            path.write_text(json.dumps(dict(evaluation.texts), indent=1, ensure_ascii=False) + "\n")
+            write_atomic(path, json.dumps(dict(evaluation.texts), indent=1, ensure_ascii=False) + "\n")
         if evaluation.examples or evaluation.files:
             write_evaluation(RunDirectory(self.directory).evaluations, name, step, evaluation, {"data": dict(data)})
 
-
-def contract_problems(evaluation: object) -> Iterator[str]:
-    """Yield what is wrong with the result of an evaluator: what the ledger or the files of evaluations can't hold."""
-    if not isinstance(evaluation, Evaluation):
-        yield f"evaluate() must return a nanochat_core.Evaluation, not {type(evaluation).__name__}"
-        return
-    for name, value in evaluation.metrics.items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            yield f"metric {name!r} must be a Python int or float, not {type(value).__name__}: use .item()"
-    for name, text in evaluation.texts.items():
-        if not isinstance(text, str):
-            yield f"text {name!r} must be a str, not {type(text).__name__}"
-    taken = {"step", "time", "evaluator"} & {*evaluation.metrics, *evaluation.texts}
-    if taken:
-        yield f"{', '.join(sorted(taken))}: reserved in the ledger; rename the metric or text"
-    for row in evaluation.examples:
-        if not {"task", "example", "value"} <= row.keys():
-            yield f"an example needs task, example and value, but one has only {', '.join(row)}"
+    def _report_once(self, line: str) -> None:
+        if line not in self._reported:
+            self._reported.add(line)
+            self.report(line)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy as np
 
 from nanochat_core.errors import DataError
 from nanochat_core.evaluation.statistics import DRAWS, SEED, Values, bootstrap_means, interval, scale_of
-from nanochat_core.files import open_atomic, write_atomic
+from nanochat_core.files import name_problem, path_in, read_json, shorten, write_atomic
 
 if TYPE_CHECKING:
     from nanochat_core.interfaces.evaluator import Evaluation
@@ -67,6 +68,30 @@ def evaluation_dir(directory: Path, name: str, step: int) -> Path:
     return directory / f"{name}_{step:06d}"
 
 
+def encode_files(evaluation: Evaluation) -> dict[str, bytes]:
+    """Return the content of the files that keep an evaluation besides ``evaluation.json``, by name.
+
+    Raises:
+        ValueError: when a name can't be a file's; ``UnicodeError`` is one.
+        Exception: pyarrow's, when the examples are no table.
+    """
+    encoded = {}
+    if evaluation.examples:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        names = dict.fromkeys(name for row in evaluation.examples for name in row)
+        examples = pa.BufferOutputStream()
+        pq.write_table(pa.table({n: [row.get(n) for row in evaluation.examples] for n in names}), examples)
+        encoded = {EXAMPLES: examples.getvalue().to_pybytes()}
+    for name, text in evaluation.files.items():
+        path_in(Path(), name)
+        if name in (FACTS, EXAMPLES, TABLE):
+            raise ValueError(f"the name {name} belongs to the core's own file")
+        encoded[name] = text.encode()
+    return encoded
+
+
 def write_evaluation(
     directory: Path, name: str, step: int, evaluation: Evaluation, more: Mapping[str, Any] | None = None
 ) -> Path:
@@ -76,18 +101,14 @@ def write_evaluation(
         more: further entries of ``evaluation.json``.
     """
     path = evaluation_dir(directory, name, step)
-    path.mkdir(parents=True, exist_ok=True)
+    directory.mkdir(exist_ok=True)  # not those above: a run directory that was moved does not come back
+    path.mkdir(exist_ok=True)
     for file in (EXAMPLES, TABLE):
         (path / file).unlink(missing_ok=True)
+    for file, content in encode_files(evaluation).items():
+        write_atomic(path_in(path, file), content)
     if evaluation.examples:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        with open_atomic(path / EXAMPLES) as examples:
-            pq.write_table(pa.Table.from_pylist([dict(row) for row in evaluation.examples]), examples)
         write_atomic(path / TABLE, markdown(evaluation))
-    for file, text in evaluation.files.items():
-        write_atomic(path / file, text)
     facts = {
         "name": name,
         "step": step,
@@ -112,7 +133,8 @@ def read_evaluation(path: Path) -> Stored:
     values: dict[str, dict[str, float]] = {}
     centered: dict[str, dict[str, float]] = {}
     try:
-        facts = json.loads((path / FACTS).read_text(encoding="utf-8"))
+        facts = read_json(path / FACTS)
+        _check_facts(facts)
         if (path / EXAMPLES).is_file():
             import pyarrow.parquet as pq
 
@@ -128,6 +150,24 @@ def read_evaluation(path: Path) -> Stored:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} can't be read as an evaluation ({error}): repeat the evaluation") from error
     return Stored(path, facts, values, centered)
+
+
+def _check_facts(facts: Mapping[str, Any]) -> None:
+    """Raise a ValueError when facts are not of the types that ``write_evaluation`` writes."""
+    kinds: dict[str, tuple[type, ...]] = {"name": (str,), "step": (int,), "time": (int, float), "metrics": (dict,)}
+    kinds |= {"facts": (dict,), "settings": (list,), "data": (dict,)}
+    for name, kind in kinds.items():
+        if name in ("facts", "settings", "data") and name not in facts:
+            continue
+        if not isinstance(facts.get(name), kind) or isinstance(facts.get(name), bool):
+            raise ValueError(f"{name} must not be {shorten(facts.get(name))}")
+    if name_problem(facts["name"]):
+        raise ValueError(f"the name {shorten(facts['name'])} {name_problem(facts['name'])}")
+    for name, value in facts["metrics"].items():
+        if not isinstance(value, int | float) or isinstance(value, bool) or 1e300 < abs(value) < math.inf:
+            raise ValueError(f"metric {shorten(name)} must not be {shorten(value)}")
+    if not all(isinstance(name, str) for name in (*facts.get("settings", []), *facts.get("data", {}).values())):
+        raise ValueError("settings and data must have texts")
 
 
 def find_evaluations(directory: Path) -> dict[str, Stored]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import attrs
 import torch
@@ -24,16 +25,19 @@ from nanochat_core.errors import CheckpointError, ConfigError, DataError, Proble
 from nanochat_core.evaluation.build import build_evaluators
 from nanochat_core.evaluation.evaluate import EvaluationFailed, evaluate_each
 from nanochat_core.evaluation.results import EXAMPLES, TABLE, write_evaluation
-from nanochat_core.evaluation.trained_model import TrainedModel, open_trained
+from nanochat_core.evaluation.trained_model import TrainedModel, misfit, newest_checkpoint, open_trained
 from nanochat_core.files import expand_path, shorten
 from nanochat_core.hardware.casting import dtype_of, name_of
 from nanochat_core.interfaces.data_source import DataSource
 from nanochat_core.interfaces.evaluator import Evaluation
 from nanochat_core.planning.build import build_model
+from nanochat_core.plugins.calls import blame
 from nanochat_core.plugins.discovery import Plugins
-from nanochat_core.runs.checkpoint import MANIFEST, load_state, verify
+from nanochat_core.runs.checkpoint import load_state, verify
 from nanochat_core.runs.directory import EVALUATIONS, RunDirectory, find_run
-from nanochat_core.runs.restore import load_run, newest_checkpoint
+from nanochat_core.runs.restore import load_recorded, load_run
+from nanochat_core.runs.soundness import MANIFEST
+from nanochat_core.runs.trust import require_trust
 
 FAILED_EXIT_CODE = 1
 # Options that may be overridden: those on which the weights do not depend.
@@ -62,28 +66,41 @@ class Subject:
     path: str = ""
 
 
-def find_subject(target: str, runs_dir: Path) -> Subject:
-    """Find the model that ``target`` names: a run, a checkpoint's directory, or PLUGIN:PATH, which that plugin loads.
+def _locate(target: str, runs_dir: Path) -> tuple[RunDirectory | None, Path | None]:
+    """Return the run that ``target`` names, and the checkpoint if it names one; (None, None) for PLUGIN:PATH.
 
     Raises:
-        CheckpointError: when there is no such run or checkpoint, or it is damaged.
+        CheckpointError: when there is no such run.
     """
     try:
         path = expand_path(target)
     except ValueError as error:
         raise CheckpointError(f"{shorten(target)} {error}") from None
     if (path / MANIFEST).is_file():
-        checkpoint = path.resolve()
-        problem = verify(checkpoint)
-        if problem:
-            raise CheckpointError(f"{checkpoint}: {problem}; evaluate another checkpoint of the run")
-        return _of_run(RunDirectory.of_checkpoint(checkpoint), checkpoint)
+        return RunDirectory.of_checkpoint(path.resolve()), path.resolve()
     plugin, colon, reference = target.partition(":")
     if colon and plugin.isidentifier() and reference and not path.exists():
+        return None, None
+    return find_run(target, runs_dir), None
+
+
+def find_subject(target: str, runs_dir: Path, plugins: Plugins) -> Subject:
+    """Find the model that ``target`` names: a run, a checkpoint's directory, or PLUGIN:PATH, which that plugin loads.
+
+    Raises:
+        CheckpointError: when there is no such run or checkpoint, or it is damaged.
+    """
+    run, checkpoint = _locate(target, runs_dir)
+    if run is None:
+        plugin, _, reference = target.partition(":")
         name = re.sub(r"[^\w.-]+", "_", reference).strip("_.")
         return Subject(target, runs_dir / plugin / name / EVALUATIONS, plugin=plugin, path=reference)
-    run = find_run(target, runs_dir)
-    return _of_run(run, newest_checkpoint(run))
+    if checkpoint is None:
+        return _of_run(run, newest_checkpoint(run, plugins))
+    problem = verify(checkpoint) or misfit(run, checkpoint, plugins)
+    if problem:
+        raise CheckpointError(f"{checkpoint}: {problem}; evaluate another checkpoint of the run")
+    return _of_run(run, checkpoint)
 
 
 def _of_run(run: RunDirectory, checkpoint: Path) -> Subject:
@@ -138,6 +155,25 @@ def load_subject(subject: Subject, names: Sequence[str], overrides: Sequence[str
     return attrs.evolve(loaded.experiment, evaluators=chosen)
 
 
+def check_subject(
+    target: str, names: Sequence[str], overrides: Sequence[str], runs_dir: Path, plugins: Plugins, trusted: bool
+) -> tuple[Subject, Experiment]:
+    """Return the subject that ``target`` names and its experiment; see ``find_subject`` and ``load_subject``.
+
+    Args:
+        trusted: evaluate a run that is not under ``runs_dir`` without asking; see ``require_trust``.
+    """
+    run, _ = _locate(target, runs_dir)
+    if run is not None:  # before anything is built by the word of its files
+        recorded = load_recorded(run, plugins).experiment
+        used = {"tokenizer": recorded.tokenizer, "model": recorded.model, "data": recorded.data}
+        used |= {f"evaluators.{c.name}": c for c in recorded.evaluators if not names or c.name in names}
+        require_trust(run, runs_dir, "nanochat eval", used, [run.evaluations], trusted)
+    subject = find_subject(target, runs_dir, plugins)
+    experiment = load_subject(subject, names, overrides, plugins)
+    return subject, experiment
+
+
 def _load(
     subject: Subject, overrides: Sequence[str], plugins: Plugins, added: Sequence[Tables] = ()
 ) -> LoadedExperiment:
@@ -165,7 +201,12 @@ def open_subject(subject: Subject, experiment: Experiment, device: torch.device)
 
 
 def evaluate_model(
-    target: str, names: Sequence[str], overrides: Sequence[str], runs_dir: Path, plugins: Plugins
+    target: str,
+    names: Sequence[str],
+    overrides: Sequence[str],
+    runs_dir: Path,
+    plugins: Plugins,
+    trusted: bool = False,
 ) -> int:
     """Evaluate a model on this rank of the world that the environment describes, and print the results.
 
@@ -173,6 +214,7 @@ def evaluate_model(
         target: a run, a checkpoint's directory, or PLUGIN:PATH.
         names: entries of the experiment's ``[[evaluators]]``, or evaluator plugins; empty for all entries.
         overrides: texts ``KEY=VALUE``.
+        trusted: evaluate a run that is not under ``runs_dir`` without asking; see ``require_trust``.
 
     Returns:
         The exit code, 1 when an evaluator failed.
@@ -185,23 +227,24 @@ def evaluate_model(
     store = RankStore.open(world.size)
     with Watchdog(world.rank, world.size, store):
         try:
-            subject: Subject = world.on_main(lambda: find_subject(target, runs_dir))
-            experiment: Experiment = world.on_main(lambda: _checked(subject, names, overrides, plugins))
+            checked = world.on_main(lambda: check_subject(target, names, overrides, runs_dir, plugins, trusted))
+            subject: Subject = checked[0]
+            experiment: Experiment = checked[1]
+            if world.is_main:
+                chosen = ", ".join(choice.name for choice in experiment.evaluators)
+                print(f"evaluating {subject.label} with {chosen}", flush=True)
             return _evaluate(subject, experiment, world)
         except OtherRankFailed as failure:
             return failure.exit_code
-        except Exception as error:
+        except BaseException as raised:
+            error = blame(raised) or raised
             if world.size == 1:
-                raise
+                if error is raised:
+                    raise
+                raise error from raised
             return Failures(world.rank, store).report_once(error)
         finally:
             leave_world()
-
-
-def _checked(subject: Subject, names: Sequence[str], overrides: Sequence[str], plugins: Plugins) -> Experiment:
-    experiment = load_subject(subject, names, overrides, plugins)
-    print(f"evaluating {subject.label} with {', '.join(c.name for c in experiment.evaluators)}", flush=True)
-    return experiment
 
 
 def _evaluate(subject: Subject, experiment: Experiment, world: World) -> int:
@@ -232,13 +275,30 @@ def _evaluate(subject: Subject, experiment: Experiment, world: World) -> int:
         if world.is_main:
             print(f"evaluator {name} failed: {error}", flush=True)
 
-    for built, evaluation in evaluate_each(evaluators, trained.model, trained.dtype, subject.step, guarded, failed):
+    def report(line: str) -> None:
         if world.is_main:
-            dtype = name_of(trained.dtype)
-            more = {"subject": subject.label, "ranks": world.size, "dtype": dtype, "data": built.data}
-            path = write_evaluation(subject.evaluations, built.choice.name, subject.step, evaluation, more)
+            print(line, flush=True)
+
+    model, dtype, step = trained.model, trained.dtype, subject.step
+    for built, evaluation in evaluate_each(evaluators, model, dtype, step, guarded, failed, report=report):
+        if world.is_main:
+            more = {"subject": subject.label, "ranks": world.size, "dtype": name_of(dtype), "data": built.data}
+            path = _write(subject, built.choice.name, evaluation, more)
             _show(built.choice.name, evaluation, path)
     return FAILED_EXIT_CODE if failures else 0
+
+
+def _write(subject: Subject, name: str, evaluation: Evaluation, more: Mapping[str, Any]) -> Path:
+    try:
+        if subject.run is None:
+            subject.evaluations.mkdir(parents=True, exist_ok=True)
+        return write_evaluation(subject.evaluations, name, subject.step, evaluation, more)
+    except OSError as error:
+        where = error.filename or subject.evaluations
+        raise CheckpointError(
+            f"the results of {name} can't be written: {where}: {error.strerror}; its metrics are "
+            f"{', '.join(f'{metric} {value:.6g}' for metric, value in evaluation.metrics.items())}"
+        ) from error
 
 
 def _show(name: str, evaluation: Evaluation, path: Path) -> None:

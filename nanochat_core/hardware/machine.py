@@ -8,12 +8,14 @@ import functools
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from nanochat_core.errors import ConfigError, Problem
+from nanochat_core.files import shorten
 from nanochat_core.hardware.casting import dtype_of, name_of
 from nanochat_core.hardware.devices import DeviceSpec, cuda_capability, has_fast_bfloat16, known_gpu
 
@@ -143,10 +145,36 @@ def keep_freed_memory() -> None:
 
 
 def pick_device(local_rank: int) -> torch.device:
-    """The device of this process: CUDA, else Apple's MPS, else the CPU. ``NANOCHAT_DEVICE`` overrides the type."""
-    device_type = os.environ.get("NANOCHAT_DEVICE", "")
-    if device_type in ("", "cuda") and torch.cuda.is_available():
-        return torch.device("cuda", local_rank)
-    if device_type in ("", "mps") and torch.backends.mps.is_available():
-        return torch.device("mps")
+    """The device of this process: CUDA, else Apple's MPS, else the CPU. ``NANOCHAT_DEVICE`` overrides the type.
+
+    Raises:
+        ConfigError: when ``NANOCHAT_DEVICE`` is another word or a device that is not there, or when there are fewer
+            CUDA devices than processes.
+    """
+    wanted = os.environ.get("NANOCHAT_DEVICE", "")
+    if wanted not in ("", "cpu", *ACCELERATORS):
+        raise _odd_device(f"is {shorten(wanted)}, not one of {', '.join(('cpu', *ACCELERATORS))}")
+    for kind, is_available in ACCELERATORS.items():
+        if wanted in ("", kind) and is_available():
+            if kind == "cuda" and local_rank >= torch.cuda.device_count():
+                raise ConfigError(
+                    f"this is process {local_rank + 1} of this machine, which has {torch.cuda.device_count()} CUDA "
+                    f"devices, one for each process: start fewer processes, or set NANOCHAT_DEVICE=cpu"
+                )
+            return torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
+        if wanted == kind:
+            raise _odd_device(f"is {wanted}, but torch finds no such device here")
     return torch.device("cpu")
+
+
+# By type, and whether one is here; asked when it is needed.
+ACCELERATORS: Mapping[str, Callable[[], bool]] = {
+    "cuda": lambda: torch.cuda.is_available(),
+    "mps": lambda: torch.backends.mps.is_available(),
+}
+
+
+def _odd_device(message: str) -> ConfigError:
+    return ConfigError(
+        [Problem("", f"{message}: unset it to use what is here", "the environment variable NANOCHAT_DEVICE")]
+    )

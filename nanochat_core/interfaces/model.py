@@ -6,13 +6,14 @@ Names of tensors end in their shape: B sequences, T positions, D hidden size, V 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Literal, Protocol
 
 import attrs
 import torch
 from torch import Tensor, nn
 
+from nanochat_core.files import shorten
 from nanochat_core.interfaces.loss import cross_entropy
 from nanochat_core.interfaces.types import Resolved
 
@@ -169,3 +170,61 @@ def default_roles(model: nn.Module) -> dict[str, str]:
         else:
             roles[name] = "scalar"
     return roles
+
+
+def description_problems(model: Model, max_seq_len: int) -> Iterator[str]:
+    """Yield the rules that a model breaks by what it says about itself, without computing anything."""
+    for attribute in ("vocab_size", "hidden_size"):
+        value = getattr(model, attribute, None)
+        if not _is_count(value):
+            yield f"it must set self.{attribute} to an int of at least 1, not {shorten(value)}"
+    if model.max_positions is not None and not _is_count(model.max_positions):
+        yield f"max_positions must be None or an int of at least 1, not {shorten(model.max_positions)}"
+    named = dict(model.named_parameters())
+    if not any(parameter.requires_grad for parameter in named.values()):
+        yield "it has no trainable parameters, so that there is nothing to train"
+        return
+    roles = model.parameter_roles()
+    if not isinstance(roles, Mapping) or not all(isinstance(role, str) and role for role in roles.values()):
+        yield f"parameter_roles() must map names of parameters to roles, not {shorten(roles)}"
+        return
+    if unknown := set(named) - set(roles):
+        yield f"parameter_roles() lacks {', '.join(sorted(unknown))}"
+        return
+    counts, reference = model.parameter_counts(), model.reference_counts()
+    for what, given in (("parameter_counts()", counts), ("reference_counts()", reference)):
+        if what[0] == "r" and given is None:
+            continue
+        is_counts = isinstance(given, Mapping) and all(_is_count(n) or n == 0 for n in given.values())
+        if not is_counts or not given or not _is_count(given.get("total")):
+            yield f"{what} must map roles to numbers of parameters, with their sum as total, not {shorten(given)}"
+    flops = model.flops_per_token(max_seq_len)
+    is_number = isinstance(flops, int | float) and not isinstance(flops, bool)
+    if not is_number or not 0 < flops < 1e30:
+        yield f"flops_per_token() must be a finite number greater than 0, not {shorten(flops)}"
+
+
+def output_problems(model: Model) -> Iterator[str]:
+    """Yield the rules that a model breaks by what it computes of two tokens, on the device of its parameters."""
+    with torch.enable_grad():
+        hidden_BTD = model.hidden(torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device))
+        wanted = (1, 2, model.hidden_size)
+        if not isinstance(hidden_BTD, Tensor) or hidden_BTD.shape != wanted:
+            yield f"hidden must return states [B, T, D] = {list(wanted)}, not {_shown(hidden_BTD)}"
+            return
+        logits_NV = model.logits(hidden_BTD.flatten(0, 1))
+    is_right = isinstance(logits_NV, Tensor) and logits_NV.shape == (2, model.vocab_size)
+    if not is_right or logits_NV.dtype != torch.float32:
+        yield f"logits must return float32 [N, V] = [2, {model.vocab_size}], not {_shown(logits_NV)}"
+    elif not logits_NV.requires_grad:
+        yield "its logits don't depend on its parameters in a way that can be differentiated: it would learn nothing"
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _shown(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return shorten(value)
+    return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"

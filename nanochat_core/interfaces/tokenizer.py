@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import attrs
 import numpy as np
 
+from nanochat_core.files import shorten
 from nanochat_core.interfaces.types import Tokens
 
 
@@ -75,4 +76,50 @@ class Tokenizer(ABC):
     def encode_documents(self, texts: Sequence[str]) -> list[Tokens]:
         """Return an int32 array per document, each beginning with bos. Called from a background thread."""
         bos = self.bos_id
-        return [np.array([bos, *self.encode(text)], dtype=np.int32) for text in texts]
+        return [_as_tokens([bos, *self.encode(text)]) for text in texts]
+
+
+def _as_tokens(ids: Sequence[int]) -> Tokens:
+    """Return ids as int32. Raises ValueError for numbers that numpy would cut to whole numbers, or that don't fit."""
+    array = np.array(ids)
+    if array.dtype.kind not in "iu" or array.ndim != 1:
+        raise ValueError(f"encode() must return a list of whole numbers, not of {array.dtype}")
+    if len(array) and not -(2**31) <= int(array.min()) <= int(array.max()) < 2**31:
+        raise ValueError("encode() must return ids in [0, vocab_size)")
+    return array.astype(np.int32)
+
+
+def vocabulary_problems(tokenizer: Tokenizer) -> Iterator[str]:
+    """Yield the rules that a tokenizer breaks by what it says about its vocabulary, and by the tokens of a short text.
+
+    What else it must keep takes longer to try: ``nanochat_core.testing.check_tokenizer``.
+    """
+    size, special = tokenizer.vocab_size, tokenizer.special_tokens
+    if not _is_whole(size) or not 1 <= size < 2**31:
+        yield f"vocab_size must be an int from 1 to {2**31 - 1}, not {shorten(size)}"
+        return
+    if not isinstance(special, Mapping) or not all(isinstance(name, str) for name in special):
+        yield f"special_tokens must map names to ids, not {shorten(special)}"
+        return
+    if "<|bos|>" not in special:
+        yield "it has no special token <|bos|>, which must lead every document"
+    for name, token in special.items():
+        if not _is_whole(token) or not 0 <= token < size:
+            yield f"the id of the special token {shorten(name)} must be in [0, {size}), not {shorten(token)}"
+    counts, fingerprint = tokenizer.token_bytes(), tokenizer.fingerprint
+    if not (isinstance(counts, np.ndarray) and counts.dtype == np.int32 and counts.shape == (size,)):
+        shown = f"{counts.dtype} {list(counts.shape)}" if isinstance(counts, np.ndarray) else shorten(counts)
+        yield f"token_bytes() must be an int32 array of vocab_size = {size} numbers, not {shown}"
+    elif int(counts.min()) < 0 or not counts.any():
+        yield "token_bytes() must be the number of bytes of each token: none negative, and not all 0"
+    if not (isinstance(fingerprint, str) and fingerprint and fingerprint.isprintable() and len(fingerprint) <= 200):
+        yield f"fingerprint must be a hex digest of what its tokens depend on, not {shorten(fingerprint)}"
+    ids = tokenizer.encode("a b")
+    if not isinstance(ids, list) or not ids or not all(_is_whole(i) and 0 <= i < size for i in ids):
+        yield f'encode("a b") must return a list of ids in [0, {size}), not {shorten(ids)}'
+    elif not isinstance(text := tokenizer.decode_bytes(ids), bytes):
+        yield f"decode_bytes() must return bytes, not {shorten(text)}"
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)

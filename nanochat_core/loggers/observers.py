@@ -8,18 +8,19 @@ import json
 import math
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import attrs
 
 from nanochat_core.errors import PluginError
-from nanochat_core.files import write_atomic
+from nanochat_core.files import JSON_LIMIT, read_regular, write_atomic
 from nanochat_core.interfaces.logger import Logger, LoggerContext, metrics_and_texts
 from nanochat_core.plugins import hookspecs
 from nanochat_core.plugins.choice import Choice, LoggerKeys
 from nanochat_core.plugins.discovery import load_plugins
 from nanochat_core.plugins.registry import Entry
-from nanochat_core.runs.directory import RunDirectory
+from nanochat_core.runs.directory import RunDirectory, list_checkpoints, step_of
 
 PREFIX = "observer-"
 
@@ -42,7 +43,7 @@ class Observer(Logger):
             raise PluginError(f"plugin {config.plugin!r} of {config.distribution} does not load any more")
         self.module, self.context, self.failures = found[0].module, context, 0
         self.memory = RunDirectory(context.directory).loggers / f"{PREFIX}{config.plugin}.checkpoints.json"
-        self.checkpoints: list[str] = json.loads(self.memory.read_text()) if self.memory.exists() else []
+        self.checkpoints = _names_in(self.memory)
         self._call(hookspecs.nanochat_run_started)
 
     def log(self, record: Mapping[str, float | str]) -> None:
@@ -64,8 +65,8 @@ class Observer(Logger):
             self.context.report(f"its hooks failed {self.failures} times in all")
 
     def _tell_checkpoints(self, until: float = math.inf) -> None:
-        for path in sorted(RunDirectory(self.context.directory).checkpoints.glob("step_*")):
-            step = int(path.name.removeprefix("step_"))
+        for path in reversed(list_checkpoints(RunDirectory(self.context.directory).checkpoints)):
+            step = step_of(path)
             if path.name not in self.checkpoints and step <= until:
                 self.checkpoints.append(path.name)
                 write_atomic(self.memory, json.dumps(self.checkpoints) + "\n")
@@ -83,6 +84,15 @@ class Observer(Logger):
                 self.failures += 1
                 if self.failures == 1:
                     self.context.report(f"{hook.__name__} failed, training continues: {type(error).__name__}: {error}")
+
+
+def _names_in(memory: Path) -> list[str]:
+    """Return the names in a file of ``Observer.memory``; none when it isn't there, or isn't one."""
+    try:
+        names = json.loads(read_regular(memory, JSON_LIMIT).decode())
+    except (OSError, ValueError, RecursionError):
+        return []
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
 def observer_choices(observers: Sequence[tuple[str, str]]) -> tuple[Choice, ...]:

@@ -61,6 +61,6 @@ def _write_with_retries(path: Path, text: str) -> None:
     """Write ``text`` to ``path``; Linux accepts one niceness of a session per 0.1 s, from all processes together."""
     for _ in range(20):
         with contextlib.suppress(BlockingIOError):
-            path.write_text(text)
+            path.write_text(text, encoding="utf-8")
             return
         time.sleep(0.11)

@@ -9,14 +9,13 @@ import os
 import pickle
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import attrs
 
+from nanochat_core.distributed.environment import python_command, python_environment
 from nanochat_core.loggers.progress import Job, Progress, progress_file
 from nanochat_core.loggers.worker import CANT_START, INCOMPLETE
 from nanochat_core.runs.directory import RunDirectory
@@ -40,6 +39,7 @@ class LoggerProcess:
     _messages: int = attrs.field(init=False)
     _buffer: bytes = attrs.field(default=b"", init=False)
     _phase: str = attrs.field(default="start", init=False)
+    _overdue: bool = attrs.field(default=False, init=False)  # killed here, because it had not ended in time
 
     def __attrs_post_init__(self) -> None:
         job = self.job
@@ -48,20 +48,19 @@ class LoggerProcess:
         their_control, self._control = os.pipe()
         self._messages, their_messages = os.pipe()
         os.set_blocking(self._messages, False)
-        paths = [str(Path(p).resolve()) for p in sys.path if p]
         with progress.with_suffix(".log").open("ab") as log, tempfile.TemporaryFile() as stdin:
             pickle.dump(job, stdin)
             stdin.seek(0)
             numbers = map(str, (their_control, their_messages, os.getpid()))
             try:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-P", "-m", "nanochat_core.loggers.worker", *numbers],
+                    python_command("nanochat_core.loggers.worker", *numbers),
                     stdin=stdin,
                     stdout=log,
                     stderr=log,
                     pass_fds=(their_control, their_messages),
                     process_group=0,  # a Ctrl-C does not reach it, and it is killed with its children
-                    env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+                    env=python_environment({}),
                 )
             finally:
                 os.close(their_control)
@@ -84,7 +83,9 @@ class LoggerProcess:
         self.kill()
         code = self._process.returncode
         if code not in (0, INCOMPLETE, CANT_START):  # it reports those itself; the watchdog exits with 1
-            how = f"took longer than {self.job.timeout:g} s {_DOING[self._phase]}" if code == 1 else f"died ({code})"
+            phase = "finish" if self._overdue else self._phase
+            late = f"took longer than {self.job.timeout:g} s {_DOING[phase]}"
+            how = late if code == 1 or self._overdue else f"died ({code})"
             self.report(f"logger {self.name} {how} and is ended; see {self._relative('.log')}")
         self._account(complete=code == 0)
         os.close(self._control)
@@ -101,6 +102,7 @@ class LoggerProcess:
         record."""
         while self.look():
             if deadline is not None and time.monotonic() > deadline:
+                self._overdue = True
                 self.kill()
             else:
                 time.sleep(0.02)

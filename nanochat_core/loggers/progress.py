@@ -9,6 +9,7 @@ from typing import Any
 
 import attrs
 
+from nanochat_core.files import read_json
 from nanochat_core.interfaces.logger import LoggerContext
 from nanochat_core.plugins.choice import Choice
 from nanochat_core.runs.directory import RunDirectory
@@ -51,15 +52,22 @@ class Progress:
     def read(cls, path: Path) -> Progress:
         """Read the file; without one, return the progress of a new logger."""
         try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
+            content = read_json(path)
+        except (OSError, ValueError):
             return cls()
+        kinds = {field.name: type(getattr(cls(), field.name)) for field in attrs.fields(cls)}
+        steps = content.get("steps", {})
+        if any(type(value) is not kinds.get(name) for name, value in content.items()):
+            return cls()
+        if not all(type(step) is int for step in steps.values()) or not 0 <= content.get("offset", 0) < 2**63:
+            return cls()
+        return cls(**content)
 
     def write(self, path: Path) -> None:
         """Overwrite the file in one call: it is written at every record, and renaming a file each time would be
         slow."""
         text = json.dumps(attrs.asdict(self, recurse=False))
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
         try:
             size = os.fstat(descriptor).st_size
             os.write(descriptor, text.ljust(max(size - 1, 0)).encode() + b"\n")

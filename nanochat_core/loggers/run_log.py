@@ -14,7 +14,7 @@ from typing import IO, Literal
 import attrs
 from tqdm import tqdm
 
-from nanochat_core.errors import PluginError
+from nanochat_core.errors import CheckpointError, PluginError
 from nanochat_core.interfaces.logger import Logger, LoggerContext
 from nanochat_core.loggers.process import LoggerProcess
 from nanochat_core.loggers.progress import Job
@@ -23,7 +23,7 @@ from nanochat_core.runs.directory import RunDirectory
 from nanochat_core.runs.ledger import Ledger
 
 LOOK_SECONDS = 0.2  # seconds between polls of the loggers' processes; a poll takes microseconds
-GRACE_SECONDS = 2.0  # a logger's process ends itself at its timeout; after that it is killed
+GRACE_SECONDS = 10.0  # a logger's process ends itself at its timeout, and says where it was; after that it is killed
 
 Status = Literal["finished", "failed", "preempted"]
 
@@ -33,6 +33,7 @@ class Logs:
     """The outputs of a run. Nothing is written before ``open`` or ``open_rank``."""
 
     run_dir: RunDirectory
+    began: bool = attrs.field(default=False, init=False)  # whether the run has ever opened its ledger
     _text: IO[str] | None = attrs.field(default=None, init=False)
     _prints: bool = attrs.field(default=False, init=False)  # to the terminal
     _ledger: Ledger | None = attrs.field(default=None, init=False)
@@ -42,8 +43,11 @@ class Logs:
 
     def open(self) -> None:
         """Open the log of rank 0, which also prints to the terminal."""
-        self._text = self.run_dir.log.open("a", encoding="utf-8")
         self._prints = True
+        try:
+            self._text = self.run_dir.log.open("a", encoding="utf-8")
+        except OSError as error:
+            self.report(f"{self.run_dir.log} can't be written, the run continues without it: {error.strerror}")
 
     def open_rank(self, rank: int) -> IO[str]:
         """Open the log of another rank: from now on everything that this process prints, libraries included, goes
@@ -66,7 +70,39 @@ class Logs:
         return terminal
 
     def open_ledger(self) -> None:
-        self._ledger = Ledger(self.run_dir.ledger)
+        """Open the ledger: from now on the run's directory is never deleted.
+
+        Raises:
+            CheckpointError: when the directory can't be written.
+        """
+        self.run_dir.begin()
+        self.began = True
+        try:
+            self._ledger = Ledger(self.run_dir.ledger)
+        except OSError as error:
+            raise CheckpointError(f"{self.run_dir.ledger} can't be written ({error.strerror}): move it away") from error
+
+    def keep_ledger(self) -> None:
+        """Write the ledger anew if somebody has removed or replaced it. That, or a failure of it, is reported."""
+        if self._ledger is None:
+            return
+        try:
+            if self._ledger.keep_at(self.run_dir.ledger):
+                self.report(
+                    f"{self.run_dir.ledger} was removed or replaced while the run writes it: it is written anew"
+                )
+        except OSError as error:
+            self.report(f"{self.run_dir.ledger} was removed or replaced, and can't be written anew: {error}")
+
+    def move(self, run_dir: RunDirectory) -> None:
+        """Go on in another directory: the run's own, which was moved, or one in its place."""
+        self.run_dir = run_dir
+        self.keep_ledger()
+        if self._text is not None and not run_dir.log.exists():
+            with contextlib.suppress(OSError):
+                text = run_dir.log.open("a", encoding="utf-8")
+                self._text.close()
+                self._text = text
 
     @property
     def has_ledger(self) -> bool:
@@ -143,6 +179,7 @@ class Logs:
     def finish(self, status: Status) -> None:
         """Close the ledger, and pass the status of the run to the loggers; each has its ``timeout`` to finish."""
         if self._ledger is not None:
+            self.keep_ledger()
             self._ledger.close()
             if self._ledger.problem:
                 self.report(f"the ledger lacks its last lines: {self._ledger.problem}")

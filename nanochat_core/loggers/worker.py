@@ -30,7 +30,7 @@ from typing import IO, TYPE_CHECKING, Any
 import attrs
 
 from nanochat_core.errors import NanochatError, PluginError
-from nanochat_core.files import lock_file
+from nanochat_core.files import ledger_record, lock_file
 from nanochat_core.interfaces.logger import Logger
 from nanochat_core.loggers.priority import lower_priority
 from nanochat_core.loggers.progress import Job, Progress, progress_file
@@ -109,8 +109,8 @@ class LoggerWorker:
                 self._tell(line)
 
     def _tell(self, line: bytes) -> None:
-        record = json.loads(line)
-        if not self.progress.already_told(record):
+        record = ledger_record(line)
+        if record is not None and not self.progress.already_told(record):  # a damaged line is passed over
             try:
                 self.logger.log(record)
             except Exception as error:
@@ -245,7 +245,7 @@ class _Speaker:
 def main() -> int:
     """Run the worker. The job is read from stdin; arguments are the file descriptors of the pipes and the parent's
     process id. Output goes to the logger's log."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGXCPU):
         signal.signal(number, signal.SIG_IGN)  # meant for the training process, which will report how the run ended
     for number in (signal.SIGTTIN, signal.SIGTTOU):
         signal.signal(

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Mapping
 
 import torch
 
 from nanochat_core.config.schema import Train
 from nanochat_core.distributed.world import World
 from nanochat_core.errors import ConfigError, PluginError, Problem
+from nanochat_core.files import shorten
 from nanochat_core.hardware.casting import dtype_of
-from nanochat_core.interfaces.model import Model, ModelContext
+from nanochat_core.interfaces.model import Model, ModelContext, description_problems, output_problems
 from nanochat_core.interfaces.optimizer import Optimizer, OptimizerContext
-from nanochat_core.interfaces.tokenizer import Tokenizer, TokenizerContext
+from nanochat_core.interfaces.tokenizer import Tokenizer, TokenizerContext, vocabulary_problems
+from nanochat_core.interfaces.types import Resolved
 from nanochat_core.planning.plan import Plan
 from nanochat_core.plugins.choice import Choice
+from nanochat_core.plugins.structure import fields_of
 
 CPU = torch.device("cpu")
 
@@ -36,8 +40,13 @@ def planned_vocab_size(choice: Choice) -> int:
             f"needs that option, so that a run can be planned before the tokenizer is trained"
         )
 
-    tokenizer: Tokenizer = choice.build(TokenizerContext(documents=no_documents))
-    return tokenizer.vocab_size
+    tokenizer = choice.build(TokenizerContext(documents=no_documents))
+    if not isinstance(tokenizer, Tokenizer):
+        raise choice.breaks(f"the factory must return a nanochat_core.Tokenizer, not {shorten(tokenizer)}")
+    with choice.calling():
+        for problem in vocabulary_problems(tokenizer):
+            raise choice.breaks(problem)
+        return tokenizer.vocab_size
 
 
 def build_model(
@@ -66,28 +75,58 @@ def build_model(
     with built_on:
         model = choice.build(ModelContext(vocab_size, train.max_seq_len, device, dtype_of(train.dtype)))
     if not isinstance(model, Model):
-        raise PluginError(
-            f"the factory of model {choice.plugin!r} must return a nanochat_core.Model, not {type(model)}"
-        )
-    for attribute in ("vocab_size", "hidden_size"):
-        if not isinstance(getattr(model, attribute, None), int):
-            raise PluginError(f"model {choice.plugin!r} must set self.{attribute} to an int")
+        raise choice.breaks(f"the factory must return a nanochat_core.Model, not {shorten(model)}")
+    with choice.calling():
+        for problem in description_problems(model, train.max_seq_len):
+            raise choice.breaks(problem)
+        if built_on.type == "meta":
+            with contextlib.suppress(NotImplementedError, RuntimeError):  # an operation has no meta kernel
+                check_outputs(choice, model)
+        _check_resolved(choice, model)
     if model.vocab_size < vocab_size:
         message = (
             f"the tokenizer has {vocab_size} tokens, but the model has only {model.vocab_size}: "
             f"raise the model's vocabulary or lower tokenizer.vocab_size"
         )
         raise ConfigError([Problem("model.plugin", message)])
-    unknown = {n for n, _ in model.named_parameters()} - set(model.parameter_roles())
-    if unknown:
-        raise PluginError(f"parameter_roles() of model {choice.plugin!r} lacks {', '.join(sorted(unknown))}")
     if for_training and train.activation_checkpointing:
         try:
-            model.checkpoint_activations()
-        except NotImplementedError:
+            with choice.calling():
+                model.checkpoint_activations()
+        except PluginError as error:
+            if not isinstance(error.__cause__, NotImplementedError):
+                raise
             message = f'model plugin "{choice.plugin}" has no activation checkpointing: set it to false'
             raise ConfigError([Problem("train.activation_checkpointing", message)]) from None
     return model
+
+
+def check_outputs(choice: Choice, model: Model) -> None:
+    """Raise a PluginError when what a model computes has other shapes or dtypes than its contract says.
+
+    Call it where the model will compute, under the same autocast: a forward pass of two tokens.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        for problem in output_problems(model):
+            raise choice.breaks(problem)
+    finally:
+        model.train(was_training)
+
+
+def _check_resolved(choice: Choice, part: Model | Optimizer) -> None:
+    """Refuse values for options that the plugin does not have, and descriptions that can't be shown."""
+    resolved, described, options = part.resolved_options(), part.describe(), fields_of(type(choice.config))
+    if not isinstance(resolved, Mapping) or not all(isinstance(value, Resolved) for value in resolved.values()):
+        raise choice.breaks(f"resolved_options() must map options to Resolved values, not {shorten(resolved)}")
+    if unknown := [name for name in resolved if name not in options]:
+        raise choice.breaks(f"resolved_options() has {shorten(unknown[0])}, which is not one of its options")
+    is_table = isinstance(described, Mapping) and all(
+        isinstance(name, str) and isinstance(value, str | int) for name, value in described.items()
+    )
+    if not is_table:
+        raise choice.breaks(f"describe() must map names to texts and whole numbers, not {shorten(described)}")
 
 
 def optimizer_context(
@@ -106,13 +145,26 @@ def optimizer_context(
 
 
 def build_optimizer(choice: Choice, model: Model, plan: Plan, world: World) -> Optimizer:
-    """Build the optimizer of ``model``.
+    """Build the optimizer of ``model``. See ``optimizer_from``."""
+    context = optimizer_context(model, world, plan.total_batch_size, plan.num_iterations, plan.relative_data)
+    return optimizer_from(choice, context)
+
+
+def optimizer_from(choice: Choice, context: OptimizerContext) -> Optimizer:
+    """Build an optimizer, and check that it keeps the contract of optimizers.
 
     Raises:
-        PluginError: when the factory returns no Optimizer.
+        PluginError: when the factory returns no Optimizer, or one that breaks the contract.
     """
-    context = optimizer_context(model, world, plan.total_batch_size, plan.num_iterations, plan.relative_data)
     optimizer = choice.build(context)
     if not isinstance(optimizer, Optimizer):
-        raise PluginError(f"the factory of optimizer {choice.plugin!r} must return a nanochat_core.Optimizer")
+        raise choice.breaks(
+            f"the factory must return a nanochat_core.Optimizer, not {shorten(optimizer)}; "
+            f"nanochat_core.TorchOptimizer makes one of any optimizer of torch"
+        )
+    with choice.calling():
+        size = optimizer.state_bytes()
+        if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+            raise choice.breaks(f"state_bytes() must be a number of bytes, not {shorten(size)}")
+        _check_resolved(choice, optimizer)
     return optimizer

@@ -22,7 +22,7 @@ from nanochat_core.interfaces.optimizer import Optimizer
 from nanochat_core.interfaces.types import Resolved
 from nanochat_core.planning import batch_size
 from nanochat_core.planning.autos import auto_compile, auto_device_batch_size, auto_dtype, auto_total_batch_size
-from nanochat_core.planning.build import build_model, optimizer_context, planned_vocab_size
+from nanochat_core.planning.build import build_model, optimizer_context, optimizer_from, planned_vocab_size
 from nanochat_core.planning.memory import estimate_memory
 from nanochat_core.planning.plan import Plan, Planned
 from nanochat_core.planning.schedule import phases
@@ -253,8 +253,7 @@ def _plan_optimizers(
     def built(ranks: int) -> Optimizer:
         world = World(rank=0, size=ranks, device=META)
         context = optimizer_context(model, world, steps.total_batch_size, steps.num_iterations, size.relative_data)
-        optimizer: Optimizer = draft.experiment.optimizer.build(context)
-        return optimizer
+        return optimizer_from(draft.experiment.optimizer, context)
 
     optimizer = built(devices.world_size)
     draft.resolve("optimizer", optimizer.resolved_options())

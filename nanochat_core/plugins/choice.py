@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import traceback
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import attrs
 
 from nanochat_core.errors import NanochatError, PluginError
+from nanochat_core.plugins.calls import plugin_call, remember
 from nanochat_core.plugins.options import above, at_least, file_name, option, shown
 from nanochat_core.plugins.registry import Entry, Kind
 
@@ -150,21 +150,33 @@ class Choice:
         """Import the factory and call it.
 
         Raises:
-            PluginError: with the original traceback, when the factory can't be imported or raises.
+            PluginError: when the factory can't be imported or raises.
             NanochatError: from the factory, about its options or the data; with full keys and places of the options.
         """
         assert self.entry is not None, "load() refuses experiments with unknown plugins"
         factory = self.entry.load()
-        try:
-            with self.naming_options():
-                return factory(self.config, context)
-        except NanochatError:
-            raise
-        except Exception as error:
-            raise PluginError(
-                f"{self.entry.kind} {self.name!r} of {self.entry.distribution} {self.entry.version} can't be built: "
-                f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
-            ) from error
+        with self.calling("can't be built"):
+            made = factory(self.config, context)
+            remember(made, self.title)
+            return made
+
+    @property
+    def title(self) -> str:
+        """What messages call it, such as ``model 'mine' of my-package 1.0``."""
+        if self.entry is None:
+            return repr(self.name)
+        kind = self.entry.kind.replace("_", " ")
+        return f"{kind} {self.name!r} of {self.entry.distribution} {self.entry.version}"
+
+    def breaks(self, rule: str) -> PluginError:
+        """Return the error for a plugin that breaks a rule of its contract, such as ``the factory must ...``."""
+        return PluginError(f"{self.title} breaks its contract: {rule}")
+
+    @contextlib.contextmanager
+    def calling(self, what: str = "failed") -> Iterator[None]:
+        """Return a context for code of the plugin: ``plugin_call`` and ``naming_options`` together."""
+        with self.naming_options(), plugin_call(f"{self.title} {what}"):
+            yield
 
     @contextlib.contextmanager
     def naming_options(self) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import time
@@ -14,8 +15,9 @@ import attrs
 import pluggy
 
 from nanochat_core import __version__
-from nanochat_core.errors import PluginError, did_you_mean
+from nanochat_core.errors import NanochatError, PluginError, did_you_mean
 from nanochat_core.plugins import hookspecs
+from nanochat_core.plugins.calls import importing, is_not_a_plugins, message_of
 from nanochat_core.plugins.choice import RESERVED, EntryKeys
 from nanochat_core.plugins.distribution import GROUP, check_core_version, identify
 from nanochat_core.plugins.registry import KINDS, Command, CommandRegistrar, Entry, Kind, Registrar, Registry
@@ -103,16 +105,17 @@ def load_plugins(only: str | None = None) -> Plugins:
         try:
             if point.dist is not None:
                 check_core_version(point.dist)
-            module = point.load()
-            _register(manager, plugins, module, point.name, distribution, version)
-        except KeyboardInterrupt:
-            raise
+            with importing(f"plugin {point.name!r} of {distribution}"):
+                module = point.load()
+                _register(manager, plugins, module, point.name, distribution, version)
         except BaseException as error:  # a plugin may call sys.exit
+            if not isinstance(error, NanochatError) and is_not_a_plugins(error):
+                raise
             for registry in plugins.registries.values():
                 registry.discard(point.name, distribution)
             plugins.commands = [c for c in plugins.commands if (c.plugin, c.distribution) != (point.name, distribution)]
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            plugins.failures.append(PluginFailure(point.name, distribution, reason, traceback.format_exc()))
+            reason = f"{type(error).__name__}: {message_of(error)}".removesuffix(": ")
+            plugins.failures.append(PluginFailure(point.name, distribution, reason, _traceback(error)))
         else:
             plugins.loaded.append(LoadedPlugin(point.name, distribution, version, time.perf_counter() - start))
     for name in selected:
@@ -121,6 +124,12 @@ def load_plugins(only: str | None = None) -> Plugins:
                 PluginFailure(name, "no distribution", "NANOCHAT_PLUGINS names it, but no package has it", "")
             )
     return plugins
+
+
+def _traceback(error: BaseException) -> str:
+    with contextlib.suppress(Exception):  # an exception whose text can't be made
+        return "".join(traceback.format_exception(error))
+    return "".join(traceback.format_tb(error.__traceback__))
 
 
 def _register(

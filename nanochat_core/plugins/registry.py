@@ -19,13 +19,15 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import traceback
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, get_args
 
 import attrs
 
 from nanochat_core.errors import PluginError, did_you_mean
+from nanochat_core.files import name_problem, shorten
+from nanochat_core.plugins.calls import importing, plugin_call
 
 Kind = Literal["tokenizer", "data_source", "model", "optimizer", "evaluator", "logger"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -101,7 +103,7 @@ class Entry:
         """Import and return the factory.
 
         Raises:
-            PluginError: with the original traceback, when it can't be imported.
+            PluginError: when it can't be imported.
         """
         return self._import(self.factory)
 
@@ -109,7 +111,7 @@ class Entry:
         """Import and return the function that upgrades older checkpoints.
 
         Raises:
-            PluginError: with the original traceback, when it can't be imported.
+            PluginError: when it can't be imported.
         """
         return self._import(self.model_version.upgrade)
 
@@ -117,19 +119,18 @@ class Entry:
         """Import and return the function that returns configs of well-known tokenizers by name.
 
         Raises:
-            PluginError: with the original traceback, when it can't be imported.
+            PluginError: when it can't be imported.
         """
         return self._import(self.from_name)
 
     def _import(self, target: str) -> Callable[..., Any]:
         module, _, attribute = target.partition(":")
-        try:
+        kind = self.kind.replace("_", " ")
+        with (
+            plugin_call(f"{kind} {self.name!r} of {self.distribution} {self.version} can't be imported ({target})"),
+            importing(f"{kind} {self.name!r} of {self.distribution}"),
+        ):
             found: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
-        except Exception as error:
-            raise PluginError(
-                f"{self.kind} {self.name!r} of {self.distribution} {self.version} can't be imported "
-                f"({target}): {error}\n{traceback.format_exc()}"
-            ) from error
         return found
 
 
@@ -189,6 +190,20 @@ class Registry:
         )
 
 
+def _check_name(kind: str, name: object) -> None:
+    """Refuse names of entries that can't become parts of keys and files."""
+    problem = name_problem(name)
+    if not problem and "." in str(name):
+        problem = "must have no dots, because it becomes part of keys"
+    if problem:
+        raise PluginError(f"the name of a {kind}, {shorten(name)}, {problem}")
+
+
+def _check_text(what: str, text: object) -> None:
+    if not isinstance(text, str) or not text.isprintable() or len(text) > 500:
+        raise PluginError(f"{what} must be one line of text, not {shorten(text)}")
+
+
 @attrs.frozen
 class Registrar:
     """A plugin's view of one registry, which adds entries in the plugin's name."""
@@ -222,9 +237,25 @@ class Registrar:
         Raises:
             PluginError: when an argument is malformed, or does not apply to this kind.
         """
-        for what, target in (("factory", factory), ("upgrade", upgrade or ":"), ("from_name", from_name or ":")):
-            if ":" not in target:
-                raise PluginError(f'{what} of {name!r} must be "module:attribute", not {target!r}')
+        _check_name(self._registry.kind.replace("_", " "), name)
+        _check_text(f"summary of {name!r}", summary)
+        for what, target in (("factory", factory), ("upgrade", upgrade or "a:b"), ("from_name", from_name or "a:b")):
+            if not isinstance(target, str) or not re.fullmatch(r"[\w.]+:\w+", target):
+                raise PluginError(f'{what} of {name!r} must be "module:attribute", not {shorten(target)}')
+        if isinstance(requires, str) or not all(isinstance(module, str) and module for module in requires):
+            raise PluginError(f"requires of {name!r} must be a list of names of modules, not {shorten(requires)}")
+        for what, given, kind_of in (
+            ("install", install, str),
+            ("limit_option", limit_option, str),
+            ("best_metric", best_metric, str),
+            ("in_process", in_process, bool),
+            ("default", default, bool),
+            ("version", version, int),
+            ("defaults", defaults or {}, Mapping),
+            ("aliases", aliases or {}, Mapping),
+        ):
+            if not isinstance(given, kind_of):
+                raise PluginError(f"{what} of {name!r} must be a {kind_of.__name__}, not {shorten(given)}")
         for kind, what, given in (
             ("model", "a version and an upgrade", version != 1 or upgrade),
             ("data_source", "default and limit_option", default or limit_option),
@@ -285,8 +316,18 @@ class CommandRegistrar:
         """Register the command ``nanochat <name>``. The arguments are those of ``Command``.
 
         Raises:
-            PluginError: when another plugin has the name.
+            PluginError: when an argument is malformed, or another plugin has the name.
         """
+        if not isinstance(name, str) or not re.fullmatch(r"[a-z0-9]+([-_][a-z0-9]+)*", name) or len(name) > 40:
+            raise PluginError(
+                f"the name of a command must be up to 40 lower-case letters and digits, with single - or _ between "
+                f"them, not {shorten(name)}"
+            )
+        if not isinstance(module, str) or not re.fullmatch(r"\w+(\.\w+)*", module):
+            raise PluginError(f"module of command {name!r} must be the name of a module, not {shorten(module)}")
+        _check_text(f"summary of command {name!r}", summary)
+        if not summary:
+            raise PluginError(f"command {name!r} needs a summary of one line")
         for other in self._commands:
             if other.name == name:
                 raise PluginError(f"{other.distribution} (plugin {other.plugin!r}) has a command {name!r} already")

@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nanochat_core.files import ledger_record, open_atomic, require_regular
 from nanochat_core.files import read_ledger as read_ledger  # loggers' contexts, below this room, read ledgers too
 
 
@@ -18,7 +21,8 @@ class Ledger:
     are kept and written before the next one."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("ab", buffering=0)
+        self.path = path
+        self._file = path.open("ab+", buffering=0)
         self._unwritten = b""
         self.problem = ""  # why lines could not be written so far
 
@@ -43,6 +47,31 @@ class Ledger:
         """Length of the ledger in bytes, with lines that are still to be written."""
         return self._file.tell() + len(self._unwritten)
 
+    def keep_at(self, path: Path) -> bool:
+        """Write the ledger anew at ``path``, and go on there, if that is not the file that is being written: somebody
+        has removed or replaced it, or the run goes on in another directory. A file that is in its place is kept under
+        another name. Returns whether that was necessary.
+
+        Raises:
+            OSError: when it can't be written there.
+        """
+        ours = os.fstat(self._file.fileno())
+        try:
+            if os.path.samestat(path.stat(), ours):
+                self.path = path
+                return False
+            path.rename(path.with_name(f"{path.stem}.replaced-{time.time_ns()}{path.suffix}"))
+        except FileNotFoundError:
+            pass
+        self._file.seek(0)
+        with open_atomic(path) as file:
+            shutil.copyfileobj(self._file, file)
+        self._file.close()
+        self.path, self._file = path, path.open("ab+", buffering=0)
+        self._file.seek(0, os.SEEK_END)
+        self._write()
+        return True
+
     def close(self) -> None:
         """Try once more to write everything, and close the file. ``problem`` is not empty if lines are lost."""
         self._write()
@@ -59,7 +88,7 @@ def best_value(path: Path, metric: str, best_is: str, from_step: int = 0) -> flo
     found = {}
     for record in read_ledger(path):
         value = record.get(metric)
-        if isinstance(value, int | float) and record["step"] >= from_step:
+        if isinstance(value, int | float) and not isinstance(value, bool) and record["step"] >= from_step:
             found[record["step"]] = value  # of a step that was evaluated again, the last value counts
     return (max if best_is == "largest" else min)(found.values(), default=None)
 
@@ -71,22 +100,21 @@ def rewind_ledger(path: Path, keep_bytes: int, step: int) -> list[dict[str, Any]
     also those made after the checkpoint. Returns their records. A process killed at any moment in here can repeat it.
     """
     path.touch()  # it may have been removed
+    require_regular(path)
     with path.open("rb+") as file:
-        size = file.seek(0, 2)
-        if size < keep_bytes:  # a power cut took its end: continue after the last whole line
+        keep_bytes = min(keep_bytes, file.seek(0, os.SEEK_END))
+        file.seek(max(keep_bytes - 1, 0))
+        if keep_bytes and file.read(1) != b"\n":  # a power cut took its end, or it was changed: from a whole line on
             file.seek(0)
-            keep_bytes = file.read().rfind(b"\n") + 1
-            file.truncate(keep_bytes)
+            keep_bytes = file.read(keep_bytes).rfind(b"\n") + 1
         file.seek(keep_bytes)
         kept: list[bytes] = []
         rewound: list[bytes] = []
         for line in file:
-            try:
-                record = json.loads(line)
+            record = ledger_record(line)
+            if record is not None:  # otherwise it was cut short by a crash
                 stays = "evaluator" in record and record["step"] == step
-            except ValueError:  # cut short by a crash
-                continue
-            (kept if stays else rewound).append(line)
+                (kept if stays else rewound).append(line)
         if file.tell() > keep_bytes + sum(map(len, kept)):
             if rewound:
                 _append_new(path.with_name("metrics.rewound.jsonl"), rewound)
@@ -95,8 +123,8 @@ def rewind_ledger(path: Path, keep_bytes: int, step: int) -> list[dict[str, Any]
             file.writelines(kept)
         file.seek(0)
         beginning = b'{"step": %d,' % step  # as write() writes it
-        own = [json.loads(line) for line in file if line.startswith(beginning)]
-    return [record for record in own if "evaluator" in record]
+        own = [ledger_record(line) for line in file if line.startswith(beginning)]
+    return [record for record in own if record is not None and "evaluator" in record]
 
 
 def _append_new(path: Path, lines: list[bytes]) -> None:

@@ -1,12 +1,10 @@
-"""Loading a run's experiment with the model of a checkpoint, finding its newest sound checkpoint, and naming
-distributions that it needs and that are not installed."""
+"""Loading a run's experiment with the model of a checkpoint, and naming distributions that it needs and that are not
+installed."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,8 +14,9 @@ from nanochat_core.errors import CheckpointError, ConfigError, PluginError, Prob
 from nanochat_core.plugins.choice import Choice
 from nanochat_core.plugins.discovery import Plugins
 from nanochat_core.plugins.distribution import NAME, current_name
-from nanochat_core.runs.checkpoint import MANIFEST, latest_checkpoint, list_checkpoints, read_model, saved_options
-from nanochat_core.runs.directory import RunDirectory
+from nanochat_core.runs.checkpoint import read_model, saved_options
+from nanochat_core.runs.directory import RunDirectory, list_checkpoints
+from nanochat_core.runs.soundness import MANIFEST, read_manifest
 
 
 def distributions_of(experiment: Experiment) -> dict[str, str]:
@@ -30,7 +29,7 @@ def distributions_of(experiment: Experiment) -> dict[str, str]:
 def missing_distributions(checkpoint: Path) -> list[str]:
     """A line for each distribution that a checkpoint needs and that is not installed."""
     try:
-        needed: dict[str, str] = json.loads((checkpoint / MANIFEST).read_text()).get("plugins", {})
+        needed: dict[str, str] = read_manifest(checkpoint).get("plugins", {})
     except (OSError, ValueError):
         return []
     lines = []
@@ -91,25 +90,6 @@ def load_recorded(
         ConfigError: with every problem found.
     """
     for checkpoint in list_checkpoints(run.checkpoints):
-        with contextlib.suppress(CheckpointError, PluginError):
+        with contextlib.suppress(CheckpointError, PluginError, OSError, ValueError):  # it need not be sound
             return load_run(run, checkpoint, plugins, overrides, tables)
     return load(run.experiment, overrides, plugins, tables)
-
-
-def newest_checkpoint(run: RunDirectory) -> Path:
-    """The newest sound checkpoint of a run; damaged ones are named on stderr.
-
-    Raises:
-        CheckpointError: when there is none.
-    """
-    checkpoint = sound_checkpoint(run)
-    if checkpoint is None:
-        raise CheckpointError(f"{run.path} has no sound checkpoint; set checkpoint.save_every to save during training")
-    return checkpoint
-
-
-def sound_checkpoint(run: RunDirectory) -> Path | None:
-    checkpoint, damaged = latest_checkpoint(run.checkpoints)
-    for line in damaged:
-        print(line, file=sys.stderr)
-    return checkpoint

@@ -11,7 +11,8 @@ from nanochat_core.config.schema import Checkpoint
 def steps_to_delete(steps: Iterable[int], scores: Mapping[int, float], options: Checkpoint) -> list[int]:
     """Steps of checkpoints that ``options`` does not keep, oldest first.
 
-    The newest is always kept. ``keep_best`` compares those that have a score; of equal ones the older is better.
+    The newest is always kept. ``keep_every`` does not keep step 0, which a signal before the first step saves.
+    ``keep_best`` compares those that have a score; of equal ones the older is better.
     While none has a score, nothing is deleted, because any might turn out best.
 
     Args:
@@ -23,7 +24,7 @@ def steps_to_delete(steps: Iterable[int], scores: Mapping[int, float], options: 
         return []
     keep = set(newest_first[: options.keep_last or 1])
     if options.keep_every is not None:
-        keep |= {step for step in newest_first if step % options.keep_every == 0}
+        keep |= {step for step in newest_first if step > 0 and step % options.keep_every == 0}
     if options.keep_best is not None:
         sign = -1 if options.best_is == "largest" else 1
         scored = [step for step in newest_first if math.isfinite(scores.get(step, math.nan))]

@@ -15,7 +15,12 @@ from torch import Tensor
 from nanochat_core.config.schema import Checkpoint
 from nanochat_core.errors import CheckpointError
 from nanochat_core.files import sync
-from nanochat_core.runs.checkpoint import CheckpointContent, list_checkpoints, remove_checkpoint, save_checkpoint
+from nanochat_core.runs.checkpoint import (
+    CheckpointContent,
+    remove_checkpoint,
+    save_checkpoint,
+)
+from nanochat_core.runs.directory import list_checkpoints, step_of
 from nanochat_core.runs.retention import steps_to_delete
 
 
@@ -29,6 +34,7 @@ class Saver:
         report: prints and logs a line; called in the thread that writes if there is one.
         ledger: synced to the disk before each checkpoint.
         sound: step of the newest checkpoint that is known to be sound; it is never deleted.
+        problem: why the last save failed; empty if it did not.
         scores: value of ``options.best_metric`` by step, of evaluations so far.
     """
 
@@ -37,6 +43,7 @@ class Saver:
     report: Callable[[str], None]
     ledger: Path | None = None
     sound: int | None = None
+    problem: str = ""
     scores: dict[int, float] = attrs.field(factory=dict)
     _thread: ThreadPoolExecutor | None = attrs.field(default=None, init=False)  # runs one task after the other
     _tasks: list[Future[None]] = attrs.field(factory=list, init=False)
@@ -88,13 +95,14 @@ class Saver:
         try:
             path = save_checkpoint(self.directory, content)
         except CheckpointError as error:
-            self.report(f"{error}; the run continues, the last good checkpoint stays")
+            self.problem = str(error)
+            self.report(f"{error}; the last good checkpoint stays")
         else:
-            self.sound = content.state.step
+            self.sound, self.problem = content.state.step, ""
             self.report(f"saved {path}")
 
     def _retain(self, step: int, scores: Mapping[int, float]) -> None:
-        paths = {int(path.name[5:]): path for path in list_checkpoints(self.directory)}
+        paths = {step_of(path): path for path in list_checkpoints(self.directory)}
         steps = [each for each in paths if each <= step]
         doomed = [each for each in steps_to_delete(steps, scores, self.options) if each != self.sound]
         for each in doomed:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import attrs
 import torch
 from torch import Tensor
+
+from nanochat_core.files import shorten
+from nanochat_core.runs.soundness import is_count, is_number
 
 EMA_DECAY = 0.9
 SPREAD_DECAY = 0.98  # of the squared distance between losses and the EMA before them
@@ -100,8 +104,51 @@ class TrainState:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> TrainState:
-        cursors = {int(lane): tuple(cursor) for lane, cursor in content["cursors"].items()}
+        """The state that ``to_json`` returned.
+
+        Raises:
+            ValueError: when it is none, saying why.
+        """
+        wanted = {field.name: field for field in attrs.fields(cls)}
+        if content.keys() - wanted.keys() or {"step", "cursors", "lanes"} - content.keys():
+            raise ValueError(f"it must have {', '.join(wanted)}, not {shorten(', '.join(content))}")
+        for name, value in content.items():
+            if not _RIGHT.get(name, is_count)(value):
+                raise ValueError(f"{name} must not be {shorten(value)}")
+        cursors = {int(lane): (a, b, c) for lane, (a, b, c) in content["cursors"].items()}
+        if content["lanes"] and any(lane >= content["lanes"] for lane in cursors):
+            raise ValueError(f"it has cursors of more than {content['lanes']} lanes")
         return cls(**{**content, "cursors": cursors})
+
+
+def _are_cursors(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        re.fullmatch(r"\d{1,9}", lane, re.ASCII)
+        and isinstance(cursor, list)
+        and len(cursor) == 3
+        and all(map(is_count, cursor))
+        for lane, cursor in value.items()
+    )
+
+
+def _is_amount(value: object) -> bool:
+    return isinstance(value, int | float) and is_number(value) and value >= 0
+
+
+# What each entry of a state must be; the others are counts.
+_RIGHT: dict[str, Callable[[Any], bool]] = {
+    "cursors": _are_cursors,
+    "loss_ema": is_number,
+    "loss_spread": _is_amount,
+    "loss_scale": _is_amount,
+    "training_time": _is_amount,
+    "minimum": lambda value: isinstance(value, dict) and all(map(_is_metric, value.values())),
+    "fingerprints": lambda value: isinstance(value, dict) and all(isinstance(v, str) for v in value.values()),
+}
+
+
+def _is_metric(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def rng_state(device: torch.device) -> dict[str, Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tomllib
-import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,8 @@ from typing import Any
 import attrs
 from torch import Tensor
 
-from nanochat_core.errors import CheckpointError, PluginError
+from nanochat_core.errors import CheckpointError
+from nanochat_core.plugins.calls import plugin_call
 from nanochat_core.plugins.choice import Choice
 from nanochat_core.plugins.registry import Entry
 from nanochat_core.plugins.structure import to_plain
@@ -61,7 +61,7 @@ def upgrade_model(record: ModelRecord, entry: Entry, tensors: dict[str, Tensor],
 
     Raises:
         CheckpointError: when the checkpoint is newer than the plugin, or too old for it.
-        PluginError: with the original traceback, when the plugin's upgrade fails.
+        PluginError: when the plugin's upgrade fails.
     """
     have, want = record.version, entry.model_version.number
     if have == want:
@@ -78,11 +78,6 @@ def upgrade_model(record: ModelRecord, entry: Entry, tensors: dict[str, Tensor],
             f"ones: install the {entry.distribution} it was made with (see its manifest.json)"
         )
     upgrade = entry.load_upgrade()
-    try:
+    with plugin_call(f"{package} can't upgrade version {have} of model {entry.name!r} in {source} to version {want}"):
         options, upgraded = upgrade(have, dict(record.options), dict(tensors))
         return dict(options), dict(upgraded)
-    except Exception as error:
-        raise PluginError(
-            f"{package} can't upgrade version {have} of model {entry.name!r} in {source} to version {want}: "
-            f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
-        ) from error

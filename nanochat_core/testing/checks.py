@@ -22,13 +22,14 @@ class Check:
         if not holds and message not in self.wrong:
             self.wrong.append(message)
 
-    def run(self, part: Callable[[], None]) -> None:
+    def run(self, part: Callable[[], None], name: str = "") -> None:
+        """Run a part of the check. What it raises is a broken rule, told with the part's name."""
         try:
             part()
         except Exception as error:
             place = traceback.extract_tb(error.__traceback__)[-1]
             reason = f"{type(error).__name__}: {error} ({place.filename}:{place.lineno})"
-            self.wrong.append(f"{part.__name__.strip('_').replace('_', ' ')}: {reason}")
+            self.wrong.append(f"{name or part.__name__.strip('_').replace('_', ' ')}: {reason}")
 
     def finish(self) -> None:
         assert not self.wrong, f"the {self.what} breaks its contract:\n" + "\n".join(self.wrong)

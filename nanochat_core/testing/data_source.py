@@ -31,7 +31,7 @@ def check_data_source(factory: Callable[[Any, DataContext], DataSource], config:
         again = factory(config, DataContext(Path(second)))
         splits: tuple[Split, ...] = ("train", "val")
         for split in splits:
-            check.run(lambda s=split: _check_split(check, source, again, s))  # type: ignore[misc]
+            check.run(lambda s=split: _check_split(check, source, again, s), f"documents of {split}")  # type: ignore[misc]
     described = source.describe()
     for key, value in described.items():
         check.expect(isinstance(value, str | int), f"describe()[{key!r}] must be a str or an int, not {value!r}")

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from nanochat_core.evaluation.evaluate import contract_problems
+from nanochat_core.evaluation.contract import BadResult, checked, reserved_problem
+from nanochat_core.evaluation.undisturbed import Undisturbed
 from nanochat_core.interfaces.evaluator import Evaluation, Evaluator, EvaluatorContext
 from nanochat_core.interfaces.tokenizer import Tokenizer
 from nanochat_core.interfaces.types import IGNORED, Batch, Split, Tokens
@@ -65,19 +66,28 @@ def check_evaluator(factory: Callable[[Any, EvaluatorContext], Evaluator], confi
     context = EvaluatorContext(_Bytes(), ALONE, length, 4, rows)
     evaluator = factory(config, context)
     assert isinstance(evaluator, Evaluator), f"the factory must return a nanochat_core.Evaluator, not {evaluator!r}"
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     found = []
     for step in (0, 10):
         torch.manual_seed(4)
         with torch.no_grad():
-            found.append(evaluator.evaluate(model, step))
+            undisturbed = Undisturbed(model)
+            try:
+                found.append(evaluator.evaluate(model, step))
+            finally:
+                changed, lost = undisturbed.put_back()
+        check.expect(not lost, f"it changes the model's parameters: {', '.join(lost[:3])}")
+        check.expect(not changed, f"it leaves changed: {', '.join(changed)}")
     first, second = found
     for evaluation in found:
-        for problem in contract_problems(evaluation):
-            check.expect(False, problem)
-        if not isinstance(evaluation, Evaluation):
+        try:
+            checked(evaluation)
+        except BadResult as error:
+            check.expect(False, str(error))
             check.finish()
         check.expect(bool(evaluation.metrics or evaluation.texts), "it returns neither metrics nor texts")
+        for name in (*evaluation.metrics, *evaluation.texts):
+            problem = reserved_problem(name, {}, "")
+            check.expect(not problem, problem)
     check.expect(set(first.metrics) == set(second.metrics), "a second evaluation has different metrics")
     if not check.wrong:
         same = all(
@@ -85,8 +95,5 @@ def check_evaluator(factory: Callable[[Any, EvaluatorContext], Evaluator], confi
             for name, value in first.metrics.items()
         )
         check.expect(same, "a second evaluation of the same model has different values: seed random numbers")
-    after = model.state_dict()
-    check.expect(all(torch.equal(before[name], after[name]) for name in before), "it changes the model's parameters")
-    check.expect(all(p.grad is None for p in model.parameters()), "it leaves gradients behind")
     check.finish()
     return first

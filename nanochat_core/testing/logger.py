@@ -37,7 +37,7 @@ def check_logger(
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name) / "runs" / "checked" / "run-1"
         directory.mkdir(parents=True)
-        check.run(lambda: _log_a_run(check, factory, config, directory, read))
+        check.run(lambda: _log_a_run(check, factory, config, directory, read), "log a run")
     check.finish()
 
 
@@ -71,13 +71,13 @@ def _log_a_run(
         report=lambda line: None,
     )
     ledger = RunDirectory(directory).ledger
-    ledger.write_text("".join(json.dumps(r) + "\n" for r in first))
+    ledger.write_text("".join(json.dumps(r) + "\n" for r in first), encoding="utf-8")
     logger = factory(config, context)
     assert isinstance(logger, Logger), f"the factory must return a nanochat_core.Logger, not {logger!r}"
     for line in first:
         logger.log(line)
     logger.finish("failed")
-    ledger.write_text("".join(json.dumps(r) + "\n" for r in rewound))
+    ledger.write_text("".join(json.dumps(r) + "\n" for r in rewound), encoding="utf-8")
     resumed = factory(config, attrs.evolve(context, start_step=4))
     for line in rewound:
         if line not in first or (resumed.rewinds and line["step"] >= 4):  # as the core does it

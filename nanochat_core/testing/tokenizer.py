@@ -120,9 +120,9 @@ def check_tokenizer(
     check.run(check.documents)
     check.run(check.surrogates)
     check.run(check.threads)
-    check.run(lambda: check.same(factory(config, TokenizerContext(documents=documents)), "built again"))
-    check.run(lambda: check.same(pickle.loads(pickle.dumps(tokenizer)), "pickled"))
-    check.run(lambda: check.saved(factory, config))
+    check.another("built again", lambda: factory(config, TokenizerContext(documents=documents)))
+    check.another("pickled", lambda: pickle.loads(pickle.dumps(tokenizer)))
+    check.run(lambda: check.saved(factory, config), "saved and loaded")
     if other_process:
         check.run(check.other_process)
     check.finish()
@@ -203,6 +203,9 @@ class _TokenizerCheck(Check):
         with ThreadPoolExecutor(4) as pool:
             at_once = list(pool.map(self.tokenizer.encode, texts))
         self.expect(at_once == [self.tokenizer.encode(t) for t in texts], "encode is not safe to call from threads")
+
+    def another(self, how: str, make: Callable[[], Tokenizer]) -> None:
+        self.run(lambda: self.same(make(), how), how)
 
     def same(self, other: Tokenizer, how: str) -> None:
         mine = self.tokenizer

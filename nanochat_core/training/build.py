@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,15 +19,16 @@ from nanochat_core.errors import ConfigError, DataError, Problem
 from nanochat_core.evaluation.build import build_evaluators
 from nanochat_core.evaluation.evaluate import Evaluations
 from nanochat_core.files import cache_dir
+from nanochat_core.hardware.casting import autocast
 from nanochat_core.interfaces.data_source import DataSource
 from nanochat_core.interfaces.model import Model
 from nanochat_core.interfaces.optimizer import Optimizer
 from nanochat_core.interfaces.tokenizer import Tokenizer
 from nanochat_core.loggers.run_log import Logs
-from nanochat_core.planning.build import build_model, build_optimizer
+from nanochat_core.planning.build import build_model, build_optimizer, check_outputs
 from nanochat_core.planning.plan import Plan, Planned
 from nanochat_core.plugins.choice import Choice, DataSourceKeys
-from nanochat_core.runs.checkpoint import CheckpointContent, load_model_tensors, saved_tensors
+from nanochat_core.runs.checkpoint import CheckpointContent, load_model_tensors, load_state, saved_tensors
 from nanochat_core.runs.directory import RunDirectory
 from nanochat_core.runs.ledger import read_ledger
 from nanochat_core.runs.saver import Saver
@@ -97,7 +97,7 @@ def build_parts(
     evaluated: list[str] = world.on_main(lambda: rewind_run(run_dir, state)) if content is not None else []
     if "val" in changed:  # results on the previous data are not comparable
         state.minimum, state.comparable_from, evaluated = {}, state.step, []
-    return Parts(model, optimizer, source, loader, evaluations, state, evaluated)
+    return Parts(model, optimizer, source, tokenizer, loader, evaluations, state, evaluated)
 
 
 def seed(content: CheckpointContent | None, start: int, state: TrainState, world: World) -> None:
@@ -169,6 +169,8 @@ def _build_model(
     model.to(world.device)
     for parameter in model.parameters():
         world.broadcast(parameter.data)
+    with experiment.model.calling(), autocast(world.device, setup.planned.plan.torch_dtype):
+        check_outputs(experiment.model, model)
     if type(model).parameter_roles is Model.parameter_roles:
         roles = ", ".join(sorted(set(model.parameter_roles().values())))
         report(f"model {experiment.model.plugin} declares no parameter roles; roles derived from shapes: {roles}")
@@ -178,7 +180,8 @@ def _build_model(
 def _copy_weights(model: Model, weights: Path, choice: Choice, tokenizer: Tokenizer) -> None:
     """Copy the weights of another run's checkpoint into the model; that run must have the same tokenizer."""
     run = weights.parents[1]
-    theirs = json.loads(RunDirectory(run).provenance.read_text(encoding="utf-8"))["fingerprints"]["tokenizer"]
+    known = load_state(weights).fingerprints or RunDirectory(run).read_provenance().get("fingerprints", {})
+    theirs = known.get("tokenizer")
     if theirs != tokenizer.fingerprint:
         message = (
             f"the tokenizer of {run} differs from that of this experiment, so its weights do not fit: use the "
@@ -190,7 +193,7 @@ def _copy_weights(model: Model, weights: Path, choice: Choice, tokenizer: Tokeni
 
 
 def _build_optimizer(planned: Planned, content: CheckpointContent | None, model: Model, world: World) -> Optimizer:
-    optimizer: Optimizer = build_optimizer(planned.experiment.optimizer, model, planned.plan, world)
+    optimizer = build_optimizer(planned.experiment.optimizer, model, planned.plan, world)
     if content is not None:
         optimizer.load_state_dict(content.optimizer)
     return optimizer

@@ -18,8 +18,7 @@ from nanochat_core.errors import NanochatError
 from nanochat_core.evaluation.evaluate import inference
 from nanochat_core.files import first_few, write_atomic
 from nanochat_core.interfaces.model import Model
-from nanochat_core.runs.checkpoint import list_checkpoints
-from nanochat_core.runs.directory import RunDirectory
+from nanochat_core.runs.directory import RunDirectory, list_checkpoints
 from nanochat_core.training.parts import Parts
 from nanochat_core.training.step import StepOutcome
 
@@ -51,6 +50,14 @@ class Divergence:
     cursors: Mapping[int, Cursor]
     lr_multiplier: float
     skipped: int
+
+
+def nothing_learned(steps: int) -> TrainingDiverged:
+    """Return the error for a run of which every step was skipped."""
+    return TrainingDiverged(
+        f"none of the {steps} steps had a finite loss and gradient, so the weights are those of the start: lower the "
+        f"learning rates, or look for a value of [model] or [optimizer] that makes everything infinite"
+    )
 
 
 def diagnose(

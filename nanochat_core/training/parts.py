@@ -11,6 +11,7 @@ from nanochat_core.evaluation.evaluate import Evaluations
 from nanochat_core.interfaces.data_source import DataSource
 from nanochat_core.interfaces.model import Model
 from nanochat_core.interfaces.optimizer import Optimizer
+from nanochat_core.interfaces.tokenizer import Tokenizer
 from nanochat_core.runs.state import TrainState
 
 
@@ -22,6 +23,7 @@ class Parts:
         model: on its device, with its weights, the same on every rank.
         optimizer: of the model, with its state.
         source: the data source.
+        tokenizer: of the run.
         loader: this rank's training data, step by step.
         evaluations: the evaluators of the run.
         state: progress of the run; it changes with every step.
@@ -31,6 +33,7 @@ class Parts:
     model: Model
     optimizer: Optimizer
     source: DataSource
+    tokenizer: Tokenizer
     loader: TrainLoader
     evaluations: Evaluations
     state: TrainState

@@ -12,6 +12,7 @@ from nanochat_core.config.load import LoadedExperiment
 from nanochat_core.config.schema import Experiment
 from nanochat_core.distributed.world import World
 from nanochat_core.errors import ConfigError
+from nanochat_core.evaluation.trained_model import newest_checkpoint
 from nanochat_core.hardware.machine import device_spec
 from nanochat_core.planning.banner import format_plan
 from nanochat_core.planning.plan import Planned
@@ -19,7 +20,8 @@ from nanochat_core.planning.planner import make_plan
 from nanochat_core.plugins.discovery import Plugins
 from nanochat_core.runs.checkpoint import load_state
 from nanochat_core.runs.directory import RunDirectory, create_run, find_run
-from nanochat_core.runs.restore import load_experiment, newest_checkpoint
+from nanochat_core.runs.lock import RunLock
+from nanochat_core.runs.restore import load_experiment
 from nanochat_core.training.request import RunRequest
 from nanochat_core.training.resume import (
     check_changes,
@@ -41,6 +43,7 @@ class Setup:
         distributions: version of each distribution that provides a plugin, by name.
         observers: entry-point name and distribution of each plugin that observes runs.
         allow_other_data: whether a resumed run may continue with data of different fingerprints.
+        lock: of the run directory, on rank 0; None on others.
     """
 
     planned: Planned
@@ -50,6 +53,11 @@ class Setup:
     distributions: dict[str, str]
     observers: tuple[tuple[str, str], ...] = ()
     allow_other_data: bool = False
+    lock: RunLock | None = None
+
+    def fresh_in(self, run_dir: RunDirectory) -> Setup:
+        """Return the same for a run that begins in ``run_dir``."""
+        return attrs.evolve(self, run_dir=run_dir, checkpoint=None)
 
 
 def prepare(
@@ -65,10 +73,10 @@ def prepare(
     """
     for failure in plugins.failures:
         print(failure, file=sys.stderr)
-    resumed = find_resume(request.resume, loaded.experiment.run.name, request.runs_dir, exit_stack)
+    resumed = find_resume(request.resume, loaded.experiment.run.name, request.runs_dir, exit_stack, plugins)
     old = None
     if resumed is not None:
-        run_dir, checkpoint = resumed
+        run_dir, checkpoint, lock = resumed
         check_version(checkpoint, plugins)
         old = load_experiment(run_dir, checkpoint, plugins)
         loaded = _as_it_began(loaded, old, run_dir, world)
@@ -78,15 +86,15 @@ def prepare(
     print(f"nanochat run {request.file}: experiment {planned.experiment.run.name}\n{format_plan(planned)}", flush=True)
     distributions, observers = plugins.versions(), tuple((o.plugin, o.distribution) for o in plugins.observers)
     if resumed is None or old is None:
-        weights = _initial_weights(planned, request.runs_dir)
+        weights = _initial_weights(planned, request.runs_dir, plugins)
         run_dir, lock = create_run(request.runs_dir, planned.experiment.run.name)
         exit_stack.enter_context(lock)
-        return Setup(planned, run_dir, None, weights, distributions, observers)
+        return Setup(planned, run_dir, None, weights, distributions, observers, lock=lock)
     check_changes(old, planned, run_dir, request.allow_other_data)
     if _is_done(planned, run_dir, checkpoint):
         return None
     _explain_resume(old, planned, run_dir, checkpoint)
-    return Setup(planned, run_dir, checkpoint, None, distributions, observers, request.allow_other_data)
+    return Setup(planned, run_dir, checkpoint, None, distributions, observers, request.allow_other_data, lock)
 
 
 def _as_it_began(loaded: LoadedExperiment, old: Experiment, run_dir: RunDirectory, world: World) -> LoadedExperiment:
@@ -100,12 +108,12 @@ def _as_it_began(loaded: LoadedExperiment, old: Experiment, run_dir: RunDirector
     return loaded.keep(kept, str(run_dir.path))
 
 
-def _initial_weights(planned: Planned, runs_dir: Path) -> Path | None:
+def _initial_weights(planned: Planned, runs_dir: Path, plugins: Plugins) -> Path | None:
     """Return the checkpoint that ``[train] init_from`` refers to; None without one."""
     reference = planned.experiment.train.init_from
     if reference is None:
         return None
-    weights = newest_checkpoint(find_run(reference, runs_dir))
+    weights = newest_checkpoint(find_run(reference, runs_dir), plugins)
     compare_options(weights, planned)
     return weights
 
@@ -126,7 +134,7 @@ def _explain_resume(old: Experiment, planned: Planned, run_dir: RunDirectory, ch
     """Print what is resumed, and what differs from before."""
     print(f"resuming {run_dir.path} from {checkpoint.name}")
     before, now = devices_of(run_dir), (planned.plan.world_size, planned.plan.device)
-    if before != now:
+    if before is not None and before != now:
         print(
             f"it was trained on {before[0]} x {before[1]} and continues on {now[0]} x {now[1]}: the data and the "
             f"global batch stay the same; the order of sums may change, so that results agree within rounding"

@@ -10,25 +10,27 @@ from nanochat_core.config.origins import DEFAULT, add_places
 from nanochat_core.config.schema import Experiment
 from nanochat_core.config.tables import changed_options
 from nanochat_core.errors import CheckpointError, ConfigError, Problem
+from nanochat_core.evaluation.trained_model import newest_checkpoint, usable_checkpoint
 from nanochat_core.planning.plan import Planned
 from nanochat_core.planning.schedule import lr_multiplier
 from nanochat_core.plugins.discovery import Plugins
 from nanochat_core.plugins.structure import fields_of, to_plain
 from nanochat_core.runs.checkpoint import read_model, remove_leftovers, saved_options
 from nanochat_core.runs.directory import RunDirectory, all_runs, find_run
-from nanochat_core.runs.restore import newest_checkpoint, sound_checkpoint
+from nanochat_core.runs.lock import RunLock
 
 
-def devices_of(run: RunDirectory) -> tuple[int, str]:
-    """Return the number and the name of the devices that a run was last trained on."""
-    plan = json.loads(run.provenance.read_text(encoding="utf-8"))["plan"]
-    return plan["world_size"], plan["device"]
+def devices_of(run: RunDirectory) -> tuple[int, str] | None:
+    """Return the number and the name of the devices that a run was last trained on; None when the run does not say."""
+    plan = run.read_provenance().get("plan", {})
+    size, device = plan.get("world_size"), plan.get("device")
+    return (size, device) if isinstance(size, int) and isinstance(device, str) else None
 
 
 def find_resume(
-    resume: str | None, name: str, runs_dir: Path, exit_stack: ExitStack
-) -> tuple[RunDirectory, Path] | None:
-    """Return the run and the checkpoint that ``--resume`` refers to; None for a fresh run.
+    resume: str | None, name: str, runs_dir: Path, exit_stack: ExitStack, plugins: Plugins
+) -> tuple[RunDirectory, Path, RunLock] | None:
+    """Return the run and the checkpoint that ``--resume`` refers to, and its lock; None for a fresh run.
 
     The run is locked first, because a process that trains it would write further checkpoints.
     """
@@ -36,14 +38,14 @@ def find_resume(
         return None
     if resume not in ("auto", "newest"):
         run = find_run(resume, runs_dir)
-        exit_stack.enter_context(run.lock())
-        return run, newest_checkpoint(run)
+        lock = exit_stack.enter_context(run.lock())
+        return run, newest_checkpoint(run, plugins), lock
     why = f"there is no run of {name!r} under {runs_dir}"
     for newest in all_runs(runs_dir, name)[:1]:
-        exit_stack.enter_context(newest.lock())
-        checkpoint = sound_checkpoint(newest)
+        lock = exit_stack.enter_context(newest.lock())
+        checkpoint = usable_checkpoint(newest, plugins)
         if checkpoint is not None:
-            return newest, checkpoint
+            return newest, checkpoint, lock
         newest.remove_leftovers()  # no run continues there
         remove_leftovers(newest.checkpoints)
         why = f"{newest.path} has no sound checkpoint"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,7 +14,7 @@ from nanochat_core.errors import CheckpointError
 from nanochat_core.files import write_atomic
 from nanochat_core.interfaces.logger import LoggerContext
 from nanochat_core.planning.plan import Planned
-from nanochat_core.runs.directory import RunDirectory
+from nanochat_core.runs.directory import RunDirectory, remove_start
 from nanochat_core.runs.ledger import rewind_ledger
 from nanochat_core.runs.provenance import provenance
 from nanochat_core.runs.state import TrainState
@@ -44,8 +43,11 @@ def write_run_files(
     earlier: dict[str, Any] = {}
     before: Mapping[str, str] = fingerprints
     if setup.checkpoint is not None:
-        earlier = json.loads(run_dir.provenance.read_text())
-        before = state.fingerprints or earlier["fingerprints"]
+        earlier = run_dir.read_provenance()
+        known = state.fingerprints or earlier.get("fingerprints", {})
+        if not known:
+            report(f"{run_dir.path} does not say with which tokenizer and data it was trained: nothing is compared")
+        before = known or fingerprints
     changed = {what: before.get(what, "none") for what in fingerprints if before.get(what) != fingerprints[what]}
     if changed:
         _accept(changed, fingerprints, setup, state.step, report)
@@ -123,8 +125,13 @@ def logger_context(planned: Planned, run_dir: RunDirectory, start_step: int) -> 
 
 
 def remove_run(run_dir: RunDirectory) -> None:
-    """Remove a run's directory, and the directories above it if they are empty then."""
-    shutil.rmtree(run_dir.path, ignore_errors=True)
+    """Remove what a fresh run has made before it opened its ledger, and the directories above it if they are empty
+    then. See ``remove_start``."""
+    try:
+        if not remove_start(run_dir):
+            return
+    except OSError:
+        return
     for parent in (run_dir.path.parent, run_dir.path.parents[1]):
         try:
             parent.rmdir()

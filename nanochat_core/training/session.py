@@ -16,13 +16,14 @@ from nanochat_core.distributed.signals import PREEMPTED_EXIT_CODE, Stopped, Stop
 from nanochat_core.distributed.store import RankFailure, RankStore
 from nanochat_core.distributed.watchdog import Watchdog
 from nanochat_core.distributed.world import OtherRankFailed, World, join_world, leave_world
-from nanochat_core.errors import NanochatError
+from nanochat_core.errors import CheckpointError, NanochatError, PluginError
 from nanochat_core.hardware.machine import determinism, keep_freed_memory, peak_flops, peak_memory_mib
 from nanochat_core.loggers.observers import observer_choices
 from nanochat_core.loggers.run_log import Logs, Status
 from nanochat_core.planning.banner import format_plan
 from nanochat_core.planning.out_of_memory import OutOfMemory, is_out_of_memory
 from nanochat_core.planning.probe import settle_batch_size
+from nanochat_core.plugins.calls import blame
 from nanochat_core.plugins.discovery import Plugins
 from nanochat_core.runs.checkpoint import (
     load_checkpoint,
@@ -32,6 +33,7 @@ from nanochat_core.runs.ledger import best_value
 from nanochat_core.runs.state import TrainState
 from nanochat_core.training.build import build_parts, build_saver, seed
 from nanochat_core.training.checkpoints import Checkpoints
+from nanochat_core.training.ending import RunDisplaced, write_rescued
 from nanochat_core.training.prepare import Setup, prepare
 from nanochat_core.training.request import RunRequest
 from nanochat_core.training.run_files import logger_context, remove_run
@@ -76,9 +78,12 @@ def run_experiment(
             store.mark_failure(RankFailure(world.rank, PREEMPTED_EXIT_CODE))  # others may wait for this rank
             watchdog.end_within(LAST_SECONDS, PREEMPTED_EXIT_CODE)
             raise
-        except Exception as error:
+        except BaseException as raised:
+            error = blame(raised) or raised
             if world.size == 1:
-                raise
+                if error is raised:
+                    raise
+                raise error from raised
             return failures.report_once(error)
         finally:
             leave_world()
@@ -93,6 +98,7 @@ class Session:
         self.failures, self.watchdog, self.stop = failures, watchdog, stop
         self.logs = Logs(self.run_dir)
         self.state = TrainState()
+        self.checkpoints: Checkpoints | None = None
 
     def run(self) -> int:
         """Build everything, train, and close everything. Returns the exit code."""
@@ -113,7 +119,7 @@ class Session:
             except Stopped:
                 status = "preempted"
                 raise
-            except Exception as raised:
+            except BaseException as raised:  # a plugin may raise anything, such as SystemExit
                 error = self._failed(raised)
                 if error is raised:
                     raise
@@ -156,7 +162,16 @@ class Session:
         packages = self.experiment.packages()
         self.watchdog.report_stalls(self.experiment.train.stall_warning, packages, logs.report, logs.note)
         saver = build_saver(self.setup, self.state, world, logs.report)
-        checkpoints = Checkpoints(saver, parts, self.planned, world, logs)
+        checkpoints = self.checkpoints = Checkpoints(
+            saver,
+            parts,
+            self.planned,
+            world,
+            logs,
+            self.stop,
+            self.setup.lock,
+            lambda run_dir: write_rescued(run_dir, self.setup, parts, logs.report),
+        )
         seed(content, self.experiment.train.seed, self.state, world)  # last: building may have drawn random numbers
         return Trainer(
             planned=self.planned,
@@ -173,20 +188,31 @@ class Session:
         """Record and print how the run ended. Does nothing on ranks other than 0."""
         if not self.world.is_main:
             return
+        if self.checkpoints is not None:
+            self.checkpoints.displaced()  # then the rest is written where the directory is now
         if self.logs.has_ledger:
             self.logs.status(status, self.state.step, self.plan.num_iterations)
             self.logs.finish(status)  # after the status is recorded, because it waits for loggers
             if status == "finished":
                 self._print_summary()
         self.logs.close()
-        if self.setup.checkpoint is None and not self.run_dir.ledger.exists():
-            remove_run(self.run_dir)  # it failed before it recorded anything
+        lock = self.setup.lock
+        if self.setup.checkpoint is None and not self.logs.began and lock is not None and not lock.lost():
+            remove_run(self.run_dir)  # this process made it, and has recorded nothing in it
+        if self.checkpoints is not None and self.checkpoints.lock is not None:
+            self.checkpoints.lock.release()  # perhaps of another directory than that of the start
 
-    def _failed(self, error: Exception) -> Exception:
+    def _failed(self, error: BaseException) -> BaseException:
         """Log why the run fails, before waiting for or closing anything. Returns the exception to raise."""
         self.watchdog.stop_watching()
+        error = blame(error) or error
+        if isinstance(error, PluginError) and error.__cause__ is not None:
+            self.logs.note("".join(traceback.format_exception(error.__cause__)))
         if isinstance(error, OtherRankFailed):
             return error
+        lost = self.setup.lock.lost() if self.setup.lock is not None and self.checkpoints is None else ""
+        if lost and isinstance(error, OSError | CheckpointError):
+            error = RunDisplaced(f"{self.run_dir.path} {lost} before the run began: start it again")
         if isinstance(error, NanochatError):
             add_places(error, self.planned.origins)
             self.logs.note(f"failed: {error}")

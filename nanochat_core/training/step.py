@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import attrs
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nanochat_core.data.loader import Step
 from nanochat_core.distributed.world import World
@@ -24,7 +24,7 @@ class StepOutcome:
     """The result of a step, the same on every rank except for ``memory_error``.
 
     A step that is not ``done`` changed nothing, because a rank had no data or no memory for it; its loss, norm and
-    counts are not valid.
+    counts are not valid. One that is not ``finite`` changed no parameter and no buffer.
 
     Args:
         stop_requested: whether any rank was asked to stop.
@@ -142,7 +142,7 @@ def run_step(
         loss_scale: factor on the loss that keeps float16 gradients in range.
         stop_requested: whether this rank was asked to stop.
     """
-    generators = rng_state(world.device)
+    generators, buffers = rng_state(world.device), _buffers(model)
     passes = _forward_backward(step.batches if step is not None else [], model, optimizer, world, dtype, loss_scale)
     norm_of_sums = optimizer.reduce()
     totals = StepTotals(
@@ -164,6 +164,7 @@ def run_step(
     )
     if not outcome.done:
         optimizer.discard()
+        _restore(buffers)
         restore_rng(generators, world.device)
         return outcome
     loss, norm = totals.loss / totals.tokens, norm / totals.tokens / loss_scale
@@ -173,6 +174,7 @@ def run_step(
         optimizer.update(clip / totals.tokens / loss_scale, multipliers)
     else:
         optimizer.discard()
+        _restore(buffers)
     return attrs.evolve(
         outcome,
         loss=loss,
@@ -182,6 +184,24 @@ def run_step(
         epoch=totals.epoch,
         finite=finite,
     )
+
+
+_Buffers = list[tuple[nn.Module, str, Tensor, Tensor]]  # module, name, the buffer, and a copy of its content
+
+
+def _buffers(model: Model) -> _Buffers:
+    """Return the buffers of a model, which its forward pass may change, with copies."""
+    named = [(module, *pair) for module in model.modules() for pair in module.named_buffers(recurse=False)]
+    return [(module, name, buffer, buffer.detach().clone()) for module, name, buffer in named]
+
+
+def _restore(buffers: _Buffers) -> None:
+    with torch.no_grad():
+        for module, name, buffer, content in buffers:
+            if not torch.equal(buffer, content):  # some can't be written, such as those that are expanded
+                buffer.copy_(content)
+            if getattr(module, name) is not buffer:  # the forward pass has put another in its place
+                setattr(module, name, buffer)
 
 
 def _forward_backward(

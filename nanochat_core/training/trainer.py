@@ -22,7 +22,7 @@ from nanochat_core.planning.schedule import lr_multiplier, warmdown_progress
 from nanochat_core.plugins.choice import DataSourceKeys
 from nanochat_core.runs.directory import RunDirectory
 from nanochat_core.training.checkpoints import Checkpoints
-from nanochat_core.training.diagnosis import Divergence, diagnose
+from nanochat_core.training.diagnosis import Divergence, diagnose, nothing_learned
 from nanochat_core.training.metrics import Measured, StepTimer, step_row
 from nanochat_core.training.parts import Parts
 from nanochat_core.training.profiler import Profiler
@@ -61,9 +61,10 @@ class Trainer:
         """Train to the horizon, or to the step at which a signal requests a stop.
 
         Raises:
-            TrainingDiverged: after too many skipped steps in a row.
+            TrainingDiverged: after too many skipped steps in a row, or when every step was skipped.
             DataError: when the data are used up before the horizon, after saving; see ``[data] epochs``.
             OutOfMemory: when a step runs out of memory, after saving the steps before it.
+            NotSaved, RunDisplaced: see ``Checkpoints.finish_saving``.
         """
         try:
             return self._loop()
@@ -93,7 +94,9 @@ class Trainer:
                     self._end_without_data()
                 if not self._evaluate():
                     return self._preempted()
-        self.checkpoints.finish_saving()
+        self.checkpoints.finish_saving("training has ended")
+        if 0 < self.parts.state.step <= self.parts.state.skipped:
+            self.world.raise_on_main(nothing_learned(self.parts.state.step))
         return "finished"
 
     def train_step(self, step: Step | None, timer: StepTimer) -> StepOutcome:
@@ -119,7 +122,7 @@ class Trainer:
             multipliers=multipliers,
             grad_clip=train.grad_clip,
             loss_scale=state.loss_scale if plan.scales_loss else 1.0,
-            stop_requested=self.stop.signal is not None,
+            stop_requested=self.stop.signal is not None or self.checkpoints.displaced(),
         )
         if outcome.out_of_memory:
             self._end_out_of_memory(outcome)
@@ -219,7 +222,7 @@ class Trainer:
 
     def _preempted(self) -> Status:
         self.checkpoints.save_unless_saved()
-        self.checkpoints.finish_saving()
+        self.checkpoints.finish_saving("the run was told to stop")
         step = self.parts.state.step
         self.logs.report(f"stopped by a signal after step {step}, saved; continue with --resume")
         return "preempted"
@@ -229,7 +232,9 @@ class Trainer:
         step = self.parts.state.step
         if self._steps_here:
             self.checkpoints.save_unless_saved()
-        self.checkpoints.finish_saving()
+            self.checkpoints.finish_saving(f"a rank ran out of memory in training step {step}")
+        else:
+            self.checkpoints.finish_saving()
         if not outcome.memory_error:
             self.logs.note(f"another rank ran out of memory in step {step}")
             raise OtherRankFailed(OutOfMemory.exit_code)
@@ -242,7 +247,7 @@ class Trainer:
 
     def _end_without_data(self) -> NoReturn:
         """Raise the error for data that ended before the horizon. Call it after saving the step."""
-        self.checkpoints.finish_saving()
+        self.checkpoints.finish_saving("the training data are used up")
         step, keys = self.parts.state.step, self.planned.experiment.data.keys
         assert isinstance(keys, DataSourceKeys)
         error = DataError(

@@ -6,13 +6,32 @@ import contextlib
 import json
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import psutil
 from aim import Repo, Run, Text
+from aim.sdk.configs import get_aim_repo_name
+from aim.sdk.utils import clean_repo_path
 
 from nanochat_aim.config import AimConfig
-from nanochat_core import Logger, LoggerContext, metrics_and_texts
+from nanochat_core import Logger, LoggerContext, lock_file, metrics_and_texts
+
+LOCK = "nanochat.lock"  # in Aim's directory: one process at a time makes it, and writes its index
+
+
+def _directory(repo: str) -> Path:
+    return Path(clean_repo_path(repo)) / get_aim_repo_name()
+
+
+def _create(repo: str) -> None:
+    """Make an Aim repository unless it is one. Several runs may start at once, and each may be killed at any moment:
+    Aim takes a repository that was made only in part for one of an older version, and refuses it ever after."""
+    directory = _directory(repo)
+    with lock_file(directory / LOCK):
+        if not (directory / "VERSION").exists():  # what Aim makes last
+            (directory / "locks" / "structured_db_lock").unlink(missing_ok=True)  # of a process that was killed
+            Repo.from_path(repo, init=True)
 
 
 class Aim(Logger):
@@ -27,8 +46,8 @@ class Aim(Logger):
     def __init__(self, config: AimConfig, context: LoggerContext) -> None:
         self.context = context
         self.repo = config.repo or str(context.directory.parents[1])
-        if not Repo.is_remote_path(self.repo) and not Repo.exists(self.repo):
-            Repo.from_path(self.repo, init=True)
+        if not Repo.is_remote_path(self.repo):
+            _create(self.repo)
         record_file = context.directory / "aim_run.json"
         known: dict[str, str] = json.loads(record_file.read_text(encoding="utf-8")) if record_file.exists() else {}
         run: Any = Run(
@@ -75,7 +94,7 @@ class Aim(Logger):
         self.run.close()
         if not Repo.is_remote_path(self.repo):
             # Readers use the index; without a web server nothing else would add the run to it.
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(Exception), lock_file(_directory(self.repo) / LOCK):
                 from aim.sdk.index_manager import RepoIndexManager
 
                 RepoIndexManager.get_index_manager(repo).index(name)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import csv
 import hashlib
+import http.client
 import io
 import json
 import os
+import re
 import urllib.request
 import zipfile
 import zlib
@@ -22,6 +24,7 @@ from tqdm import tqdm
 from nanochat_core import DataError, lock_file
 
 URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
+LARGEST, LARGEST_UNPACKED = 1 << 30, 1 << 33  # bytes, far more than the public bundle has
 CONFIG, BASELINES = "core.yaml", "eval_meta_data.csv"
 
 TaskType = Literal["multiple_choice", "schema", "language_modeling"]
@@ -262,14 +265,17 @@ def download(cache: Path, url: str = URL) -> Path:
 def _fetch(url: str, partial: Path) -> None:
     try:
         with urllib.request.urlopen(url, timeout=60) as answer, partial.open("wb") as file:
-            size = int(answer.headers.get("Content-Length") or 0)
-            with tqdm(desc="evaluation bundle", total=size or None, unit="B", unit_scale=True, disable=None) as bar:
+            announced = answer.headers.get("Content-Length") or ""
+            size = int(announced) if re.fullmatch(r"\d{1,12}", announced, re.ASCII) else None
+            with tqdm(desc="evaluation bundle", total=size, unit="B", unit_scale=True, disable=None) as bar:
                 for piece in iter(lambda: answer.read(1 << 20), b""):
                     file.write(piece)
                     bar.update(len(piece))
-            if size and file.tell() != size:
+                    if file.tell() > LARGEST:
+                        raise OSError(f"it has more than {LARGEST:,} bytes")
+            if size is not None and file.tell() != size:
                 raise OSError(f"{file.tell():,} of {size:,} bytes received")
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         raise DataError(
             f"the evaluation bundle can't be downloaded from {url} ({error}): run the command again, or download it "
             f"elsewhere and set this option to the zip file or its directory",
@@ -280,9 +286,13 @@ def _fetch(url: str, partial: Path) -> None:
 def _verify(path: Path, url: str) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+            if unpacked > LARGEST_UNPACKED:
+                raise OSError(f"its files have {unpacked:,} bytes")
             damaged = archive.testzip()
             names = archive.namelist()
-    except (OSError, zipfile.BadZipFile, EOFError, zlib.error) as error:
+    # RuntimeError: a password is needed; NotImplementedError: an unknown compression
+    except (OSError, RuntimeError, zipfile.BadZipFile, EOFError, zlib.error) as error:
         message = f"the evaluation bundle from {url} is not a valid zip file ({error}): run the command again"
         raise DataError(message, key="bundle") from error
     if damaged is not None:

@@ -13,11 +13,12 @@ import attrs
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanochat_core import DataError, Documents, UnreadablePlaces
+from nanochat_core import LARGEST_GROUP, DataError, Documents, UnreadablePlaces, string_column_problem
 from nanochat_parquet.files import File, read_tail
 
 # Memory for row groups. Lanes of a training run drift apart, so that several row groups are in use at once.
 CACHE_BYTES = 256 * 2**20
+MOST_ROWS = 2**31  # of a row group
 
 
 @attrs.frozen
@@ -64,7 +65,7 @@ class ParquetDocuments(Documents):
         self._column, self._problems, self._cache_bytes = column, problems or UnreadablePlaces(), cache_bytes
         self._groups = [(shard, i) for shard in shards for i in range(len(shard.footer.rows))]
         self._starts = [0, *accumulate(rows for shard in shards for rows in shard.footer.rows)]
-        self._cache: OrderedDict[int, pa.ChunkedArray] = OrderedDict()  # most recently used last
+        self._cache: OrderedDict[int, pa.ChunkedArray | None] = OrderedDict()  # most recently used last
         self._cached_bytes = 0
         self._lock = Lock()
 
@@ -79,14 +80,14 @@ class ParquetDocuments(Documents):
                 start, stop = self._starts[group], self._starts[group + 1]
                 column = self._row_group(group)
             try:
-                yield column[index - start].as_py() or ""
+                yield "" if column is None else column[index - start].as_py() or ""
             except UnicodeDecodeError as error:
                 shard, i = self._groups[group]
                 what = f"row {index - start} of row group {i} of {shard.file.name} is not UTF-8 ({error})"
                 self._problems.report(what, "repair the file", error)
                 yield ""
 
-    def _row_group(self, group: int) -> pa.ChunkedArray:
+    def _row_group(self, group: int) -> pa.ChunkedArray | None:
         with self._lock:
             if group in self._cache:
                 self._cache.move_to_end(group)
@@ -95,12 +96,13 @@ class ParquetDocuments(Documents):
         with self._lock:
             if group not in self._cache:
                 self._cache[group] = column
-                self._cached_bytes += column.nbytes
+                self._cached_bytes += _size(column)
             while self._cached_bytes > self._cache_bytes and len(self._cache) > 1:
-                self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
+                self._cached_bytes -= _size(self._cache.popitem(last=False)[1])
         return column
 
-    def _read_file(self, group: int) -> pa.ChunkedArray:
+    def _read_file(self, group: int) -> pa.ChunkedArray | None:
+        """A row group's texts; None when it can't be read, and is skipped."""
         shard, i = self._groups[group]
         rows = shard.footer.rows[i]
         what = f"row group {i} of {shard.file.name} can't be read"
@@ -109,15 +111,19 @@ class ParquetDocuments(Documents):
                 column = file.read_row_group(i, columns=[self._column], use_threads=False)[self._column]
         except FileNotFoundError as error:  # the file or its disk is missing, which on_error = "skip" does not excuse
             raise DataError(f"{what} ({error}); restore this file", key="path") from error
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError) as error:
             self._problems.report(f"{what}: its {rows} documents ({error})", "download or copy this file again", error)
-            return pa.chunked_array([pa.nulls(rows, pa.string())])
+            return None
         if len(column) != rows:
             self._problems.report(
                 f"{what}: it holds {len(column)} rows instead of {rows}", "download or copy this file again"
             )
-            return pa.chunked_array([pa.nulls(rows, pa.string())])
+            return None
         return column
+
+
+def _size(column: pa.ChunkedArray | None) -> int:
+    return 0 if column is None else column.nbytes
 
 
 def read_shard(file: File, column: str) -> Shard:
@@ -142,25 +148,41 @@ def parse_footer(name: str, tail: bytes, column: str) -> Footer:
         DataError: when the column is missing or does not hold strings.
         pa.ArrowException, OSError: when the footer is damaged.
     """
-    with pq.ParquetFile(pa.BufferReader(tail)) as parsed:
-        schema, metadata = parsed.schema_arrow, parsed.metadata
+    try:
+        with pq.ParquetFile(pa.BufferReader(tail)) as parsed:
+            schema, metadata = parsed.schema_arrow, parsed.metadata
+            schema.names  # decodes them
+    except UnicodeDecodeError as error:
+        raise pa.ArrowInvalid(f"its footer is damaged: {error}") from error
     _check_column(name, schema, column)
-    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-    rows = tuple(group.num_rows for group in groups)
-    text_bytes = sum(_column_bytes(group, column) - 4 * group.num_rows for group in groups)  # 4: length of each text
-    return Footer(rows, max(text_bytes, 0), metadata)
+    groups = list(_groups(metadata, column))
+    text_bytes = sum(size - 4 * rows for rows, size in groups)  # 4: length of each text
+    return Footer(tuple(rows for rows, _ in groups), max(text_bytes, 0), metadata)
 
 
-def _column_bytes(group: Any, column: str) -> int:
-    chunks = (group.column(i) for i in range(group.num_columns))
-    return next((chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == column), 0)
+def _groups(metadata: Any, column: str) -> Iterator[tuple[int, int]]:
+    """Number of rows of each row group, and of bytes of its texts.
+
+    Raises:
+        pa.ArrowInvalid: when the footer is damaged.
+    """
+    try:
+        for i in range(metadata.num_row_groups):
+            group = metadata.row_group(i)
+            chunks = (group.column(k) for k in range(group.num_columns))
+            size = next((chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == column), 0)
+            if not 0 <= group.num_rows <= MOST_ROWS:
+                raise pa.ArrowInvalid(f"its footer is damaged: row group {i} has {group.num_rows:,} rows")
+            if size > LARGEST_GROUP:
+                raise pa.ArrowInvalid(
+                    f"row group {i} holds {size:,} bytes of texts, more than the {LARGEST_GROUP:,} that are read at "
+                    f"once: write it with smaller row groups"
+                )
+            yield group.num_rows, size
+    except UnicodeDecodeError as error:
+        raise pa.ArrowInvalid(f"its footer is damaged: {error}") from error
 
 
 def _check_column(name: str, schema: pa.Schema, column: str) -> None:
-    remedy = f"set it to one of {', '.join(map(repr, schema.names))}"
-    if column not in schema.names:
-        raise DataError(f"{name} has no column {column!r}; {remedy}", key="text_column")
-    kind = schema.field(column).type
-    value = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if not (pa.types.is_string(value) or pa.types.is_large_string(value)):
-        raise DataError(f"column {column!r} of {name} holds {kind}, not strings; {remedy}", key="text_column")
+    if problem := string_column_problem(schema, column):
+        raise DataError(f"{name} {problem}", key="text_column")

@@ -6,6 +6,8 @@ import fnmatch
 import glob
 import hashlib
 import io
+import os
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -15,12 +17,13 @@ import attrs
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from nanochat_core import DataError, Problem
+from nanochat_core import DataError, Problem, find_files, refuse_shared, require_regular
 from nanochat_parquet.retries import with_retries
 
 Result = TypeVar("Result")
 
 SAMPLE = 2**16
+LONGEST_FOOTER = 2**28  # bytes; a thousand columns and a thousand row groups need less
 ATTEMPTS = 5
 TIMEOUT = 30.0  # seconds without any data from the server
 
@@ -41,8 +44,20 @@ class File(Protocol):
 
 
 @attrs.frozen
+class LocalFile:
+    """A file on this machine. Its name is its path."""
+
+    name: str
+    size: int
+
+    def open(self) -> pa.NativeFile:
+        require_regular(Path(self.name))
+        return pa.OSFile(os.fsencode(self.name), mode="r")
+
+
+@attrs.frozen
 class StoredFile:
-    """A file in a file system of pyarrow: the local one, S3, GCS, or a file system of fsspec."""
+    """A file in a file system of pyarrow: S3, GCS, or a file system of fsspec."""
 
     name: str
     size: int
@@ -100,8 +115,11 @@ class HttpReader(io.RawIOBase):
         return data
 
     def _part(self, start: int, end: int) -> bytes:
-        data: bytes = _http().cat_file(self._file.name, start, end)
-        if len(data) == self._file.size > end - start:
+        from fsspec.asyn import sync
+
+        http = _http()
+        status, data = sync(http.loop, _get_part, http, self._file.name, start, end)
+        if status == 200 and len(data) > end - start:
             raise DataError(
                 f"the server of {self._file.name} does not support range requests; download the file instead",
                 key="path",
@@ -109,6 +127,20 @@ class HttpReader(io.RawIOBase):
         if len(data) != end - start:
             raise OSError(f"{len(data)} bytes instead of {end - start}")
         return data
+
+
+async def _get_part(http: Any, url: str, start: int, end: int) -> tuple[int, bytes]:
+    """HTTP status, and the part of a file: at most one byte more than asked for, whatever the server sends."""
+    session = await http.set_session()
+    headers = {**http.kwargs["headers"], "Range": f"bytes={start}-{end - 1}"}
+    async with session.get(http.encode_url(url), headers=headers) as response:
+        http._raise_not_found_for_status(response, url)
+        data = bytearray()
+        async for block in response.content.iter_any():
+            data += block[: end - start + 1 - len(data)]
+            if len(data) > end - start:
+                break
+        return response.status, bytes(data)
 
 
 def _http() -> Any:
@@ -164,6 +196,7 @@ def find(places: str | Iterable[str], key: str) -> list[File]:
         DataError: when a place is missing or holds no parquet files.
     """
     files: list[File] = []
+    local = []
     for place in [places] if isinstance(places, str) else places:
         scheme = urlsplit(place).scheme if "://" in place else ""
         if scheme in ("http", "https"):
@@ -171,27 +204,26 @@ def find(places: str | Iterable[str], key: str) -> list[File]:
         elif scheme and scheme != "file":
             files += _find_remote(place, key)
         else:
-            files += _find_local(place.removeprefix("file://"), key)
+            local.append(place.removeprefix("file://"))
+            found = find_files(local[-1], [".parquet"], key, deep=False)
+            files += [LocalFile(str(path), path.stat().st_size) for path in found]
+    if len(local) > 1:
+        find_files(local, [".parquet"], key, deep=False)  # the same file may be in two of them
+    names = Counter(file.name for file in files)
+    if names and names.most_common(1)[0][1] > 1:
+        raise DataError(f"{names.most_common(1)[0][0]} is named twice; name it once", key=key)
     return files
 
 
-def _find_local(place: str, key: str) -> list[File]:
-    path = Path(place).expanduser().absolute()
-    if path.is_dir():
-        paths = sorted(path.glob("*.parquet"))
-    elif path.is_file():
-        paths = [path]
-    elif glob.has_magic(place):
-        paths = sorted(p for p in Path(path.anchor).glob(str(path.relative_to(path.anchor))) if p.is_file())
-    else:
-        raise DataError(
-            f"{path} is neither a directory nor a file; set it to the place of your *.parquet shards", key=key
-        )
-    if not paths:
-        what = "matches no files" if glob.has_magic(place) else "holds 0 *.parquet files"
-        raise DataError(f"{path} {what}; set it to the place of your *.parquet shards", key=key)
-    local = pafs.LocalFileSystem()
-    return [StoredFile(str(p), p.stat().st_size, str(p), local) for p in paths]
+def refuse_shared_shards(train: Iterable[File], val: Iterable[File], key: str) -> None:
+    """Check that no shard is for training and for validation, as ``refuse_shared`` does.
+
+    Raises:
+        DataError: when one is.
+    """
+    refuse_shared(*([Path(f.name) for f in files if isinstance(f, LocalFile)] for files in (train, val)), key)
+    for name in sorted({f.name for f in train} & {f.name for f in val}):
+        raise DataError(f"{name} is among the training files too; remove it from one of the two", key=key)
 
 
 def _find_remote(place: str, key: str) -> list[File]:
@@ -272,6 +304,6 @@ def footer_bytes(part: Callable[[int], bytes], size: int) -> bytes:
     """
     tail = part(max(0, size - SAMPLE))
     length = int.from_bytes(tail[-8:-4], "little") + 8
-    if length > len(tail) and length <= size:
+    if len(tail) < length <= min(size, LONGEST_FOOTER):
         tail = part(size - length)
     return tail[-length:]

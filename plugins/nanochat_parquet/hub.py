@@ -7,25 +7,26 @@ and nothing is written there: files that are fetched here are kept under ``NANOC
 
 from __future__ import annotations
 
+import hashlib
 import platform
+import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow as pa
-from huggingface_hub import constants as hub_constants
 from huggingface_hub import hf_hub_url, try_to_load_from_cache
-from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
 from nanochat_core import DataError, file_sha256, first_few, lock_file, write_atomic
 from nanochat_parquet.documents import Footer, parse_footer
 from nanochat_parquet.files import footer_bytes
 from nanochat_parquet.hub_errors import with_hub_retries
 from nanochat_parquet.hub_listing import HubFile, Listing
+from nanochat_parquet.hub_requests import request
 
 ABANDONED_SECONDS = 3600.0  # a partial download that has not grown for so long belongs to no process
 
@@ -132,50 +133,52 @@ class Hub:
         Raises:
             DataError: when the column is missing, or the hub doesn't answer.
         """
-        kept = self._directory / "footers" / file.etag
-        name = f"{file.name} of {self.repo}"
+        kept = self._footer_path(file)
         try:
-            return parse_footer(name, kept.read_bytes(), column)
-        except (OSError, pa.ArrowException):  # absent or damaged
+            return self._parse_footer(file, kept.read_bytes(), column)
+        except (OSError, NotParquet):  # absent or damaged
             pass
         path = self.local(file)
-        if path is not None:
-            with path.open("rb") as stream:
-                tail = footer_bytes(lambda start: _read_from(stream, start), file.size)
-        else:
-            tail = footer_bytes(lambda start: self._range(file, start), file.size)
-        try:
-            footer = parse_footer(name, tail, column)
-        except (OSError, pa.ArrowException) as error:
-            raise DataError(f"{name} is not a parquet file ({error})") from error
+        tail = _tail(path) if path is not None else footer_bytes(lambda start: self._range(file, start), file.size)
+        footer = self._parse_footer(file, tail, column)
         kept.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(kept, tail)
         return footer
+
+    def _footer_path(self, file: HubFile) -> Path:
+        # Not shared between data sets: nothing shows whether a footer belongs to the file before the file is here.
+        return self._directory / "footers" / self._files.name / file.etag
+
+    def _parse_footer(self, file: HubFile, tail: bytes, column: str) -> Footer:
+        name = f"{file.name} of {self.repo}"
+        try:
+            return parse_footer(name, tail, column)
+        except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
+            raise NotParquet(f"{name} is not a parquet file ({error})") from error
 
     def _range(self, file: HubFile, start: int) -> bytes:
         """Bytes of a file from ``start`` to its end, from the hub."""
 
         def get() -> bytes:
             with self._request(file, f"bytes={start}-{file.size - 1}") as response:
-                data: bytes = response.read()
-            data = data[start:] if response.status_code == 200 else data
-            if len(data) != file.size - start:
+                skipped, data = start if response.status_code == 206 else 0, bytearray()
+                for block in response.iter_raw():  # of a server without range requests, the whole file
+                    data += block[max(start - skipped, 0) :]
+                    skipped += min(len(block), max(start - skipped, 0))
+                    if len(data) >= file.size - start:
+                        break
+            if len(data) < file.size - start:
                 raise OSError(f"{len(data)} bytes instead of {file.size - start}")
-            return data
+            return bytes(data[: file.size - start])
 
         return with_hub_retries(f"the footer of {file.name}", get, self._backoff)
 
-    @contextmanager
-    def _request(self, file: HubFile, part: str) -> Iterator[Any]:
+    def _request(self, file: HubFile, part: str) -> AbstractContextManager[Any]:
         """The response of the hub to a request for a range of a file, before its content is read."""
         url = hf_hub_url(
             self.repo, file.name, repo_type="dataset", revision=self._listing.commit, endpoint=self._endpoint
         )
-        headers = {**build_hf_headers(), "Range": part, "Accept-Encoding": "identity"}
-        timeout = hub_constants.HF_HUB_DOWNLOAD_TIMEOUT
-        with get_session().stream("GET", url, headers=headers, timeout=timeout) as response:
-            hf_raise_for_status(response)
-            yield response
+        return request("GET", url, headers={"Range": part})
 
     # -- whole files
 
@@ -270,9 +273,11 @@ class Hub:
                 stream.seek(0)
                 stream.truncate()
             report(stream.tell())
-            for block in response.iter_bytes():
-                stream.write(block)
+            for block in response.iter_raw():
+                stream.write(block[: file.size - stream.tell()])
                 report(stream.tell())
+                if stream.tell() >= file.size:  # what follows is not the file's
+                    break
             stream.flush()
 
     def _check(self, path: Path, file: HubFile, column: str) -> None:
@@ -285,19 +290,45 @@ class Hub:
         size = path.stat().st_size
         if size != file.size:
             raise OSError(f"it has {size} bytes instead of {file.size}")
-        if len(file.etag) == 64:
-            digest = file_sha256(path)
-            if digest != file.etag:
-                raise OSError(f"its sha256 is {digest} instead of {file.etag}")
-        self.footer(file, column)
+        digest = file_sha256(path) if len(file.etag) == 64 else _blob_name(path, size)
+        if digest != file.etag:
+            raise OSError(f"its checksum is {digest} instead of {file.etag}")
+        tail, kept = _tail(path), self._footer_path(file)
+        self._parse_footer(file, tail, column)
+        with suppress(FileNotFoundError):
+            if kept.read_bytes() != tail:
+                write_atomic(kept, tail)
+                raise DataError(
+                    f"the hub has sent another footer of {file.name} than the file has, and the run was planned with "
+                    f"it: run the command again, with the footer of the file"
+                )
+
+
+class NotParquet(DataError):
+    """A footer is not that of a parquet file."""
+
+
+def _blob_name(path: Path, size: int) -> str:
+    """The name that git gives a file's content, 40 hexadecimal digits."""
+    digest = hashlib.sha1(f"blob {size}\0".encode(), usedforsecurity=False)
+    with path.open("rb") as stream:
+        while block := stream.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _tail(path: Path) -> bytes:
+    """The footer of a file on this machine, and the eight bytes after it."""
+    with path.open("rb") as stream:
+
+        def part(start: int) -> bytes:
+            stream.seek(start)
+            return stream.read()
+
+        return footer_bytes(part, path.stat().st_size)
 
 
 def _etag(path: Path) -> str:
     """Etag of a file in the hub's cache: the name of the blob that it links to; its sha256 where there are no links."""
-    return path.readlink().name if path.is_symlink() else file_sha256(path)
-
-
-def _read_from(stream: Any, start: int) -> bytes:
-    stream.seek(start)
-    data: bytes = stream.read()
-    return data
+    name = path.readlink().name if path.is_symlink() else ""
+    return name if re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", name) else file_sha256(path)

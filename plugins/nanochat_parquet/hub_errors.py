@@ -6,22 +6,22 @@ import errno
 from collections.abc import Callable
 from typing import TypeVar
 
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 
 from nanochat_core import Problem
+from nanochat_parquet.hub_requests import Refused
 from nanochat_parquet.retries import with_retries
 
 Result = TypeVar("Result")
 
 ATTEMPTS = 6
+# By the hub's own names.
+REFUSALS = {
+    "GatedRepo": Problem("", "its owner grants access: request it on the page of the data set, then set HF_TOKEN"),
+    "RepoNotFound": Problem("repo", "there is no such data set, or it is private: check data.repo, or set HF_TOKEN"),
+    "RevisionNotFound": Problem("revision", "there is no such revision: check data.revision"),
+    "EntryNotFound": Problem("shards", "there is no such file in the data set: lower data.shards"),
+}
 EDQUOT = getattr(errno, "EDQUOT", errno.ENOSPC)  # not every system has it
 
 
@@ -50,20 +50,15 @@ def permanent_problem(error: BaseException) -> Problem | None:
     """Problem and option for an error that another attempt won't remove; None for errors that may be temporary."""
     if isinstance(error, OfflineModeIsEnabled) or isinstance(error.__cause__, OfflineModeIsEnabled):
         return Problem("", "HF_HUB_OFFLINE is set; unset it")
-    if isinstance(error, GatedRepoError):
-        return Problem("", "its owner grants access: request it on the page of the data set, then set HF_TOKEN")
-    if isinstance(error, RepositoryNotFoundError):
-        return Problem("repo", "there is no such data set, or it is private: check data.repo, or set HF_TOKEN")
-    if isinstance(error, RevisionNotFoundError):
-        return Problem("revision", "there is no such revision: check data.revision")
-    if isinstance(error, EntryNotFoundError):
-        return Problem("shards", "there is no such file in the data set: lower data.shards")
     if isinstance(error, HFValidationError):
         return Problem("repo", f"{error}; write it as owner/name")
-    if isinstance(error, HfHubHTTPError) and error.response is not None:
-        code = error.response.status_code
-        temporary = code in (408, 429) or code >= 500
-        return None if temporary else Problem("", f"the hub answers {code}; check data.repo and HF_TOKEN")
+    if isinstance(error, Refused):
+        if error.code in REFUSALS:
+            return REFUSALS[error.code]
+        if error.status == 401:
+            return REFUSALS["RepoNotFound"]
+        temporary = error.status in (408, 429) or error.status >= 500
+        return None if temporary else Problem("", f"{error}; check data.repo and HF_TOKEN")
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, EDQUOT):
         return Problem("", f"{error}; make room, or set NANOCHAT_HOME to another directory")
     return None

@@ -53,5 +53,6 @@ def with_retries(
         problem = permanent(error)
         if problem is not None:
             raise DataError(f"{failed}: {problem.message}", key=problem.key) from error
-        text = f"{type(error).__name__}: {str(error).strip() or 'no details'}"
+        said = "".join(c if c.isprintable() else " " for c in str(error)).strip()  # it may quote what the server says
+        text = f"{type(error).__name__}: {said[:300] or 'no details'}"
         raise DataError(f"{failed}, after {attempts} attempts ({text}); {remedy}", key=key) from error

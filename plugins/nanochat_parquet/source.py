@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -12,7 +13,7 @@ import pyarrow as pa
 from nanochat_core import DataContext, DataError, DataSource, Documents, Split, UnreadablePlaces, hold_out
 from nanochat_parquet.config import ParquetConfig
 from nanochat_parquet.documents import ParquetDocuments, Shard, read_shard
-from nanochat_parquet.files import File, find, hash_file, hash_samples
+from nanochat_parquet.files import File, find, hash_file, hash_samples, refuse_shared_shards
 
 # Splits up to this many bytes on disk are hashed whole (a second or two), others by samples.
 HASH_WHOLE = 2**30
@@ -31,12 +32,7 @@ class ParquetSource(DataSource):
         self._files: dict[Split, list[File]] = {"train": files, "val": files}
         if config.val_path is not None:
             self._files["val"] = find(config.val_path, "val_path")
-            shared = {f.name for f in files} & {f.name for f in self._files["val"]}
-            if shared:
-                raise DataError(
-                    f"{sorted(shared)[0]} is among the training shards too; remove it from one of the two",
-                    key="val_path",
-                )
+            refuse_shared_shards(files, self._files["val"], "val_path")
         elif config.val_fraction is None:
             if len(files) < 2:
                 raise DataError(
@@ -106,7 +102,8 @@ class ParquetSource(DataSource):
             digest.update(f" {split} {self._config.val_fraction}".encode())
         with ThreadPoolExecutor(8 if remote else 2) as threads:
             for file, content in zip(files, threads.map(hash_file if whole else hash_samples, files), strict=True):
-                digest.update(f"\n{file.name.rpartition('/')[2]} {file.size} ".encode() + content)
+                name = os.fsencode(file.name.rpartition("/")[2])
+                digest.update(b"\n" + name + f" {file.size} ".encode() + content)
         return digest.hexdigest()
 
     def problems(self) -> Sequence[str]:

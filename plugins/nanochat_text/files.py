@@ -1,68 +1,46 @@
-"""Finding files, decompressing them once, and hashing them."""
+"""Decompressing files once, hashing them, and places in them."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import attrs
-import pyarrow as pa
 
-from nanochat_core import DataError, lock_file, open_atomic, write_atomic
+from nanochat_core import (
+    COMPRESSED,
+    LONGEST_DOCUMENT,
+    Damage,
+    DataError,
+    compression,
+    decompressed,
+    lock_file,
+    open_atomic,
+    open_regular,
+    write_atomic,
+)
 
-COMPRESSED = (".gz", ".zst")
-BLOCK = 2**22
+FORMAT = 2  # of decompressed copies and indices
 # Splits up to this many bytes on disk are hashed whole (a second or two), others by samples.
 HASH_WHOLE = 2**30
 SAMPLE, SAMPLES = 2**16, 64
 
 
-def find(places: str | Iterable[str], suffixes: Sequence[str], key: str) -> list[Path]:
-    """The files at ``places``, those of each place sorted by name.
-
-    Args:
-        places: directories, files or patterns.
-        suffixes: of the files to use in a directory, such as ``.jsonl``; followed by ``.gz`` or ``.zst`` too.
-        key: option that names the places, for messages.
-
-    Raises:
-        DataError: when a place is missing or holds no such files.
-    """
-    files: list[Path] = []
-    endings = tuple(suffix + end for suffix in suffixes for end in ("", *COMPRESSED))
-    for place in [places] if isinstance(places, str) else places:
-        path = Path(place).expanduser().absolute()
-        if path.is_dir():
-            here = sorted(p for p in path.rglob("*") if p.name.endswith(endings) and p.is_file())
-        elif path.is_file():
-            here = [path]
-        else:
-            here = sorted(p for p in Path(path.anchor).glob(str(path.relative_to(path.anchor))) if p.is_file())
-        if not here:
-            what = f"holds no {', '.join('*' + s for s in suffixes)}" if path.is_dir() else "does not exist"
-            raise DataError(f"{path} {what}; set it to a file, a directory, or a pattern that matches files", key=key)
-        files += here
-    return files
-
-
-def open_compressed(path: Path) -> pa.NativeFile:
-    """A stream of the decompressed bytes."""
-    return pa.input_stream(str(path), compression="gzip" if path.suffix == ".gz" else "zstd")
-
-
-def is_damage(error: Exception) -> bool:
-    """Whether an error of a decompressor is about the file's content. (Errors of the system have a number.)"""
-    return isinstance(error, pa.ArrowException) or (isinstance(error, OSError) and error.errno is None)
+def endings(*suffixes: str) -> tuple[str, ...]:
+    """``suffixes``, each alone and followed by a suffix of compressed files."""
+    return tuple(suffix + end for suffix in suffixes for end in ("", *COMPRESSED))
 
 
 def identity(path: Path) -> str:
     """Digest of a file's path, size and modification time, 32 hexadecimal digits."""
     stat = path.stat()
-    return hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:32]
+    name = os.fsencode(path.resolve())
+    return hashlib.sha256(name + f" {stat.st_size} {stat.st_mtime_ns} {FORMAT}".encode()).hexdigest()[:32]
 
 
 @attrs.frozen
@@ -89,8 +67,9 @@ def plain(path: Path, directory: Path, keep_damaged: bool) -> Plain:
     Raises:
         DataError: when it is damaged, or the disk is full.
     """
-    if path.suffix not in COMPRESSED:
-        return Plain(path)
+    with open_regular(path) as file:
+        if not compression(file.read(16)) and not path.name.lower().endswith(COMPRESSED):
+            return Plain(path)
     directory.mkdir(parents=True, exist_ok=True)
     base = directory / (identity(path) + ("-damaged" if keep_damaged else ""))
     done, report = base.with_suffix(".txt"), base.with_suffix(".json")
@@ -103,16 +82,17 @@ def plain(path: Path, directory: Path, keep_damaged: bool) -> Plain:
 
 def _decompress(path: Path, done: Path, keep_damaged: bool) -> str:
     """Decompress ``path`` to ``done``. Returns a description of the part that could not be read, or ""."""
-    problem = ""
+    problem, line = "", 0  # bytes since the last line break
     try:
-        with open_atomic(done) as target, open_compressed(path) as source:
+        with open_atomic(done) as target, open_regular(path) as source:
             try:
-                while block := source.read(BLOCK):
-                    target.write(block)
-            except Exception as error:
-                if not is_damage(error):
-                    raise
-                problem = f"{path} can't be decompressed after its first {target.tell():,} bytes ({error})"
+                for piece in decompressed(source, path.name):
+                    target.write(piece)
+                    line = line + len(piece) if b"\n" not in piece else len(piece) - piece.rindex(b"\n")
+                    if line > LONGEST_DOCUMENT:
+                        raise Damage(f"it has a line of more than {LONGEST_DOCUMENT:,} bytes")
+            except Damage as error:
+                problem = f"{path} can't be read ({error})"
                 if not keep_damaged:
                     raise DataError(
                         f"{problem}; get the file again, or set data.on_error to skip", key="on_error"
@@ -132,7 +112,7 @@ def fingerprint(paths: Sequence[Path], settings: Any) -> str:
     sizes = [path.stat().st_size for path in paths]
     digest = hashlib.sha256(json.dumps(settings).encode())
     for path, size in zip(paths, sizes, strict=True):
-        digest.update(f"\n{path.name} {size} ".encode())
+        digest.update(b"\n" + os.fsencode(path.name) + f" {size} ".encode())
         with path.open("rb") as file:
             if sum(sizes) <= HASH_WHOLE:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
@@ -141,3 +121,23 @@ def fingerprint(paths: Sequence[Path], settings: Any) -> str:
                 file.seek(max(0, size - SAMPLE) * i // (SAMPLES - 1))
                 digest.update(file.read(SAMPLE))
     return digest.hexdigest()
+
+
+def is_complete(path: Path, end: int, separator: str | None) -> bool:
+    """Whether the document that ends at ``end`` of a damaged file was read as a whole: another line follows it, which
+    for text must be a separator."""
+    with path.open("rb") as file:
+        file.seek(end)
+        rest = file.read(len((separator or "").encode()) + 4)
+    return b"\n" in (rest if separator is None else rest.removeprefix(b"\r").removeprefix(b"\n"))
+
+
+COUNTED = 2**28  # bytes
+
+
+def line_number(descriptor: int, position: int) -> int:
+    """Number of the line at a position of a file, from 1 on; 0 when counting takes too long."""
+    if position > COUNTED:
+        return 0
+    blocks = (os.pread(descriptor, min(2**20, position - start), start) for start in range(0, position, 2**20))
+    return 1 + sum(block.count(b"\n") for block in blocks)

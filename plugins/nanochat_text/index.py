@@ -16,6 +16,7 @@ from nanochat_text.files import identity
 Spans: TypeAlias = npt.NDArray[np.int64]  # [documents, 2]: first byte of each, and the byte after it
 BLOCK = 2**24
 NEWLINE, RETURN = 10, 13
+SPACES = [9, 13, 32, 0xEF, 0xBB, 0xBF]  # white space of JSON, and the bytes of a byte-order mark
 
 
 def line_spans(path: Path) -> Iterator[Spans]:
@@ -42,9 +43,19 @@ def line_spans(path: Path) -> Iterator[Spans]:
 
 
 def jsonl_spans(path: Path) -> Iterator[Spans]:
-    """Spans of the lines that are not empty: each is a document."""
-    for spans in line_spans(path):
-        yield spans[spans[:, 1] > spans[:, 0]]
+    """Spans of the lines that are not empty, nor of nothing but white space: each is a document."""
+    with path.open("rb") as file:
+        content = np.memmap(file, dtype=np.uint8, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
+        for spans in line_spans(path):
+            spans = spans[spans[:, 1] > spans[:, 0]]
+            candidates = np.flatnonzero(np.isin(content[spans[:, 0]], SPACES))
+            blank = [i for i in candidates.tolist() if _is_blank(file.fileno(), *spans[i].tolist())]
+            yield np.delete(spans, blank, axis=0)
+
+
+def _is_blank(descriptor: int, start: int, end: int) -> bool:
+    blocks = (os.pread(descriptor, min(BLOCK, end - at), at) for at in range(start, end, BLOCK))
+    return not any(block.strip(bytes(SPACES)) for block in blocks)
 
 
 def text_spans(path: Path, separator: str) -> Iterator[Spans]:

@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
-import json
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
+from typing import BinaryIO
 
-from nanochat_core import DataContext, DataError, DataSource, Documents, Split, UnreadablePlaces, hold_out
+from nanochat_core import (
+    LONGEST_DOCUMENT,
+    DataContext,
+    DataError,
+    DataSource,
+    Documents,
+    Split,
+    UnreadablePlaces,
+    content_problem,
+    field_text,
+    find_files,
+    hold_out,
+    open_regular,
+    parse_json,
+    parse_text,
+    read_text,
+    refuse_shared,
+)
 from nanochat_text.config import FilesConfig, JsonlConfig, TextConfig
-from nanochat_text.files import COMPRESSED, find, fingerprint, is_damage, open_compressed, plain
+from nanochat_text.files import endings, fingerprint, is_complete, line_number, plain
 from nanochat_text.index import Spans, load_index
 
 REPAIR = "repair it"
+MOST_NUMBERED = 50  # problems that are told with a line number, for which lines are counted
 
 
 class SpanDocuments(Documents):
@@ -48,29 +66,40 @@ class SpanDocuments(Documents):
                         descriptor = -1
                     descriptor, opened = _open(path, name), which
                 start, end = spans[index - self._starts[which]].tolist()
-                yield self._text(os.pread(descriptor, end - start, start), end - start, name, start)
+                yield self._text(descriptor, start, end, name)
         finally:
             if descriptor >= 0:
                 os.close(descriptor)
 
-    def _text(self, data: bytes, size: int, name: Path, start: int) -> str:
-        if len(data) != size:
-            raise DataError(
-                f"{name} has become shorter since the run started; restore it, and don't change it during a run",
-                key="path",
-            )
+    def _text(self, descriptor: int, start: int, end: int, name: Path) -> str:
+        size = end - start
         try:
-            return self._parse(data)
+            if size > LONGEST_DOCUMENT:
+                raise ValueError(f"it has {size:,} bytes, more than the {LONGEST_DOCUMENT:,} that a document may have")
+            data = os.pread(descriptor, size, start)
+            if len(data) == size:
+                return self._parse(data)
         except ValueError as error:
-            self._problems.report(f"the document at byte {start:,} of {name} can't be read ({error})", REPAIR, error)
+            line = line_number(descriptor, start) if len(self._problems.lines()) < MOST_NUMBERED else 0
+            reason = f"line {line:,}: {error}" if line else str(error)
+            self._problems.report(f"the document at byte {start:,} of {name} can't be read ({reason})", REPAIR, error)
             return ""
+        raise DataError(
+            f"{name} has become shorter since the run started; restore it, and don't change it during a run",
+            key="path",
+        )
 
 
 def _open(path: Path, name: Path) -> int:
     try:
-        return os.open(path, os.O_RDONLY)
+        with open_regular(path) as file:
+            return os.dup(file.fileno())
     except OSError as error:
         raise DataError(f"{name} can't be read any more ({error}); restore it", key="path") from error
+
+
+def _reading(path: Path) -> BinaryIO:
+    return os.fdopen(_open(path, path), "rb")
 
 
 class FileDocuments(Documents):
@@ -86,29 +115,13 @@ class FileDocuments(Documents):
         for index in indices:
             path = self._paths[index]
             try:
-                yield parse_text(self._bytes(path))
-                continue
+                text = read_text(path)
             except OSError as error:
                 raise DataError(f"{path} can't be read ({error}); restore it", key="path") from error
             except ValueError as error:
                 self._problems.report(f"{path} can't be read ({error})", REPAIR, error)
-            yield ""
-
-    def _bytes(self, path: Path) -> bytes:
-        if path.suffix not in COMPRESSED:
-            return path.read_bytes()
-        try:
-            with open_compressed(path) as stream:
-                return b"".join(iter(lambda: stream.read(2**22), b""))
-        except Exception as error:
-            if is_damage(error):
-                raise ValueError(f"it can't be decompressed: {error}") from error
-            raise
-
-
-def parse_text(data: bytes) -> str:
-    """Decode UTF-8, and remove a byte-order mark."""
-    return data.decode().removeprefix("\ufeff")
+                text = ""
+            yield text
 
 
 class _Field:
@@ -119,23 +132,11 @@ class _Field:
 
     def __call__(self, data: bytes) -> str:
         try:
-            parsed = json.loads(data)
-        except RecursionError as error:
-            raise ValueError("nested too deeply") from error
-        if not isinstance(parsed, dict) or self.name not in parsed:
-            has = (
-                f"it has {', '.join(map(repr, list(parsed)[:5]))}"
-                if isinstance(parsed, dict)
-                else "it is not an object"
-            )
-            raise ValueError(f"no field {self.name!r}: {has}; set data.text_field to the field with the text")
-        text = parsed[self.name]
-        if text is None:
-            return ""
-        if not isinstance(text, str):
-            raise ValueError(f"field {self.name!r} holds {type(text).__name__}, not a string")
-        text.encode()  # raises for unpaired surrogates
-        return text
+            return field_text(parse_json(data), self.name)
+        except ValueError as error:
+            if str(error).startswith("no field"):
+                raise ValueError(f"{error}; set data.text_field to the field with the text") from error
+            raise
 
 
 class FilesSource(DataSource):
@@ -144,16 +145,12 @@ class FilesSource(DataSource):
     def __init__(self, config: FilesConfig, cache_dir: Path) -> None:
         self._config, self._directory = config, cache_dir / "text"
         self._problems = UnreadablePlaces(config.on_error)
-        self._suffixes = (".jsonl", ".ndjson") if isinstance(config, JsonlConfig) else (".txt",)
-        self._train_files = find(config.path, self._suffixes, "path")
+        suffixes = endings(".jsonl", ".ndjson") if isinstance(config, JsonlConfig) else endings(".txt")
+        self._train_files = find_files(config.path, suffixes, "path")
         self._val_files = self._train_files
         if config.val_path is not None:
-            self._val_files = find(config.val_path, self._suffixes, "val_path")
-            shared = {*self._train_files} & {*self._val_files}
-            if shared:
-                raise DataError(
-                    f"{min(shared)} is among the training files too; remove it from one of the two", key="val_path"
-                )
+            self._val_files = find_files(config.val_path, suffixes, "val_path")
+            refuse_shared(self._train_files, self._val_files, "val_path")
 
     def documents(self, split: Split) -> Documents:
         """The split's documents, read on demand.
@@ -185,16 +182,23 @@ class FilesSource(DataSource):
         config = self._config
         if isinstance(config, TextConfig) and config.separator is None:
             return FileDocuments(paths, self._problems)
+        separator = config.separator if isinstance(config, TextConfig) else None
         files = []
         for path in paths:
-            content = plain(path, self._directory, keep_damaged=config.on_error == "skip")
+            try:
+                content = plain(path, self._directory, keep_damaged=config.on_error == "skip")
+            except OSError as error:
+                raise DataError(f"{path} can't be read ({error}); restore it", key="path") from error
             if content.problem:
                 self._problems.report(content.problem, REPAIR)
-            spans = load_index(
-                content.path, self._directory, config.separator if isinstance(config, TextConfig) else None
-            )
-            if content.problem and len(spans):
-                spans = spans[:-1]  # its last document is incomplete
+            with _reading(content.path) as file:
+                problem = content_problem(file.read(2**16), json_lines=separator is None)
+            if problem:
+                self._problems.report(f"{path} can't be read ({problem})", REPAIR)
+                continue
+            spans = load_index(content.path, self._directory, separator)
+            if content.problem and len(spans) and not is_complete(content.path, int(spans[-1, 1]), separator):
+                spans = spans[:-1]
             files.append((path, content.path, spans))
         parse = _Field(config.text_field) if isinstance(config, JsonlConfig) else parse_text
         return SpanDocuments(files, parse, self._problems)

@@ -122,7 +122,7 @@ def build_trained(config: TrainedConfig, context: TokenizerContext) -> TrainedFa
     wanted = config.vocab_size - 256 - SPECIAL
     if len(pairs) < wanted:
         raise DataError(f"vocab_size = {config.vocab_size}: the documents have only {len(pairs)} pairs of letters")
-    end = time.monotonic() + 60
+    end = time.monotonic() + 300
     while config.wait_for is not None and not config.wait_for.exists():
         if time.monotonic() > end:
             raise ConfigError(f"{config.wait_for} did not appear")

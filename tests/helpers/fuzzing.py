@@ -18,6 +18,7 @@ from types import FrameType
 from hypothesis import HealthCheck, settings
 
 from helpers.support import Result, call
+from nanochat_core.errors import PassesPlugins
 
 FACTOR = int(os.environ.get("NANOCHAT_FUZZ", "1"))
 SECONDS = 60.0  # of one command: far more than any takes, also on a busy machine
@@ -36,7 +37,7 @@ def inputs(number: int) -> settings:
     )
 
 
-class TookTooLong(BaseException):
+class TookTooLong(PassesPlugins, BaseException):
     """A command that did not end in time; not an Exception, so that no handler of the product catches it."""
 
 

@@ -24,13 +24,15 @@ class HubServer(ThreadingHTTPServer):
     Attributes:
         faults: faults of the next GETs of whole files, one each: "503", "drop" (the connection breaks halfway),
             "stall", "truncate" (a complete response with fewer bytes than announced), "flip" (one wrong
-            byte), "404".
+            byte), "404", "endless" (it announces no length, and zeros follow the file until the client has had enough).
         spare_ends: whether requests for the last 64 KiB of a file, where its footer is, have no faults.
         speed: bytes per second of each connection; None is unlimited.
         requests: number of requests by "METHOD path".
         ranges: file name and Range header of each GET, in order.
         stalled: an event that ends stalls when it is set.
+        circles: whether every answer is a redirect to the same address.
         down: whether connections are closed without a response.
+        forged: bodies of answers that it gives in place of its own: "overview", "paths-info".
         has_ranges: whether it supports requests for all bytes from some position on; otherwise it sends the whole file.
     """
 
@@ -42,7 +44,8 @@ class HubServer(ThreadingHTTPServer):
         self.faults: list[str] = []
         self.spare_ends = True
         self.speed: float | None = None
-        self.down = False
+        self.circles = self.down = False
+        self.forged: dict[str, bytes] = {}
         self.has_ranges = True
         self.requests: Counter[str] = Counter()
         self.ranges: list[tuple[str, str]] = []
@@ -69,13 +72,17 @@ class _Handler(BaseHTTPRequestHandler):
         if self.server.down:
             self.close_connection = True
             return False
-        return super().parse_request()
+        if not super().parse_request():
+            return False
+        if self.server.circles:
+            self._json({}, 302, Location=self.path)
+        return not self.server.circles
 
     def log_message(self, *_: Any) -> None:
         pass
 
-    def _json(self, value: Any, code: int = 200, **headers: str) -> None:
-        body = json.dumps(value).encode()
+    def _json(self, value: Any, code: int = 200, forged: bytes | None = None, **headers: str) -> None:
+        body = json.dumps(value).encode() if forged is None else forged
         self.send_response(code)
         for name, text in {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers}.items():
             self.send_header(name.replace("_", "-"), text)
@@ -95,7 +102,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._json({"error": "no such route"}, 404)
             return
         found = [name for name in paths if name in self.server.names()]
-        self._json([self._info(name) for name in found])
+        self._json([self._info(name) for name in found], forged=self.server.forged.get("paths-info"))
 
     def _info(self, name: str) -> dict[str, Any]:
         content = (self.server.directory / name).read_bytes()
@@ -112,7 +119,8 @@ class _Handler(BaseHTTPRequestHandler):
         api, resolve = f"/api/datasets/{self.server.repo}", f"/datasets/{self.server.repo}/resolve/"
         if path == api or path.startswith(f"{api}/revision/"):
             siblings = [{"rfilename": name} for name in self.server.names()]
-            self._json({"id": self.server.repo, "sha": self.server.commit(), "siblings": siblings})
+            overview = {"id": self.server.repo, "sha": self.server.commit(), "siblings": siblings}
+            self._json(overview, forged=self.server.forged.get("overview"))
         elif path.startswith(resolve):
             self._file(path.removeprefix(resolve).partition("/")[2])
         elif path.startswith("/plain/"):
@@ -149,7 +157,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("X-Repo-Commit", self.server.commit())
         self.send_header("ETag", f'"{etag}"')
         self.send_header("Accept-Ranges", "bytes")
-        self.send_header("Content-Length", str(len(body)))
+        if fault == "endless":
+            self.close_connection = True
+        else:
+            self.send_header("Content-Length", str(len(body)))
         if asked:
             self.send_header("Content-Range", f"bytes {start}-{start + len(body) - 1}/{len(content)}")
         self.end_headers()
@@ -159,7 +170,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body[: len(body) // 2])
             self.wfile.flush()
             if fault == "stall":
-                self.server.stalled.wait(30)
+                self.server.stalled.wait(60)
             self.close_connection = True
             return
         try:
@@ -167,6 +178,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self.wfile.write(body[i : i + BLOCK])
                 if self.server.speed is not None:
                     time.sleep(BLOCK / self.server.speed)
+            while fault == "endless":
+                self.wfile.write(bytes(BLOCK))
         except OSError:  # the client has closed the connection
             self.close_connection = True
 

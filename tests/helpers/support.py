@@ -7,6 +7,7 @@ import importlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ from safetensors.torch import load_file
 
 from helpers.install import install_fixture
 from nanochat_core.cli import main
+from nanochat_core.distributed.signals import REQUESTS
 
 ROOT = Path(__file__).parents[2]
 THIRD_PARTY = ROOT / "tests" / "fixtures" / "thirdparty"
@@ -95,11 +97,17 @@ class Trained:
 def call(*arguments: object) -> Result:
     """Run ``nanochat ARGUMENTS`` in this process. Exceptions that are not user errors are raised."""
     out, err = io.StringIO(), io.StringIO()
+    handlers = {
+        number: signal.getsignal(number) for number in REQUESTS
+    }  # a run keeps its own to the end of the process
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             code = main([str(a) for a in arguments])
         except SystemExit as ended:  # argparse
             code = ended.code if isinstance(ended.code, int) else 1
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
     return Result(code, out.getvalue(), err.getvalue())
 
 

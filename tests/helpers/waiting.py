@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 
-def wait_for(holds: Callable[[], object], seconds: float = 60.0) -> None:
+def wait_for(holds: Callable[[], object], seconds: float = 300.0) -> None:
     """Return once ``holds()`` is true; an AssertionError after ``seconds``."""
     deadline = time.monotonic() + seconds
     while not holds():

@@ -12,16 +12,20 @@ LOGGERS = """
 [[loggers]]
 plugin = "wandb"
 system_metrics = false
+timeout = 300
 
 [[loggers]]
 plugin = "aim"
 system_metrics = false
+timeout = 300
 
 [[loggers]]
 plugin = "tensorboard"
+timeout = 300
 
 [[loggers]]
 plugin = "csv"
+timeout = 300
 """
 SETTINGS = (
     "--set", "schedule.warmdown_ratio=0", "--set", "run.group=arms", "--set", "run.tags=['a', 'b']",
@@ -47,7 +51,7 @@ def logged(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         second = call(*arguments, "--set", "train.num_iterations=12", "--resume")
         assert second.code == 0, second.err
         for line in (first.out + second.out).splitlines():
-            assert "misses" not in line, line
+            assert "has missed" not in line, line
     return only_run(runs)
 
 

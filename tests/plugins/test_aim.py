@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.processes import Process
 from helpers.support import call, ledger, losses, metrics
 
 aim = pytest.importorskip("aim")
@@ -56,7 +58,7 @@ def test_the_web_server_shows_it(logged: Path) -> None:
     command = [str(Path(sys.executable).with_name("aim")), "up", "--repo", str(logged.parents[1]), "--port", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
-        deadline, page = time.monotonic() + 40, b""
+        deadline, page = time.monotonic() + 300, b""
         while not page:
             assert time.monotonic() < deadline, "the web server does not answer"
             try:
@@ -67,6 +69,26 @@ def test_the_web_server_shows_it(logged: Path) -> None:
     finally:
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()
+
+
+def test_two_runs_start_in_one_new_repository(trained: Any, tmp_path: Path) -> None:
+    runs, repo = tmp_path / "runs", tmp_path / "repo"
+    for name in ("a", "b"):
+        shutil.copytree(trained.path, runs / "tiny" / name)
+    words = ("--to", "aim", "--set", f"repo={repo}", "--runs-dir", runs)
+    both = [Process([sys.executable, "-m", "nanochat_core", "log-sync", f"tiny/{name}", *words]) for name in ("a", "b")]
+    for code, out, err in [process.end() for process in both]:
+        assert code == 0, out + err
+    assert len(list(aim.Repo(str(repo)).iter_runs())) == 2
+
+
+def test_a_repository_that_was_made_only_in_part(trained: Any, tmp_path: Path) -> None:
+    (tmp_path / ".aim" / "locks").mkdir(parents=True)
+    (tmp_path / ".aim" / "locks" / "structured_db_lock").touch()  # it was killed with this in its hand
+    shutil.copytree(trained.path, tmp_path / "tiny" / "a")
+    sent = call("log-sync", "tiny/a", "--to", "aim", "--set", f"repo={tmp_path}", "--runs-dir", tmp_path)
+    assert sent.code == 0, sent.err
+    assert series(read(tmp_path), "train/loss") == losses(trained.path)
 
 
 def test_a_run_that_never_had_it_is_sent_later(trained: Any, tmp_path: Path) -> None:

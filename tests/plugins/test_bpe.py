@@ -55,7 +55,7 @@ def test_learns_merges(tokenizer: BPETokenizer) -> None:
 
 
 def test_round_trip(tokenizer: BPETokenizer) -> None:
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=200)
     @given(st.text())
     def check(text: str) -> None:
         ids = tokenizer.encode(text)
@@ -223,7 +223,7 @@ def test_gigatoken_gives_the_same_tokens(tokenizer: BPETokenizer, digits: int) -
     fast = BPETokenizer(pattern, tokenizer._tokens, "gigatoken")
     assert fast.fingerprint == slow.fingerprint
 
-    @settings(max_examples=300, deadline=None)
+    @settings(max_examples=300)
     @given(st.text() | st.text(alphabet=AWKWARD))
     def check(text: str) -> None:
         assert fast.encode(text) == slow.encode(text)

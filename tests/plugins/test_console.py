@@ -171,13 +171,13 @@ c.finish("finished")
 def test_terminal_gets_a_bar_and_an_ascii_pipe_survives():
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
-    subprocess.run([sys.executable, "-c", SCRIPT], stdout=theirs, stderr=theirs, check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", SCRIPT], stdout=theirs, stderr=theirs, check=True, timeout=300)
     os.close(theirs)
     text = os.read(ours, 1 << 16).decode()
     os.close(ours)
     assert "step 00009/00010 (90.00%) | loss: 1.000000" in text
     assert "0/10 " in text
     env = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    piped = subprocess.run([sys.executable, "-c", SCRIPT], env=env, capture_output=True, check=True, timeout=60)
+    piped = subprocess.run([sys.executable, "-c", SCRIPT], env=env, capture_output=True, check=True, timeout=300)
     assert piped.stdout.splitlines()[-1] == b"    caf? ?"
     assert piped.stderr == b""

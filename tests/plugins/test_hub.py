@@ -17,6 +17,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers.fuzzing import snapshot
 from helpers.hub_server import HubServer, serve
 from helpers.waiting import wait_for
 
@@ -26,7 +27,7 @@ pytest.importorskip("huggingface_hub")
 
 from huggingface_hub import constants, hf_hub_download
 
-from nanochat_parquet import downloads
+from nanochat_parquet import downloads, hub_requests
 from nanochat_parquet.config import FinewebEduConfig, HubParquetConfig
 from nanochat_parquet.hub import Hub
 from nanochat_parquet.hub_source import HubSource, numbered
@@ -125,7 +126,7 @@ def test_a_preset_knows_its_names(server: HubServer, repo: Path, tmp_path: Path)
         HubSource(hub, FinewebEduConfig(shards=1), numbered(8)).documents("train")
 
 
-@pytest.mark.parametrize("fault", ["503", "drop", "truncate", "flip", "stall"])
+@pytest.mark.parametrize("fault", ["503", "drop", "truncate", "flip", "stall", "endless"])
 def test_faults_are_mended(
     server: HubServer, repo: Path, tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -274,6 +275,120 @@ def test_threads_and_sources_share_the_downloads(server: HubServer, tmp_path: Pa
     assert sorted(set(gets(server))) == sorted(gets(server))
 
 
+# ---------------------------------------------------------------------------------------------- a hub not to trust
+
+
+def forge(server: HubServer, name: str = "a.parquet", sha: object = "c" * 40, **facts: object) -> None:
+    """Let the server list its two files as small files of git, the first under ``name`` and with these facts."""
+    entries: list[dict[str, object]] = []
+    for listed, file in ((name, "a.parquet"), ("b.parquet", "b.parquet")):
+        data = (server.directory / file).read_bytes()
+        blob = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+        entries.append({"type": "file", "path": listed, "size": len(data), "oid": blob})
+    entries[0] |= facts
+    overview = {"sha": sha, "siblings": [{"rfilename": entry["path"]} for entry in entries]}
+    server.forged = {"overview": json.dumps(overview).encode(), "paths-info": json.dumps(entries).encode()}
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[HubServer]:
+    """A hub of two small files, ``a.parquet`` and ``b.parquet``."""
+    (tmp_path / "repo").mkdir()
+    for name in ("a", "b"):
+        pq.write_table(pa.table({"text": [f"{name} {i}" for i in range(9)]}), tmp_path / "repo" / f"{name}.parquet")
+    with serve(tmp_path / "repo", REPO) as server:
+        yield server
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"oid": "OUTSIDE/victim"},
+        {"lfs": {"oid": "OUTSIDE/victim", "size": 9}},
+        {"lfs": {"oid": "../../../outside/victim", "size": 9}},
+        {"lfs": {"oid": "a" * 63, "size": 9}},
+        {"lfs": {"oid": "A" * 64, "size": 9}},
+        {"lfs": {"oid": "a" * 64 + "\n", "size": 9}},
+        {"lfs": {"oid": None}},
+        {"oid": 7},
+        {"size": -1},
+        {"size": True},
+        {"size": 10**400},
+        {"size": "9"},
+        {"name": "../outside/victim.parquet"},
+        {"name": "OUTSIDE/victim.parquet"},
+        {"name": "x\x1b[2J.parquet"},
+        {"sha": "OUTSIDE"},
+        {"sha": None},
+        {"sha": ["c" * 40]},
+    ],
+)
+def test_names_that_lead_elsewhere_are_refused(small: HubServer, tmp_path: Path, facts: dict[str, object]) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    for name in ("victim", "a.parquet", "victim.parquet"):
+        (outside / name).write_text("ours")
+    before = snapshot(outside)
+    forge(small, **json.loads(json.dumps(facts).replace("OUTSIDE", str(outside))))
+    with pytest.raises(DataError, match=r"^the hub's answer can't be used: .*; check HF_ENDPOINT") as caught:
+        make(small, tmp_path, shards=1).download(1)
+    assert str(caught.value).isprintable()
+    assert snapshot(outside) == before
+    assert not list(tmp_path.rglob("state/files"))
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"<html>", b"[]", b"[" * 100_000, b'{"sha": 1' + b"0" * 5000 + b"}", b"\xff", b"{}"]
+)
+@pytest.mark.parametrize("answer", ["overview", "paths-info"])
+def test_an_answer_that_is_none_is_refused(small: HubServer, tmp_path: Path, answer: str, body: bytes) -> None:
+    small.forged = {answer: body}
+    with pytest.raises(DataError, match=r"the hub's answer can't be used|has no a\.parquet, b\.parquet on the hub"):
+        make(small, tmp_path, shards=1).download(1)
+
+
+def test_an_answer_without_an_end_is_refused(small: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_requests, "JSON_BYTES", 1000)
+    small.forged = {"overview": b" " * 1001}
+    with pytest.raises(DataError, match="it has more than 1,000 bytes"):
+        make(small, tmp_path, shards=1).download(1)
+
+
+def test_the_digest_of_a_small_file_is_compared(small: HubServer, tmp_path: Path) -> None:
+    forge(small)
+    assert make(small, tmp_path, shards=1).download(1) == []
+    assert len(fetched(tmp_path)) == 2
+    forge(small, oid="d" * 40)
+    (failure,) = make(small, tmp_path / "elsewhere", shards=1).download(1)
+    assert "instead of dddd" in failure
+    assert len(fetched(tmp_path / "elsewhere")) == 1
+
+
+def test_a_record_that_somebody_changed_is_not_used(small: HubServer, tmp_path: Path) -> None:
+    make(small, tmp_path, shards=1).download(1)
+    (record,) = (tmp_path / "state").glob("*.json")
+    for content in ("[]", '{"commit": "../x", "names": [], "files": {}}', "[" * 100_000):
+        record.write_text(content)
+        small.down = True
+        with pytest.raises(DataError, match="can't be fetched from the hub"):
+            make(small, tmp_path, shards=1).documents("train")
+
+
+def test_a_footer_that_is_not_the_files_is_told_and_mended(small: HubServer, tmp_path: Path) -> None:
+    make(small, tmp_path, shards=1).documents("train")  # keeps both footers
+    first, second = (path for path in (tmp_path / "state" / "footers").rglob("*") if path.is_file())
+    first.write_bytes(second.read_bytes())
+    (failure,) = make(small, tmp_path, shards=1).download(1)
+    assert "another footer" in failure
+    assert make(small, tmp_path, shards=1).download(1) == []  # with the file's own
+
+
+def test_redirects_have_an_end(small: HubServer, tmp_path: Path) -> None:
+    small.circles = True
+    with pytest.raises(DataError, match="redirects more than 10 times"):
+        make(small, tmp_path, shards=1).download(1)
+
+
 # ----------------------------------------------------------------------------------------------- real processes
 
 # Importing torch takes seconds, so one process does it, and is copied for each command.
@@ -337,11 +452,10 @@ def said(log: Path) -> str:
 
 
 def test_killed_three_times(server: HubServer, repo: Path, tmp_path: Path, starter: Starter) -> None:
-    server.speed = 4e5  # a shard takes half a second
     for kill in range(3):
-        started = len(gets(server))
+        server.faults = ["", "stall"]  # the second of its shards stops half-way
         pid, log = starter.start("download", "-n", "5", "-w", "1")
-        wait_for(lambda: len(gets(server)) == started + 2 and bool(parts(tmp_path)))  # noqa: B023
+        wait_for(lambda: not server.faults and any(part.stat().st_size > 50_000 for part in parts(tmp_path)))
         os.kill(pid, signal.SIGKILL)
         assert "exit code" not in log.read_text()
         assert len(fetched(tmp_path)) == kill + 1

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from helpers.hub_server import serve
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from nanochat_core import DataContext, DataError
@@ -59,7 +59,6 @@ def test_splits(shards: Path) -> None:
     assert list(source(shards).documents("val")) == texts_of(3)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(st.slices(42), st.integers(-42, 41))
 def test_indexes_like_a_list(shards: Path, part: slice, index: int) -> None:
     documents = source(shards).documents("train")
@@ -143,16 +142,16 @@ def test_another_column(shards: Path) -> None:
     for path in shards.glob("*.parquet"):
         write(path, ["words"], column="content")
     assert source(shards, "content").documents("val")[0] == "words"
-    with pytest.raises(DataError, match=r"^text_column: .* has no column 'text'; set it to one of 'id', 'content'"):
+    with pytest.raises(DataError, match=r"^text_column: .* has no column 'text'; set it to one of 'content'"):
         source(shards).documents("val")
     with pytest.raises(DataError, match=r"holds int64, not strings"):
         source(shards, "id").documents("val")
 
 
 def test_directory_errors(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"^path: .*nowhere is neither a directory nor a file"):
+    with pytest.raises(DataError, match=r"^path: .*nowhere does not exist"):
         source(tmp_path / "nowhere")
-    with pytest.raises(DataError, match=r"^path: .* holds 0 \*\.parquet"):
+    with pytest.raises(DataError, match=r"^path: .* holds no \*\.parquet"):
         source(tmp_path)
     write(tmp_path / "a.parquet", ["x"])
     with pytest.raises(DataError, match=r"^path: .* holds 1 .* two or more .* or set data\.val_path"):
@@ -241,13 +240,12 @@ def test_validation_files(shards: Path) -> None:
     assert list(only.documents("train")) == [*texts_of(0), *texts_of(1), *texts_of(2)]
     assert list(only.documents("val")) == texts_of(3)
     assert only.fingerprint("val") == source(shards).fingerprint("val")
-    with pytest.raises(DataError, match=r"shard_00003\.parquet is among the training shards too"):
+    with pytest.raises(DataError, match=r"shard_00003\.parquet is among the training files too"):
         source(shards, val_path=str(shards / "shard_00003.parquet"))
     with pytest.raises(ValueError, match="not both"):
         source(shards, val_path="x", val_fraction=0.1)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(st.sampled_from([0.5, 0.3, 0.1, 0.04]), st.slices(45))
 def test_validation_fraction(shards: Path, fraction: float, part: slice) -> None:
     everything = [*texts_of(0), *texts_of(1), *texts_of(2), *texts_of(3)]

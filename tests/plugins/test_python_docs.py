@@ -220,7 +220,7 @@ def test_two_processes_at_once(library: Path, tmp_path: Path, monkeypatch: pytes
     )
     command = [sys.executable, "-c", code, str(library), str(cache)]
     both = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    found = {process.communicate(timeout=60)[0].strip() for process in both}
+    found = {process.communicate(timeout=300)[0].strip() for process in both}
     assert found == {docs(cache).fingerprint("train")}
     (file,) = cache.iterdir()
     assert file.suffix == ".json"

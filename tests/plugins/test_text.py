@@ -133,10 +133,7 @@ def test_too_many_broken_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("compress", [gzip.compress, zstd])
-def test_damaged_archives(tmp_path: Path, compress: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nanochat_text import files
-
-    monkeypatch.setattr(files, "BLOCK", 2**16)
+def test_damaged_archives(tmp_path: Path, compress: Any) -> None:
     path = tmp_path / ("a.jsonl.gz" if compress is gzip.compress else "a.jsonl.zst")
     texts = [os.urandom(2000).hex() for _ in range(400)]
     whole = compress(lines(texts))
@@ -174,11 +171,11 @@ def test_several_processes_make_one_cache(tmp_path: Path) -> None:
     )
     words = [sys.executable, "-c", script, str(path), str(tmp_path / "cache")]
     processes = [subprocess.Popen(words, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    assert [p.communicate(timeout=60)[0].strip() for p in processes] == ["200000"] * 3
+    assert [p.communicate(timeout=300)[0].strip() for p in processes] == ["200000"] * 3
     assert len(list((tmp_path / "cache").glob("*.txt"))) == 1
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(st.text(st.sampled_from("ab\r \n"), max_size=6), max_size=8), st.integers(1, 9))
 def test_spans_whatever_the_block_size(tmp_path_factory: pytest.TempPathFactory, parts: list[str], size: int) -> None:
     path = tmp_path_factory.mktemp("spans") / "a"

@@ -14,6 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers.hub_server import serve
 from helpers.recipes import MODERN_MUON
 from helpers.support import Site, assert_same_end, call, ledger, metrics, only_run, write_experiment
 
@@ -38,6 +39,13 @@ def write_parquet(directory: Path, train: int) -> Path:
     for index, texts in enumerate((words(train), words(12, seed=2))):
         pq.write_table(pa.table({"text": texts}), directory / f"shard_{index:05d}.parquet")
     return directory
+
+
+def with_source(file: Path, data: str) -> None:
+    """Replace the experiment's table ``[data]``."""
+    head, _, tail = file.read_text().partition('plugin = "parquet"')
+    if tail:
+        file.write_text(head + data + tail[tail.index("\n\n") :])
 
 
 class Experiment:
@@ -158,13 +166,40 @@ def test_sources(tmp_path: Path, source: Callable[[Path], str], packing: str) ->
 
     class OfSource(Experiment):
         def run(self, runs: Path, *more: str):  # type: ignore[no-untyped-def]
-            head, _, tail = self.file.read_text().partition('plugin = "parquet"')
-            if tail:
-                self.file.write_text(head + data + tail[tail.index("\n\n") :])
+            with_source(self.file, data)
             return super().run(runs, *more)
 
     experiment = OfSource(tmp_path, f"data.packing={packing}", "data.packing_window=4", "optimizer.plugin=adamw")
     experiment.resume_at(experiment.copy(), 5)
+
+
+@pytest.mark.parametrize("packing", ["stream", "best_fit"])
+def test_shards_of_a_hub(tmp_path: Path, packing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Resumed where nothing of the data has been fetched yet, while they arrive, and with all of them there."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    published = tmp_path / "published"
+    published.mkdir()
+    for shard in range(5):
+        pq.write_table(pa.table({"text": words(40, seed=shard)}), published / f"shard_{shard:05d}.parquet")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "none"))
+    with serve(published, "someone/texts") as server:
+        address = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address)  # as if HF_ENDPOINT were set
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+
+        class OfHub(Experiment):
+            def run(self, runs: Path, *more: str):  # type: ignore[no-untyped-def]
+                with_source(self.file, 'plugin = "hub_parquet"\nrepo = "someone/texts"\nshards = 4\nworkers = 1')
+                return super().run(runs, *more)
+
+        monkeypatch.setenv("NANOCHAT_HOME", str(tmp_path / "home"))
+        experiment = OfHub(tmp_path, f"data.packing={packing}", "data.packing_window=4", "optimizer.plugin=adamw")
+        run = experiment.copy()
+        experiment.resume_at(run, 7)
+        monkeypatch.setenv("NANOCHAT_HOME", str(tmp_path / "another"))
+        server.requests.clear()
+        experiment.resume_at(run, 5)
+        assert any("shard_" in request for request in server.requests)
 
 
 # ------------------------------------------------------------------------------------------------------------- moments

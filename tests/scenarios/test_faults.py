@@ -150,6 +150,8 @@ def nanochat_register_data_sources(registry):
         (4, 1, signal.SIGTERM),
         (6, 0, signal.SIGINT),
         (12, 0, signal.SIGTERM),
+        (6, 0, signal.SIGHUP),
+        (6, 0, signal.SIGXCPU),
         (4, 2, signal.SIGTERM),
     ],
 )

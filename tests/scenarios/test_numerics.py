@@ -87,6 +87,18 @@ def test_a_gradient_that_float16_can_not_hold_halves_the_scale(site: Site, tiny:
     assert torch.tensor([record["train/grad_norm"] for record in records[len(skipped) :]]).isfinite().all()
 
 
+def test_a_run_with_all_skipped_steps_has_diverged(site: Site, tiny: Path, tmp_path: Path) -> None:
+    """Also one that is too short for train.max_skipped_steps."""
+    site.add("made-up", STEEP.replace(".float()).float()", ".float()).float() / 0"))
+    settings = ("model.plugin=steep", "optimizer.plugin=adamw", "train.num_iterations=3", "train.dtype=float32")
+    words = [word for setting in settings for word in ("--set", setting)]
+    result = call("run", tiny, "--runs-dir", tmp_path / "runs", *words)
+    assert result.code == 3, result.err
+    assert "none of the 3 steps had a finite loss" in result.err
+    assert json.loads((only_run(tmp_path / "runs") / "status.json").read_text())["status"] == "failed"
+    assert "Next:" not in result.out
+
+
 def test_the_loss_scale_is_doubled_after_two_thousand_good_steps() -> None:
     state = TrainState()
     state.begin_loss_scale(3000)

@@ -22,7 +22,7 @@ import sys
 import threading
 from pathlib import Path
 
-if "RANK" in os.environ and "NANOCHAT_KILLER" in os.environ and sys.orig_argv[1:3] == ["-m", "nanochat_core"]:
+if "RANK" in os.environ and "NANOCHAT_KILLER" in os.environ and "nanochat_core" in sys.orig_argv[1:4]:
     import builtins
     import functools
     import shutil
@@ -57,6 +57,18 @@ if "RANK" in os.environ and "NANOCHAT_KILLER" in os.environ and sys.orig_argv[1:
         "prepare": "preparing",
     }
     lock, seen = threading.Lock(), 0
+    told = threading.Event()  # this worker has handled a SIGTERM
+
+    def install(number: int, handler: object, _install=signal.signal) -> object:  # type: ignore[no-untyped-def]
+        """``signal.signal``, with a SIGTERM noted."""
+
+        def noting(number: int, frame: object) -> None:
+            told.set()
+            handler(number, frame)  # type: ignore[operator]
+
+        return _install(number, noting if number == signal.SIGTERM and callable(handler) else handler)
+
+    signal.signal = install  # type: ignore[assignment]
 
     def label(path: str) -> str:
         """The last two parts of a path, with names that differ between runs replaced."""
@@ -85,7 +97,8 @@ if "RANK" in os.environ and "NANOCHAT_KILLER" in os.environ and sys.orig_argv[1:
         os.close(os.open(DIRECTORY / "struck", os.O_WRONLY | os.O_CREAT))
         if SPEC["what"] == "stop":
             os.kill(os.getppid(), signal.SIGTERM)
-            time.sleep(0.5)  # until the launcher has signalled all workers
+            told.wait(60)
+            time.sleep(0.2)  # until the launcher has signalled the other workers
             return
         if SPEC["what"] == "job":
             others = [int(file.read_text()) for file in DIRECTORY.glob("*.pid")]

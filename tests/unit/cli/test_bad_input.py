@@ -243,7 +243,7 @@ def test_two_plugins_with_one_name(
 
 
 @pytest.mark.parametrize(("name", "words"), [("raising", "the factory divides by zero"), ("nowhere", "bulid")])
-def test_a_plugin_whose_factory_fails_shows_the_original_traceback(
+def test_a_plugin_whose_factory_fails_is_named_with_the_reason(
     mistake: Callable[[str, str], Path], tmp_path: Path, broken: tuple[Path, str], monkeypatch: pytest.MonkeyPatch,
     name: str, words: str,
 ) -> None:  # fmt: skip
@@ -253,7 +253,7 @@ def test_a_plugin_whose_factory_fails_shows_the_original_traceback(
     assert result.code == 2
     assert f"model '{name}' of nanochat-broken-factory 0.1.0" in result.err
     assert words in result.err
-    assert "Traceback" in result.err
+    assert "Traceback" not in result.err
     assert not (tmp_path / "runs").exists()
 
 

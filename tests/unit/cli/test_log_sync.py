@@ -53,7 +53,7 @@ def test_another_logger_that_is_not_installed_does_not_matter(trained: Trained, 
     assert text.count("loggers = [") == 1
     text = text.replace("loggers = [", 'loggers = [{ name = "csv_too", plugin = "gone" },')
     (run / "experiment.toml").write_text(text)
-    result = call("log-sync", run, "--to", "csv", "--set", f"directory={tmp_path / 'csv'}")
+    result = call("log-sync", run, "--trust", "--to", "csv", "--set", f"directory={tmp_path / 'csv'}")
     assert result.code == 0, result.err
     assert "0 missing" in result.out
 

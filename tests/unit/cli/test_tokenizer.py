@@ -47,7 +47,7 @@ def test_train_says_what_is_wrong(bpe: Path) -> None:
 
 
 def test_show(trained, bpe: Path) -> None:  # type: ignore[no-untyped-def]
-    result = call("tokenizer", "show", trained.path, "a\nö", "--ids")
+    result = call("tokenizer", "show", trained.path, "a\nö", "--ids", "--trust")
     assert result.out == "a|\\n|\\xc3|\\xb6\n97 10 195 182\n4 tokens, 4 bytes, 1.00 bytes per token\n"
     result = call("tokenizer", "show", "tiny", "", "--runs-dir", trained.runs)
     assert result.out == "\n0 tokens, 0 bytes\n"
@@ -56,13 +56,13 @@ def test_show(trained, bpe: Path) -> None:  # type: ignore[no-untyped-def]
 
 def test_show_reads_the_pipe_and_colours_terminals(trained, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr(sys, "stdin", io.StringIO("ab"))
-    assert call("tokenizer", "show", trained.path).out.startswith("a|b\n")
+    assert call("tokenizer", "show", trained.path, "--trust").out.startswith("a|b\n")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    coloured = on_terminal("tokenizer", "show", str(trained.path), "ab")
+    coloured = on_terminal("tokenizer", "show", str(trained.path), "ab", "--trust")
     assert coloured.count("\x1b[48;5;") == 2
     assert "|" not in coloured
     monkeypatch.setenv("NO_COLOR", "1")
-    assert on_terminal("tokenizer", "show", str(trained.path), "ab").startswith("a|b\n")
+    assert on_terminal("tokenizer", "show", str(trained.path), "ab", "--trust").startswith("a|b\n")
 
 
 def on_terminal(*arguments: str) -> str:

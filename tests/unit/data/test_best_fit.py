@@ -68,7 +68,7 @@ def test_best_fit_loses_only_what_it_counts(lengths: list[int], capacity: int) -
         assert cropped == lengths[row[-1] // 1000] - 1 - row[-1] % 1000, "only the last document of a row is cropped"
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(many_lengths, st.integers(1, 15), st.integers(1, 9), st.integers(1, 3), st.integers(1, 4))
 def test_an_epoch_of_best_fit(lengths: list[int], T: int, window: int, S: int, count: int) -> None:
     S = min(S, len(lengths))
@@ -94,7 +94,7 @@ def test_an_epoch_of_best_fit(lengths: list[int], T: int, window: int, S: int, c
             assert len(tokens) + losses == sum(own)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(many_lengths, st.lists(st.integers(1, 4), min_size=1, max_size=8), st.integers(1, 15), st.integers(1, 9))
 def test_any_cursor_of_best_fit_resumes(lengths: list[int], counts: list[int], T: int, window: int) -> None:
     lengths = [*lengths, T + 1]  # some window fills a row

@@ -192,7 +192,7 @@ def test_thread_ends_with_the_loader() -> None:
 def test_interpreter_exits_while_the_thread_works() -> None:
     code = "from unit.data.test_loader import make_loader\nloader = make_loader(threads=2)\n"
     code += "next(loader)\nraise SystemExit(7)\n"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT / "tests")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=ROOT / "tests")
     assert (done.returncode, done.stderr) == (7, "")
 
 

@@ -25,7 +25,7 @@ def tokens_of(documents: list[str]) -> list[int]:
     return [token for text in documents for token in [TOKENIZER.bos_id, *TOKENIZER.encode(text)]]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(texts, st.integers(1, 4), st.integers(1, 9), st.integers(1, 3), st.integers(1, 12))
 def test_no_token_is_lost_or_repeated(documents: list[str], count: int, T: int, S: int, calls: int) -> None:
     S = min(S, len(documents))
@@ -40,7 +40,7 @@ def test_no_token_is_lost_or_repeated(documents: list[str], count: int, T: int, 
         assert made.cropped.tolist() == made.dropped.tolist() == [0] * len(rows)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(texts, st.lists(st.integers(1, 5), min_size=1, max_size=8), st.integers(1, 9))
 def test_any_cursor_resumes(documents: list[str], counts: list[int], T: int) -> None:
     whole = StreamLane(encoder(documents), T)

@@ -66,7 +66,7 @@ def test_the_second_epoch_of_a_process_reads_what_the_first_wrote(tmp_path: Path
     assert sorted(source.asked) == list(range(30))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.integers(0, 39), st.integers(1, 9), st.integers(1, 12), st.booleans()), max_size=12))
 def test_any_reads_in_any_order(tmp_path_factory: pytest.TempPathFactory, reads) -> None:  # type: ignore[no-untyped-def]
     directory = tmp_path_factory.mktemp("cache")

@@ -112,7 +112,7 @@ def test_two_processes_train_it_once(tmp_path: Path) -> None:
         )
         for _ in range(2)
     ]  # fmt: skip
-    answers = [process.communicate(timeout=120)[0].split() for process in started]
+    answers = [process.communicate(timeout=300)[0].split() for process in started]
     assert sorted(trained for trained, _ in answers) == ["False", "True"]
     assert answers[0][1] == answers[1][1]
 

@@ -43,6 +43,18 @@ def test_what_was_written_before_a_restart_means_nothing(monkeypatch: pytest.Mon
     assert RankStore(store).failure() is None
 
 
+@pytest.mark.parametrize(
+    "text", ["", " ", "x", "1", "1 0", "-1 2", "1 2 3", "1 2\n", "9" * 5000 + " 1", "\x1b[2J", "²3 1"]
+)
+def test_what_no_rank_writes_hides_no_failure(text: str) -> None:
+    store = HashStore()
+    ours, theirs = RankStore(store), RankStore(store)
+    PrefixStore("nanochat/0", store).set("failure", text)
+    assert theirs.failure() is None
+    assert ours.mark_failure(RankFailure(3, 2)) == RankFailure(3, 2)
+    assert theirs.failure() == RankFailure(3, 2)
+
+
 def test_one_rank_alone_needs_no_store() -> None:
     store = RankStore.open(1)
     store.post(0, "text")

@@ -103,7 +103,7 @@ def test_what_fails_later_loads_well(site: Site) -> None:
     assert nowhere is not None
     assert unequipped is not None
     raising.load()
-    with pytest.raises(PluginError, match=r"(?s)model 'nowhere' of nanochat-broken-factory 0\.1\.0 .*bulid.*Traceback"):
+    with pytest.raises(PluginError, match=r"(?s)model 'nowhere' of nanochat-broken-factory 0\.1\.0 .*bulid"):
         nowhere.load()
     assert unequipped.missing() == ["surely_missing_module"]
 

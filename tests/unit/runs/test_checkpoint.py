@@ -31,7 +31,7 @@ def content(step: int) -> CheckpointContent:
     return CheckpointContent(
         model={"weight": weight, "half": weight.bfloat16(), "transposed": weight.T},
         optimizer={"weight/moment": weight * 2, "weight/step": torch.tensor(float(step))},
-        rng={"0/cpu": torch.arange(8, dtype=torch.uint8)},
+        rng={"0/cpu": generator.get_state()},
         state=TrainState(
             step=step, tokens=5 * step, lanes=2, cursors={0: (0, 3, 7), 1: (1, 0, 2)}, loss_ema=0.1 + step / 3,
             minimum={"val/bpb": 1 / 3}, ledger_bytes=99,
@@ -97,6 +97,7 @@ def test_one_flipped_byte_is_found_and_the_one_before_is_taken(tmp_path: Path, n
         (lambda p: (p / "manifest.json").write_text("[]"), "manifest.json is unreadable"),
         (lambda p: (p / "state.json").write_text("{}"), "state.json has 2 bytes"),
         (lambda p: (p / "manifest.json").write_text('{"version": 99, "files": {}}'), "newer nanochat"),
+        (lambda p: (p / "manifest.json").write_text('{"version": 3, "files": {}}'), "files lacks model.safetensors"),
     ],
 )
 def test_other_damage(tmp_path: Path, damage, words: str) -> None:  # type: ignore[no-untyped-def]

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
+from helpers.fuzzing import snapshot
 
 from nanochat_core import CheckpointError, ConfigError
-from nanochat_core.runs.directory import RunDirectory, all_runs, create_run, find_run
+from nanochat_core.files import remove
+from nanochat_core.runs.directory import RunDirectory, all_runs, create_run, find_run, remove_start
 
 
 def make(runs: Path, name: str) -> RunDirectory:
     run, lock = create_run(runs, name)
-    lock.lock.release()
+    lock.release()
     run.experiment.write_text("")
+    run.begin()
     run.ledger.touch()
     return run
 
@@ -66,22 +70,78 @@ def test_directories_without_an_experiment_are_no_runs(tmp_path: Path) -> None:
 
 def test_what_killed_starts_left_goes_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "x" / "20200101-000000-000000").mkdir(parents=True)  # killed before it had a lock
-    (tmp_path / "x" / "20200102-000000-000000" / "tokenizer").mkdir(parents=True)  # killed while it was deleted
+    deleting = RunDirectory(tmp_path / "x" / "20200102-000000-000000")
+    deleting.tokenizer.mkdir(parents=True)  # killed while it was deleted
+    deleting.starting.touch()
     (tmp_path / "x" / "notes").mkdir()
     killed, lock = create_run(tmp_path, "x")
-    lock.lock.release()
+    lock.release()
     finished = make(tmp_path, "x")  # deletes it
     untrained, lock = create_run(tmp_path, "x")
     untrained.experiment.write_text("")
-    lock.lock.release()
+    lock.release()
     starting, lock = create_run(tmp_path, "x")
     new, other = create_run(tmp_path, "x")
     names = {p.name for p in (tmp_path / "x").iterdir()}
     assert not killed.path.exists()
     assert not untrained.path.exists()
     assert names == {"notes", finished.id, starting.id, new.id}
-    lock.lock.release()
-    other.lock.release()
+    lock.release()
+    other.release()
+
+
+@pytest.mark.parametrize("gone", [["ledger"], ["ledger", "checkpoints"], ["ledger", "checkpoints", "status", "lock"]])
+def test_what_ever_had_a_ledger_is_never_deleted(tmp_path: Path, gone: list[str]) -> None:
+    """Whatever is missing in it now: it is not known by that."""
+    run = make(tmp_path, "x")
+    run.write_status("finished", 3, 3)
+    run.tokenizer.mkdir()
+    for name in gone:
+        remove({"lock": run.path / "lock"}.get(name) or getattr(run, name))
+    before = snapshot(run.path)
+    for _ in range(2):
+        create_run(tmp_path, "x")[1].release()
+    assert not remove_start(run)
+    assert snapshot(run.path) == before
+
+
+@pytest.mark.parametrize(
+    "name", ["checkpoints/step_000004", "evaluations/core_000004", "my notes.txt", "metrics.jsonl"]
+)
+def test_what_a_start_did_not_make_stays(tmp_path: Path, name: str) -> None:
+    run, lock = create_run(tmp_path, "x")
+    (run.path / name).mkdir(parents=True)
+    with lock:
+        assert not remove_start(run)
+    create_run(tmp_path, "x")[1].release()
+    assert (run.path / name).is_dir()
+
+
+# ------------------------------------------------------------------------------------------ moved while it is locked
+
+
+def test_a_locked_directory_is_found_wherever_it_is(tmp_path: Path) -> None:
+    run, lock = create_run(tmp_path, "x")
+    assert (lock.where(), lock.lost()) == (run.path, "")
+    (tmp_path / "x").rename(tmp_path / "y")
+    moved = tmp_path / "y" / run.id
+    assert (lock.where(), lock.lost()) == (moved, f"was moved to {moved}")
+    run.path.mkdir(parents=True)  # another of the old name
+    assert lock.where() == moved
+    shutil.rmtree(tmp_path / "y")
+    assert (lock.where(), lock.lost()) == (None, "was replaced by another")
+    shutil.rmtree(tmp_path / "x")
+    assert (lock.where(), lock.lost()) == (None, "was deleted")
+    lock.release()
+    lock.release()
+
+
+def test_a_link_to_where_it_was_moved_is_as_good(tmp_path: Path) -> None:
+    run, lock = create_run(tmp_path, "x")
+    (tmp_path / "x").rename(tmp_path / "y")
+    (tmp_path / "x").symlink_to(tmp_path / "y")
+    assert lock.where() == run.path
+    lock.release()
 
 
 def test_leftovers_of_writes_go(tmp_path: Path) -> None:
@@ -108,7 +168,7 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="another process is training this run"):
             run.lock()
     assert not run.is_locked()
-    run.lock().lock.release()
+    run.lock().release()
 
 
 def test_a_run_that_is_not_running_any_more_was_killed(tmp_path: Path) -> None:

@@ -59,6 +59,12 @@ def test_how_many_there_are_at_one_time(options: dict[str, int], most: int, end:
     assert most_at_once(len(steps), asked) == found == most
 
 
+def test_step_0_is_not_one_of_every_so_many() -> None:
+    """A signal before the first step saves it; training has nothing from it."""
+    assert steps_to_delete([0, 20, 30], {}, Checkpoint(keep_every=20)) == [0]
+    assert steps_to_delete([0], {}, Checkpoint(keep_every=20)) == []
+
+
 def test_one_that_is_only_saved_at_the_end() -> None:
     assert most_at_once(1, Checkpoint(keep_last=2)) == most_at_once(1, Checkpoint(keep_every=7)) == 1
 

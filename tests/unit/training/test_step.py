@@ -226,3 +226,43 @@ def test_a_rank_without_memory_or_data_stops_the_step_of_all(two_ranks: list[dic
         (False, True, said, done, untouched),
     ]
     assert [found["no data"] for found in two_ranks] == [(True, False, "", done, untouched)] * 2
+
+
+class Counting(Bigram):
+    """Its forward pass changes one buffer in place, puts another in place of a second one, and leaves a third."""
+
+    def __init__(self, fails_at: int = 0, factor: float = 1.0) -> None:
+        super().__init__(fails_at)
+        self.factor = factor
+        self.register_buffer("total", torch.zeros(2))
+        self.register_buffer("last", torch.zeros(()), persistent=False)
+        self.register_buffer("wide", torch.ones(1).expand(3))
+
+    def hidden(self, ids_BT: Tensor, cache: Any = None) -> Tensor:
+        self.total.data += 1
+        self.last = ids_BT.sum().float() + 1
+        return super().hidden(ids_BT, cache)
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        return super().logits(hidden_ND) * self.factor
+
+
+@pytest.mark.parametrize(
+    ("model", "step"),
+    [(Counting(fails_at=2), two_batches()), (Counting(factor=math.nan), two_batches())],
+    ids=["out of memory", "not finite"],
+)
+def test_buffers_are_as_before_when_a_step_is_dropped(model: Counting, step: Step) -> None:
+    last = model.last
+    outcome = run(model, step)
+    assert not (outcome.done and outcome.finite)
+    assert model.total.tolist() == [0, 0]
+    assert model.last is last
+    assert model.last == 0
+
+
+def test_buffers_of_a_step_that_counts_stay_changed() -> None:
+    model = Counting()
+    assert run(model, two_batches()).finite
+    assert model.total.tolist() == [2, 2]
+    assert model.last > 0
