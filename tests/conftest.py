@@ -125,9 +125,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.fixture
-def tried(record_property: Callable[[str, object], None]) -> Iterator[Callable[[str], None]]:
+def tried(request: pytest.FixtureRequest) -> Callable[[str], None]:
     """Called with the name of its surface, counts an input that a fuzz test tries; the summary shows the counts."""
     counts: Counter[str] = Counter()
-    yield lambda surface: counts.update([surface])
-    for surface, number in counts.items():
-        record_property(f"fuzz {surface}", number)
+    others = list(request.node.user_properties)
+
+    def count(surface: str) -> None:
+        counts[surface] += 1  # the report of the test is made before fixtures end, so that all must be there by then
+        request.node.user_properties[:] = [*others, *((f"fuzz {name}", number) for name, number in counts.items())]
+
+    return count

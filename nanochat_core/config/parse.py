@@ -46,10 +46,9 @@ def parse_toml(text: str) -> tuple[dict[str, Any], dict[KeyPath, int]]:
         raise NotAccepted(f"not valid TOML: {error}", line=int(line[1]) if line else 0) from None
     except RecursionError:
         raise NotAccepted(_DEEP) from None
-    except ValueError:  # of int() and of dates
+    except ValueError:  # of int()
         number = _LONG_NUMBER.search(text)
-        message = "a number has too many digits" if number else "a number or date is not valid"
-        raise NotAccepted(message, line=_line(text, number.start()) if number else 0) from None
+        raise NotAccepted("a number has too many digits", line=_line(text, number.start()) if number else 0) from None
     lines = line_numbers(text)
     _check(content, lines)
     return content, lines
@@ -68,9 +67,7 @@ def parse_value(text: str) -> Any:
         raise
     except RecursionError:
         raise NotAccepted(_DEEP) from None
-    except ValueError:
-        if not _LONG_NUMBER.search(text):
-            raise tomllib.TOMLDecodeError("no date") from None
+    except ValueError:  # of int()
         raise NotAccepted("the number has too many digits") from None
     if content.keys() != {"value"}:
         raise tomllib.TOMLDecodeError("more than one value")

@@ -57,7 +57,10 @@ def changed_options(old: Experiment, new: Experiment) -> list[tuple[str, Any, An
         fields = fields_of(type(config)) if attrs.has(type(config)) else {}
         if isinstance(a, Choice):
             fields |= fields_of(type(a.keys))
-        for key in sorted(plain_a.keys() | plain_b.keys()):
+        keys = plain_a.keys() | plain_b.keys()
+        if plain_a.get("plugin") != plain_b.get("plugin"):  # their options can't be compared
+            keys &= fields_of(type(a.keys)).keys()
+        for key in sorted(keys, key=lambda key: (key != "plugin", key)):
             if plain_a.get(key) != plain_b.get(key):
                 rule = resume_rule(table, key, fields.get(key))
                 changes.append((f"{table}.{key}", plain_a.get(key), plain_b.get(key), rule))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -532,3 +533,86 @@ remove = true
     assert again.experiment == loaded.experiment
     assert again.experiment.loggers == ()
     assert again.experiment.run.name == "child"
+
+
+# ------------------------------------------------------------------------------------------- files that are none
+
+
+def test_only_regular_files_are_read(files: Files) -> None:
+    os.mkfifo(files.directory / "pipe")
+    for place in ("pipe", "/dev/zero"):
+        with pytest.raises(ConfigError, match=r"can't be read: it is not a regular file"):
+            files.load(place)
+        files.write("x.toml", f'extends = "{place}"')
+        with pytest.raises(ConfigError, match=r"can't be read: it is not a regular file"):
+            files.load("x.toml")
+
+
+def test_a_huge_file_is_refused(files: Files) -> None:
+    files.write("x.toml", "#" * (2 << 20))
+    with pytest.raises(ConfigError, match=r"can't be read: it has more than the 1,048,576 bytes"):
+        files.load("x.toml")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("a\\u0000b", "no NUL"), ("x" * 5000, "at most"), ("a/" * 3000, "at most"), ("", "can't be read")],
+)
+def test_a_base_that_can_be_no_file(files: Files, name: str, message: str) -> None:
+    files.write("x.toml", f'\nextends = "{name}"\n')
+    with pytest.raises(ConfigError, match=message) as caught:
+        files.load("x.toml")
+    assert len(str(caught.value)) < 700
+
+
+def test_a_long_chain_is_refused(files: Files) -> None:
+    for number in range(40):
+        files.write(f"{number}.toml", f'extends = "{number + 1}.toml"')
+    with pytest.raises(ConfigError, match="extend each other more than 32 times"):
+        files.load("0.toml")
+
+
+@pytest.mark.parametrize("text", ["2024", "1e5", "nan", "true", "0x10", "inf"])
+def test_text_in_set_needs_no_quotes(files: Files, text: str) -> None:
+    loaded = files.child("", f"run.name={text}", f"data.plugin={'jsonl'}", f"data.path={text}", f"run.group={text}")
+    assert (loaded.experiment.run.name, loaded.experiment.run.group) == (text, text)
+    assert Path(loaded.experiment.data.config.path).name == text
+
+
+def test_a_number_is_no_text_elsewhere(files: Files) -> None:
+    assert files.problem("[run]\nname = 2024") == "child.toml:3: run.name: must be str, not 2024"
+    assert files.problem("", "run.tags=2024").endswith("run.tags: must be a list of str, not 2024")
+
+
+@pytest.mark.parametrize("name", ["a\nb", "\x1b[2J", "--help", ".", "x" * 300, "a/b", " ", "\x7f"])
+def test_names_that_are_none(files: Files, name: str) -> None:
+    for override in (f'run.name="{name}"', f"evaluators.bpb.plugin={name}"):
+        if name.strip():
+            with pytest.raises(ConfigError) as caught:
+                files.child("", override.encode("unicode_escape").decode())
+            assert str(caught.value).isprintable()
+            assert len(str(caught.value)) < 800
+
+
+def test_long_and_hostile_texts_are_shown_in_short(files: Files) -> None:
+    key = "k" * 5000
+    for override in (f"{key}=1", f"run.{key}=1", f"model.depth={key}", f"train.dtype={key}", "model.\x1b=\x07"):
+        with pytest.raises(ConfigError) as caught:
+            files.child("", override)
+        (line,) = str(caught.value).splitlines()
+        assert line.isprintable()
+        assert len(line) < 1000
+
+
+def test_of_very_many_problems_some_are_told(files: Files) -> None:
+    problems = files.problems("".join(f"k{n} = 1\n" for n in range(1000)))
+    assert len(problems) == 101
+    assert problems[-1] == "and 900 more"
+
+
+def test_a_key_of_a_home_that_is_unknown(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in ("~nobody_here/x", "a\\u0000b", "x" * 300):
+        line = files.problem(f'[data]\nplugin = "jsonl"\npath = "{path}"')
+        assert line.startswith("child.toml:4: data.path: must be ")
+        line = files.problem(f'[[loggers]]\nplugin = "csv"\ndirectory = "{path}"')
+        assert line.startswith("child.toml:4: loggers.csv.directory: must be ")
