@@ -21,7 +21,8 @@ from helpers.support import Result, call
 from nanochat_core.errors import PassesPlugins
 
 FACTOR = int(os.environ.get("NANOCHAT_FUZZ", "1"))
-SECONDS = 60.0  # of one command: far more than any takes, also on a busy machine
+SECONDS = 60.0  # of a processor, for one command: far more than any takes
+BUSY = 10  # times as many seconds may pass, since the machine may be busy
 LONGEST_LINE = 2000  # characters of an error message
 
 
@@ -43,18 +44,22 @@ class TookTooLong(PassesPlugins, BaseException):
 
 @contextlib.contextmanager
 def time_limit(seconds: float = SECONDS) -> Iterator[None]:
-    """Raise ``TookTooLong`` in the main thread when the ``with`` block takes longer."""
+    """Raise ``TookTooLong`` in the main thread when the ``with`` block computes for longer, or waits for very long."""
+    timers = {signal.SIGPROF: (signal.ITIMER_PROF, seconds), signal.SIGALRM: (signal.ITIMER_REAL, BUSY * seconds)}
 
-    def handle(_: int, frame: FrameType | None) -> None:
-        raise TookTooLong(f"after {seconds:g} s in {frame.f_code.co_filename if frame else '?'}")
+    def handle(number: int, frame: FrameType | None) -> None:
+        place = frame.f_code.co_filename if frame else "?"
+        raise TookTooLong(f"after {timers[signal.Signals(number)][1]:g} s in {place}")
 
-    before = signal.signal(signal.SIGALRM, handle)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    before = {number: signal.signal(number, handle) for number in timers}
+    for timer, limit in timers.values():
+        signal.setitimer(timer, limit)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        for number, (timer, _) in timers.items():
+            signal.setitimer(timer, 0)
+            signal.signal(number, before[number])
 
 
 def well_behaved(*arguments: object, codes: tuple[int, ...] = (0, 2), seconds: float = SECONDS) -> Result:

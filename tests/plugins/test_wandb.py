@@ -20,6 +20,7 @@ from helpers.support import ROOT, call, ledger, losses, metrics, only_run, write
 from helpers.waiting import wait_for
 from helpers.wandb_server import WandbServer, serve
 
+from nanochat_core.loggers.progress import Progress
 from nanochat_core.plugins.discovery import load_plugins
 from nanochat_core.runs.ledger import rewind_ledger
 
@@ -99,7 +100,7 @@ def test_a_killed_run_is_not_left_in_progress(tmp_path: Path) -> None:
     paths = [str(ROOT / "tests")]
     subprocess.run([sys.executable, "-c", KILLED.format(paths=paths, directory=str(tmp_path))], check=False)
     run = tmp_path / "runs" / "mine" / "1"
-    wait_for(lambda: json.loads((run / "loggers" / "wandb.json").read_text())["status"] == "failed")
+    wait_for(lambda: Progress.read(run / "loggers" / "wandb.json").status == "failed")
     (only,) = records(run)
     assert [r["exit"]["exit_code"] for r in only if r["type"] == "exit"] == [1]
 

@@ -20,7 +20,7 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
         env={**os.environ, "PYTHONPATH": path, "NANOCHAT_DEVICE": "cpu"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
 
 
