@@ -25,7 +25,6 @@ ODD: list[Any] = [
     None, True, 0, -1, 1.5, 10**30, 1e308, float("nan"), float("-inf"), "", "x", "\x1b[2J", "../../x", "/dev/zero",
     "²", "é" * 300, [], [1], {}, {"a": {}}, [[[[]]]], "x" * 5000,
 ]  # fmt: skip
-WRITTEN = {"lock", "log.txt", "status.json", "metrics.jsonl", "provenance.json", "experiment.toml"}  # by a resume
 
 
 def files_of(run: Path) -> list[str]:
@@ -150,7 +149,10 @@ def fuzzed(runs: Path, draw: random.Random) -> Path:
         if not files_of(run):
             break
         path = run / draw.choice([name for name in files_of(run) if name != "lock" or draw.random() < 0.1])
-        draw.choice(CHANGES)(path, draw)
+        try:
+            draw.choice(CHANGES)(path, draw)
+        except (ValueError, RecursionError):  # no JSON any more, because of an earlier change
+            flip(path, draw)
         if draw.random() < 0.05:
             swap(draw.choice(sorted(path for path in run.rglob("*") if path.is_dir() or path.is_file())), draw)
         checkpoint = path.parent
@@ -159,7 +161,7 @@ def fuzzed(runs: Path, draw: random.Random) -> Path:
         if checkpoint.parent.name == "checkpoints" and draw.random() < 0.6 and (checkpoint / "manifest.json").is_file():
             try:
                 seal(checkpoint)
-            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 continue  # the manifest itself was changed
     return run
 
@@ -238,7 +240,7 @@ def test_a_resume_goes_on_or_refuses(
     run, before = tried_out(original, tmp, seed, "run", str(trained.file), "--resume", *more)
     after = snapshot_of(tmp / "runs")
     gone = before.keys() - after.keys()
-    assert not {name for name in gone if not Path(name).name.startswith(".")}
+    assert not {name for name in gone if not Path(name).name.startswith(".") and "step_000012" not in name}
     kept = (f"tiny/{run.name}/checkpoints/", f"tiny/{run.name}/tokenizer/", f"tiny/{run.name}/evaluations")
     for name in (name for name in before if name.startswith(kept)):
         if "step_000012" not in name:  # which may have been damaged, and is then written anew
