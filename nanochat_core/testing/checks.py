@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable
 
 import torch
 
 from nanochat_core.distributed.world import World
+from nanochat_core.plugins.calls import describe, is_not_a_plugins
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 
@@ -26,10 +26,10 @@ class Check:
         """Run a part of the check. What it raises is a broken rule, told with the part's name."""
         try:
             part()
-        except Exception as error:
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            reason = f"{type(error).__name__}: {error} ({place.filename}:{place.lineno})"
-            self.wrong.append(f"{name or part.__name__.strip('_').replace('_', ' ')}: {reason}")
+        except BaseException as error:  # a plugin may raise anything, such as SystemExit
+            if is_not_a_plugins(error) and not isinstance(error, Exception):
+                raise
+            self.wrong.append(f"{name or part.__name__.strip('_').replace('_', ' ')}: {describe(error)}")
 
     def finish(self) -> None:
         assert not self.wrong, f"the {self.what} breaks its contract:\n" + "\n".join(self.wrong)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
+from nanochat_core.files import shorten
 from nanochat_core.interfaces.data_source import DataContext, DataSource
 from nanochat_core.interfaces.types import Split
 from nanochat_core.testing.checks import Check
@@ -42,6 +43,10 @@ def check_data_source(factory: Callable[[Any, DataContext], DataSource], config:
 
 def _check_split(check: Check, source: DataSource, again: DataSource, split: Split) -> None:
     documents = source.documents(split)
+    is_sequence = hasattr(documents, "__len__") and hasattr(documents, "__getitem__")
+    if not is_sequence or isinstance(documents, str | bytes | Mapping | Set):
+        check.expect(False, f"documents({split!r}) must return a sequence of texts, not {shorten(documents)}")
+        return
     count = len(documents)
     check.expect(count > 0, f"{split} has no documents")
     if not count:

@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nanochat_core.interfaces.model import Cache, Model, ModelContext, base_role
+from nanochat_core.interfaces.model import (
+    Cache,
+    Model,
+    ModelContext,
+    base_role,
+    description_problems,
+    output_problems,
+)
 from nanochat_core.interfaces.types import IGNORED
 from nanochat_core.testing.checks import Check
 
@@ -95,6 +102,8 @@ class _ModelCheck(Check):
 
     def shapes(self) -> None:
         model = self.model
+        for problem in (*description_problems(model, self.length), *output_problems(model)):
+            self.expect(False, problem)
         self.expect(model.vocab_size >= self.vocab, "vocab_size is less than the tokenizer's")
         for length in (self.length, 5, 1):
             with torch.no_grad():

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from nanochat_core.interfaces.tokenizer import Tokenizer, TokenizerContext
+from nanochat_core.interfaces.tokenizer import Tokenizer, TokenizerContext, vocabulary_problems
 from nanochat_core.testing.checks import Check
 
 # Texts that are hard for tokenizers: white space of all kinds, characters that look alike, invisible characters.
@@ -136,6 +136,8 @@ class _TokenizerCheck(Check):
 
     def vocabulary(self) -> None:
         tokenizer = self.tokenizer
+        for problem in vocabulary_problems(tokenizer):
+            self.expect(False, problem)
         size, special, counts = tokenizer.vocab_size, dict(tokenizer.special_tokens), tokenizer.token_bytes()
         self.expect("<|bos|>" in special, "special_tokens has no <|bos|>")
         self.expect(len(set(special.values())) == len(special), "two special tokens have the same id")

@@ -11,16 +11,14 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers.fakes import FakeConfig
 from helpers.install import install_fixture
 from helpers.logging_run import Run
 from helpers.support import ROOT, Site, losses, only_run
 from helpers.waiting import wait_for
 
-from nanochat_core import Logger, LoggerContext
+from nanochat_core import LoggerContext
 from nanochat_core.plugins.choice import Choice, LoggerKeys
 from nanochat_core.plugins.discovery import load_plugins
-from nanochat_core.plugins.registry import Entry
 from nanochat_core.runs.ledger import rewind_ledger
 
 TIMEOUT = 10.0  # seconds of a logger that hangs: longer than its process takes to start on a busy machine
@@ -76,15 +74,16 @@ def test_whatever_a_logger_does_training_goes_on(run: Run, when: str, how: str) 
 
 
 @pytest.mark.parametrize(
-    ("how", "reason"),
+    ("when", "how", "reason"),
     [
-        ("leave", "has ended its process by itself before it was complete (exit code 0)"),
-        ("fail", "died (1)"),  # no code of the watchdog
-        ("exit", "SystemExit: 0"),
-        ("interrupt", "KeyboardInterrupt"),
+        ("start", "leave", "has ended its process by itself before it was complete (exit code 0)"),
+        ("log", "leave", "has ended its process by itself before it was complete (exit code 0)"),
+        ("finish", "leave", "has ended its process by itself before it was complete (exit code 0)"),
+        ("log", "fail", "died (1)"),  # the watchdog's code, but not the watchdog
+        ("log", "exit", "SystemExit: 0"),
+        ("finish", "interrupt", "KeyboardInterrupt"),
     ],
 )
-@pytest.mark.parametrize("when", ["start", "log", "finish"])
 def test_a_logger_that_ends_its_process_is_not_complete(run: Run, when: str, how: str, reason: str) -> None:
     run.start(when=when, how=how, timeout=60.0).train(0, 1, 2, 3).finish()
     told, hint = run.said
@@ -95,25 +94,9 @@ def test_a_logger_that_ends_its_process_is_not_complete(run: Run, when: str, how
     assert run.told == [(step, "") for step in range(4)]
 
 
-class Reports(Logger):
-    """Reports far too much when it is built."""
-
-    def __init__(self, config: object, context: LoggerContext) -> None:
-        context.report("\x1b[2J" + "x" * 100_000)
-        for number in range(1000):
-            context.report(f"line {number}")
-
-    def log(self, record: object) -> None:
-        pass
-
-
 def test_what_a_logger_reports_is_bounded_and_printable(run: Run) -> None:
-    entry = Entry("logger", "reports", FakeConfig, f"{__name__}:Reports", "")
-    context = LoggerContext(run.directory, "mine", "1", "p", "", (), {}, 1, 0)
-    run.logs.open()
-    run.logs.open_ledger()
-    run.logs.start_loggers((Choice(LoggerKeys("reports", "reports"), entry, FakeConfig()),), context)
-    run.train(0).finish()
+    run.start(when="start", how="report", timeout=60.0).train(0).finish()
+    assert run.told == [(0, "")]
     assert len(run.said) < 100
     assert all(line.isprintable() and len(line) < 2000 for line in run.said)
     assert "further lines" in run.said[-1]
