@@ -122,6 +122,7 @@ from .files import cache_dir as cache_dir
 from .files import file_sha256 as file_sha256
 from .files import first_few as first_few
 from .files import open_regular as open_regular
+from .files import name_problem as name_problem
 from .files import require_regular as require_regular
 from .files import read_regular as read_regular
 from .files import shorten as shorten
