@@ -34,9 +34,7 @@ def absolute_place(place: str) -> str:
     return path
 
 
-def find_files(
-    places: str | Iterable[str], suffixes: Sequence[str], key: str, *, deep: bool = True
-) -> list[Path]:
+def find_files(places: str | Iterable[str], suffixes: Sequence[str], key: str, *, deep: bool = True) -> list[Path]:
     """Return the files at ``places``, those of each place sorted by path.
 
     Names that begin with a dot, and what is in directories of such names, are no data unless the place names them.
@@ -171,7 +169,7 @@ def _regular(path: Path, key: str) -> Path:
         mode = path.stat().st_mode
     except FileNotFoundError:
         if path.is_symlink():
-            target = shorten(os.readlink(path), 300)
+            target = shorten(str(path.readlink()), 300)
             message = f"{_show(path)} is a link to {target}, which does not exist; restore it, or remove the link"
             raise DataError(message, key=key) from None
         raise DataError(f"{_show(path)} does not exist; {REMEDY}", key=key) from None
@@ -187,4 +185,6 @@ def _identity(path: Path) -> object:
 
 def _show(path: Path) -> str:
     """A path as text for messages: bytes that are not UTF-8 and control characters are written as ``\\xNN``."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in os.fsencode(path).decode("utf-8", "backslashreplace"))
+    return "".join(
+        c if c.isprintable() else ascii(c)[1:-1] for c in os.fsencode(path).decode("utf-8", "backslashreplace")
+    )

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import attrs
+
+from nanochat_core.files import shorten
 
 # What happens when a run is resumed with another value of the option.
 OnResume = Literal["free", "warn", "refuse"]
@@ -42,6 +45,25 @@ def one_of(*values: Any) -> Callable[[Any, Any, Any], None]:
     def check(_: Any, attribute: Any, value: Any) -> None:
         if value not in values:
             raise ValueError(f"must be one of {', '.join(map(repr, values))}, not {value!r}")
+
+    return check
+
+
+def regular_file(what: str) -> Callable[[Any, Any, Any], None]:
+    """Validator: the path, when there is one, is that of a regular file, or of a link to one.
+
+    Args:
+        what: the file that is meant, such as "a tokenizer.json".
+    """
+
+    def check(_: Any, attribute: Any, value: Path | None) -> None:
+        try:
+            if value is None or value.is_file():
+                return
+            problem = f"is not a file, or not a regular one: set it to {what}"
+        except (OSError, ValueError) as error:
+            problem = f"is not a file ({getattr(error, 'strerror', None) or error}): set it to {what}"
+        raise ValueError(f"{shorten(str(value), 200)} {problem}")
 
     return check
 

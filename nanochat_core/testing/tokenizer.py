@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from nanochat_core.data.table_tokenizer import TEXTS
 from nanochat_core.interfaces.tokenizer import Tokenizer, TokenizerContext
 from nanochat_core.testing.checks import Check
 
@@ -82,7 +83,7 @@ def sample_documents(count: int = 300) -> list[str]:
 
 def _texts() -> list[str]:
     rng = random.Random(1)
-    texts = list(AWKWARD_TEXTS)
+    texts = [*AWKWARD_TEXTS, *TEXTS]
     for _ in range(150):
         characters = [chr(rng.randrange(*rng.choice(RANGES))) for _ in range(rng.randrange(1, 30))]
         texts.append("".join(c for c in characters if not 0xD800 <= ord(c) < 0xE000))
@@ -121,7 +122,7 @@ def check_tokenizer(
     check.run(check.surrogates)
     check.run(check.threads)
     check.run(lambda: check.same(factory(config, TokenizerContext(documents=documents)), "built again"))
-    check.run(lambda: check.same(pickle.loads(pickle.dumps(tokenizer)), "pickled"))
+    check.run(check.pickle)
     check.run(lambda: check.saved(factory, config))
     if other_process:
         check.run(check.other_process)
@@ -197,6 +198,9 @@ class _TokenizerCheck(Check):
     def surrogates(self) -> None:
         ids = self.tokenizer.encode("a\ud800b")  # such text occurs in real data, and must not end a run
         self.tokenizer.decode(ids)
+
+    def pickle(self) -> None:
+        self.same(pickle.loads(pickle.dumps(self.tokenizer)), "pickled")
 
     def threads(self) -> None:
         texts = [text for text in self.texts if text] * 4

@@ -26,7 +26,8 @@ class TextSet:
 
     name: str = option(help="the metric is named <name>/bpb")
     path: Path = option(
-        help="a .txt file (one document), a directory of them, a .jsonl or .parquet file with texts in `text`; .gz, .bz2, .xz and .zst are decompressed",
+        help="a .txt file (one document), a directory of them, a .jsonl or .parquet file with texts in `text`; "
+        ".gz, .bz2, .xz and .zst are decompressed",
         validator=_exists,
     )
 

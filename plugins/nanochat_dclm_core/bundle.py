@@ -176,8 +176,9 @@ def _file_reader(root: Path) -> Callable[[str], bytes]:
         try:
             return read_regular(root / name, LARGEST_FILE)
         except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or error
             raise DataError(
-                f"{root / name} can't be read ({getattr(error, 'strerror', None) or error}): set it to the directory that holds {CONFIG}, or "
+                f"{root / name} can't be read ({why}): set it to the directory that holds {CONFIG}, or "
                 f"name only tasks with data in the option tasks",
                 key="bundle",
             ) from error
@@ -200,7 +201,7 @@ def _zip_reader(path: Path, prefix: str) -> Callable[[str], bytes]:
     return read
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
     """Refuses aliases, by which a small file can describe a huge list."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:

@@ -22,7 +22,8 @@ class FilesConfig:
     """Options that both sources share."""
 
     path: str | tuple[str, ...] = option(
-        help="directory, file, or pattern such as notes/**/*.md; or a list of these; .gz, .bz2, .xz and .zst are decompressed",
+        help="directory, file, or pattern such as notes/**/*.md; or a list of these; .gz, .bz2, .xz and .zst are "
+        "decompressed",
         validator=_not_empty,
         on_resume="free",  # the fingerprint notices other data
     )
