@@ -18,6 +18,7 @@ from .plugins.options import above as above
 from .plugins.options import at_least as at_least
 from .plugins.options import between as between
 from .plugins.options import one_of as one_of
+from .plugins.options import regular_file as regular_file
 
 # Exceptions that users see as a message without a traceback. Problem is one line of a ConfigError.
 from .errors import NanochatError as NanochatError
@@ -97,6 +98,10 @@ from .data.texts import cut_long_runs as cut_long_runs
 from .data.texts import well_formed as well_formed
 from .data.table_tokenizer import PerThread as PerThread
 from .data.table_tokenizer import TableTokenizer as TableTokenizer
+from .data.table_tokenizer import LARGEST_VOCABULARY as LARGEST_VOCABULARY
+from .data.table_tokenizer import checked_bytes as checked_bytes
+from .data.table_tokenizer import no_panics as no_panics
+from .data.table_tokenizer import require_exact as require_exact
 from .data.table_tokenizer import encode_by_pieces as encode_by_pieces
 from .data.table_tokenizer import load_table_tokenizer as load_table_tokenizer
 from .data.table_tokenizer import special_tokens_from as special_tokens_from
@@ -125,13 +130,13 @@ from .files import directory_problem as directory_problem
 from .files import file_sha256 as file_sha256
 from .files import first_few as first_few
 from .files import open_regular as open_regular
+from .files import name_problem as name_problem
 from .files import require_regular as require_regular
 from .files import read_regular as read_regular
 from .files import shorten as shorten
 from .files import open_atomic as open_atomic
 from .files import write_atomic as write_atomic
 from .files import lock_file as lock_file
-from .files import name_problem as name_problem
 from .files import read_json as read_json
 from .hardware.casting import cast as cast
 from .hardware.casting import wide_dtype as wide_dtype

@@ -189,13 +189,15 @@ def _disk(planned: Planned) -> str:
 
 def _data(experiment: Experiment) -> list[str]:
     """Return lines about the validation data, and about files to download as far as the source knows them."""
-    from nanochat_core.data.sources import build_source
+    from nanochat_core.data.sources import SAME_DATA, build_source
 
     lines = []
     try:
         source = build_source(experiment.data)
         count = len(source.documents("val"))
         lines.append(f"validation data: {count:,} documents, fingerprint {source.fingerprint('val')[:12]}")
+        if source.fingerprint("train") == source.fingerprint("val"):
+            lines.append(f"warning: {SAME_DATA}")
         facts = source.describe()
         missing, files, total = (facts.get(name) for name in ("missing", "files", "bytes"))
         if isinstance(missing, int) and isinstance(files, int) and isinstance(total, int):

@@ -6,6 +6,7 @@ A file is compressed if it begins as one, whatever its name is: gzip, bzip2, xz 
 from __future__ import annotations
 
 import bz2
+import contextlib
 import io
 import lzma
 import zlib
@@ -40,8 +41,8 @@ def compression(head: bytes) -> str:
 def decompressed(file: BinaryIO, name: str = "") -> Iterator[bytes]:
     """Yield the content of a file in pieces of at most a MiB, decompressed if it is compressed.
 
-    Files that were compressed one by one and concatenated are read to the end, as are zeros behind the end. A byte-order
-    mark of UTF-8 at the start, or at the start of a concatenated file, is left out.
+    Files that were compressed one by one and concatenated are read to the end, as are zeros behind the end. A
+    byte-order mark of UTF-8 at the start, or at the start of a concatenated file, is left out.
 
     Args:
         file: opened for reading, at its start; it must be able to seek.
@@ -97,10 +98,12 @@ _ERRORS = (zlib.error, lzma.LZMAError, EOFError, _Broken)
 class _Decompressor(Protocol):
     """What ``bz2`` and ``lzma`` have."""
 
-    eof: bool
-    needs_input: bool
-    unused_data: bytes
-
+    @property
+    def eof(self) -> bool: ...
+    @property
+    def needs_input(self) -> bool: ...
+    @property
+    def unused_data(self) -> bytes: ...
     def decompress(self, data: bytes, max_length: int) -> bytes: ...
 
 
@@ -223,14 +226,13 @@ def _up_to_damage(file: BinaryIO, kind: str, skip: int) -> Iterator[bytes]:
     """
     slow = cast(BinaryIO, _Slow(file, file.tell() - 2 * READ, 64 if kind == "zstd" else 1))
     file.seek(0)
-    done = 0
-    small = bytearray()
-    try:
-        for piece in _pieces(slow, kind, lambda: PIECE if done < skip else 1):
+    done, small, most = 0, bytearray(), [PIECE if skip else 1]
+    with contextlib.suppress(*_ERRORS):
+        for piece in _pieces(slow, kind, lambda: most[0]):
             if done >= skip:
                 small += piece
             done += len(piece)
-    except _ERRORS:
-        pass
+            if done >= skip:
+                most[0] = 1
     if small:
         yield bytes(small)

@@ -150,7 +150,7 @@ def _regular(path: Path, key: str) -> Path:
         mode = path.stat().st_mode
     except FileNotFoundError:
         if path.is_symlink():
-            target = shorten(os.readlink(path), 300)
+            target = shorten(str(path.readlink()), 300)
             message = f"{_show(path)} is a link to {target}, which does not exist; restore it, or remove the link"
             raise DataError(message, key=key) from None
         raise DataError(f"{_show(path)} does not exist; {REMEDY}", key=key) from None

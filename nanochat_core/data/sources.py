@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any, overload
 
+from nanochat_core.errors import DataError
 from nanochat_core.files import shorten
 from nanochat_core.interfaces.data_source import DataContext, DataSource
 from nanochat_core.interfaces.types import Split
@@ -26,6 +27,31 @@ def build_source(choice: Choice) -> DataSource:
     if not isinstance(source, DataSource):
         raise choice.breaks(f"the factory must return a nanochat_core.DataSource, not {shorten(source)}")
     return _CheckedSource(choice, source)
+
+
+SAME_DATA = "the training and the validation data are the same: the validation loss says nothing about new text"
+MOST_EMPTY = 100_000  # documents at the start that are looked at
+
+
+def training_data_problems(choice: Choice, source: DataSource) -> list[str]:
+    """What is wrong with the documents of a source, but may be meant: a line each.
+
+    Raises:
+        DataError: when all training documents are empty.
+    """
+    problems = []
+    if source.fingerprint("train") == source.fingerprint("val"):
+        problems.append(SAME_DATA)
+    documents = source.documents("train")
+    for start in range(0, min(len(documents), MOST_EMPTY), 256):
+        if any(documents[start : start + 256]):
+            return problems
+    if len(documents) <= MOST_EMPTY:
+        raise DataError(
+            f"all {len(documents):,} training documents of data source {choice.plugin!r} are empty; check its data, "
+            f"and the option of [data] that says where in them the text is"
+        )
+    return [*problems, f"the first {MOST_EMPTY:,} training documents are empty"]
 
 
 class _CheckedSource(DataSource):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -21,6 +22,27 @@ Thing = TypeVar("Thing")
 
 # Every kind of character that split patterns distinguish or normalisation changes.
 PROBE = "It's 12345 wörter, 漢字 -- \t (x_1 != y)\r\n\n  end \u0041\u030a \ufb01\u2460 \x00 🙂  "
+
+
+LARGEST_VOCABULARY = 2**24  # ids; the largest published ones are below 2**19
+
+# A character of every category of Unicode, some of each of those that differ in how they are written.
+CATEGORIES = (
+    "Aa\u00c0\u01c5\u02b0\u05d0\u6f22\u0301\u0903\u20dd0\u0663\u2167\u00b2\u00bc_\u203f-\u2014"
+    "([{)]}\u00ab\u00bb!\u00a7+\u00ac$\u20ac^\u02d8"
+    "|\u00a6\u00b0 \u00a0\u1680\u2003\u3000\u2028\u2029\x00\x85"
+    "\u00ad\u200b\u200d\ufeff\ue000\u0378\ufffe\ufffd\u2581\u0120\U0001f642\U000e0041\U00020000\U0010ffff"
+)
+TEXTS = (
+    PROBE,
+    "".join(map(chr, range(128))),
+    CATEGORIES,
+    " ".join(CATEGORIES),
+    *(chr(i) for i in range(128)),
+    *CATEGORIES,
+    "a" * 1000,
+    " " * 50 + "\n" * 50 + "\t\r\n" * 20,
+)
 
 
 def special_tokens_from(first: int, own: Mapping[str, int] | None = None) -> dict[str, int]:
@@ -106,6 +128,30 @@ class TableTokenizer(Tokenizer):
         """Whether a difficult text is decoded as it was."""
         return self.decode(self.encode(PROBE)) == PROBE
 
+    def text_problem(self) -> str:
+        """Describe a text that is not decoded as it was, or whose tokens have other sizes; empty if none is found.
+
+        Tried are every ASCII character, characters of every category of Unicode, and every token that looks like a
+        marker (``<mask>``) between blanks.
+        """
+        markers = {
+            token.decode("utf-8", "replace") for token in self._bytes if token[:1] in (b"<", b"[") and len(token) > 2
+        }
+        markers |= self.markers() | set(self._special)
+        sizes = self.token_bytes()
+        for text in (*TEXTS, *(f"a {name} b{name}c  {name}\n{name}" for name in sorted(markers))):
+            ids, data = self.encode(text), text.encode()
+            back = self.decode_bytes(ids)
+            if back != data:
+                return f"{shorten(text)} comes back as {shorten(back.decode('utf-8', 'replace'))}"
+            if int(sizes[ids].sum()) != len(data):
+                return f"the tokens of {shorten(text)} have {int(sizes[ids].sum())} bytes instead of {len(data)}"
+        return ""
+
+    def markers(self) -> set[str]:
+        """Names that the encoder finds in a text before anything else."""
+        return set()
+
     def save(self, directory: Path) -> None:
         """Write ``files``, and the settings: format, sizes, special tokens and fingerprint, as JSON."""
         for name, content in self.files().items():
@@ -119,6 +165,10 @@ class TableTokenizer(Tokenizer):
         }
         text = json.dumps(settings, indent=2) + "\n"
         (directory / self.settings_file).write_text(text, encoding="utf-8", newline="\n")
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < LARGEST_VOCABULARY
 
 
 def encode_by_pieces(encode: Callable[[str], Tokens], text: str) -> Tokens:
@@ -141,6 +191,48 @@ def encode_by_pieces(encode: Callable[[str], Tokens], text: str) -> Tokens:
     return encode_piece(text) if len(pieces) == 1 else np.concatenate([encode_piece(piece) for piece in pieces])
 
 
+@contextlib.contextmanager
+def no_panics() -> Iterator[None]:
+    """Raise a ValueError where a library written in Rust panics, which no handler of exceptions would catch."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"the library gives up: {shorten(str(error), 200)}") from error
+
+
+def require_exact(tokenizer: TableTokenizer, key: str, remedy: str) -> None:
+    """Check that a tokenizer keeps every text, before anything is trained with it.
+
+    Args:
+        key: option that chose it.
+
+    Raises:
+        ConfigError: with a text that it changes.
+    """
+    try:
+        with no_panics():
+            problem = tokenizer.text_problem()
+    except (ValueError, RuntimeError) as error:
+        problem = str(error)
+    if problem:
+        raise ConfigError(f"this tokenizer changes text: {problem}; {remedy}", key=key)
+
+
+def checked_bytes(tokens: Sequence[bytes]) -> Sequence[bytes]:
+    """``tokens``, of which the first 256 must be the single bytes.
+
+    Raises:
+        ValueError: when they are not, or a token is empty or repeated.
+    """
+    if sorted(tokens[:256]) != [bytes([b]) for b in range(256)]:
+        raise ValueError("the first 256 tokens are not the 256 bytes")
+    if len(set(tokens)) < len(tokens) or b"" in tokens:
+        raise ValueError("a token is empty or repeated")
+    return tokens
+
+
 Made = TypeVar("Made", bound=TableTokenizer)
 
 
@@ -157,12 +249,16 @@ def load_table_tokenizer(kind: type[Made], directory: Path, make: Callable[[Mapp
         settings = read_json(directory / kind.settings_file)
         if settings["format"] != kind.format:
             raise ValueError(f"its format is {shorten(settings['format'])}, this version reads {kind.format!r}")
-        tokenizer = make(settings)
-        if tokenizer.fingerprint != settings.get(
-            "fingerprint", tokenizer.fingerprint
-        ):  # early byte tokenizers had none
-            raise ValueError("the files don't belong together: their fingerprint differs")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, ConfigError) as error:
+        special = settings.get("special_tokens", {})
+        if not isinstance(special, dict) or not all(_is_id(i) for i in special.values()):
+            raise ValueError("its special tokens are not names and ids")
+        with no_panics():
+            tokenizer = make(settings)
+        for name, value in (("fingerprint", tokenizer.fingerprint), ("vocab_size", tokenizer.vocab_size),
+                            ("special_tokens", dict(tokenizer.special_tokens))):  # fmt: skip
+            if settings.get(name, value) != value:  # early byte tokenizers had no fingerprint
+                raise ValueError(f"the files don't belong together: their {name} differs")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, ConfigError) as error:
         raise CheckpointError(
             f"the tokenizer in {directory} can't be read ({error}); restore its files, or start a new run"
         ) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import attrs
@@ -64,6 +65,25 @@ def one_of(*values: Any) -> Validator:
     def check(_: Any, attribute: Any, value: Any) -> None:
         if value not in values:
             raise ValueError(f"must be one of {', '.join(map(repr, values))}, not {shown(value)}")
+
+    return check
+
+
+def regular_file(what: str) -> Validator:
+    """Validator: the path, when there is one, is that of a regular file, or of a link to one.
+
+    Args:
+        what: the file that is meant, such as "a tokenizer.json".
+    """
+
+    def check(_: Any, attribute: Any, value: Path | None) -> None:
+        try:
+            if value is None or value.is_file():
+                return
+            problem = f"is not a file, or not a regular one: set it to {what}"
+        except (OSError, ValueError) as error:
+            problem = f"is not a file ({getattr(error, 'strerror', None) or error}): set it to {what}"
+        raise ValueError(f"{shorten(str(value), 200)} {problem}")
 
     return check
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from nanochat_core.data.table_tokenizer import TEXTS
 from nanochat_core.interfaces.tokenizer import Tokenizer, TokenizerContext, vocabulary_problems
 from nanochat_core.testing.checks import Check
 
@@ -82,7 +83,7 @@ def sample_documents(count: int = 300) -> list[str]:
 
 def _texts() -> list[str]:
     rng = random.Random(1)
-    texts = list(AWKWARD_TEXTS)
+    texts = [*AWKWARD_TEXTS, *TEXTS]
     for _ in range(150):
         characters = [chr(rng.randrange(*rng.choice(RANGES))) for _ in range(rng.randrange(1, 30))]
         texts.append("".join(c for c in characters if not 0xD800 <= ord(c) < 0xE000))

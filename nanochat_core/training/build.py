@@ -9,7 +9,7 @@ import torch
 
 from nanochat_core.data import packing
 from nanochat_core.data.loader import TrainLoader
-from nanochat_core.data.sources import build_source
+from nanochat_core.data.sources import build_source, training_data_problems
 from nanochat_core.data.token_cache import open_cache
 from nanochat_core.data.tokenizer_cache import load_tokenizer, make_tokenizer
 from nanochat_core.distributed.guarded import EvaluationWorld
@@ -138,6 +138,8 @@ def _prepare_data(planned: Planned, run_dir: RunDirectory, report: Callable[[str
     source = build_source(choice)
     if not len(source.documents("train")):
         raise DataError(f"data source {choice.plugin!r} has no training documents; see [data]")
+    for line in training_data_problems(choice, source):
+        report(f"warning: {line}")
     if not run_dir.tokenizer.is_dir():
         make_tokenizer(planned.experiment.tokenizer, source, report).copy_to(run_dir.tokenizer)
 

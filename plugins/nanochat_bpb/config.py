@@ -1,16 +1,17 @@
 """Options of the evaluator ``bpb``."""
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
 import attrs
 
-from nanochat_core import at_least, option
+from nanochat_core import at_least, option, shorten
 
 
 def _exists(_: Any, attribute: Any, value: Path) -> None:
-    if not value.exists():
-        raise ValueError(f"{value} does not exist")
+    if not os.path.lexists(value):  # what it is is found out when it is read
+        raise ValueError(f"{shorten(str(value))} does not exist")
 
 
 def _different_names(_: Any, attribute: Any, value: tuple["TextSet", ...]) -> None:
@@ -25,7 +26,8 @@ class TextSet:
 
     name: str = option(help="the metric is named <name>/bpb")
     path: Path = option(
-        help="a .txt file (one document), a directory of them, a .jsonl or .parquet file with texts in `text`",
+        help="a .txt file (one document), a directory of them, a .jsonl or .parquet file with texts in `text`; "
+        ".gz, .bz2, .xz and .zst are decompressed",
         validator=_exists,
     )
 

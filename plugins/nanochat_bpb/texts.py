@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,8 +9,21 @@ import numpy as np
 import torch
 
 from nanochat_bpb.config import TextSet
-from nanochat_core import IGNORED, Batch, DataError, EvaluatorContext, Tokens
+from nanochat_core import (
+    COMPRESSED,
+    IGNORED,
+    Batch,
+    DataError,
+    EvaluatorContext,
+    Tokens,
+    field_text,
+    find_files,
+    read_json_lines,
+    read_string_column,
+    read_text,
+)
 
+FIELD = "text"  # of JSON lines and of Parquet files
 DOCUMENTS_PER_BATCH = 64  # documents tokenized together
 
 
@@ -21,21 +33,26 @@ def documents(path: Path) -> Iterator[str]:
     Raises:
         DataError: when a file can't be read, naming it.
     """
-    files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
-    for file in files:
+    for file in find_files(str(path), endings(".txt"), "sets"):
+        name = file.name.lower()
         try:
-            if file.suffix == ".jsonl":
-                with file.open(encoding="utf-8") as lines:
-                    yield from (json.loads(line)["text"] for line in lines if line.strip())
-            elif file.suffix == ".parquet":
-                import pyarrow.parquet as pq
-
-                for batch in pq.ParquetFile(file).iter_batches(columns=["text"]):
-                    yield from batch.column(0).to_pylist()
+            if name.endswith(endings(".jsonl", ".ndjson")):
+                for number, value in read_json_lines(file):
+                    try:
+                        yield field_text(value, FIELD)
+                    except ValueError as error:
+                        raise ValueError(f"line {number}: {error}") from error
+            elif name.endswith(".parquet"):
+                yield from read_string_column(file, FIELD)
             else:
-                yield file.read_text(encoding="utf-8")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{file} can't be read ({error!r}): correct or remove it", key="sets") from error
+                yield read_text(file)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{file} can't be read ({error}): correct or remove it", key="sets") from error
+
+
+def endings(*suffixes: str) -> tuple[str, ...]:
+    """``suffixes``, each alone and followed by a suffix of compressed files."""
+    return tuple(suffix + end for suffix in suffixes for end in ("", *COMPRESSED))
 
 
 def tokens_of(chosen: TextSet, context: EvaluatorContext, limit: int) -> Tokens:

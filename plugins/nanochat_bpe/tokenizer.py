@@ -25,15 +25,19 @@ from nanochat_core import (
     TableTokenizer,
     TokenizerContext,
     Tokens,
+    checked_bytes,
     cut_long_runs,
     encode_by_pieces,
     load_table_tokenizer,
+    read_regular,
+    require_exact,
     special_tokens_from,
     well_formed,
 )
 
 Encoder: TypeAlias = Literal["tiktoken", "gigatoken"]
 MERGES = "merges.tiktoken"
+LARGEST_FILE = 2**29  # bytes; the largest published ones have some 2**25
 
 
 class BPETokenizer(TableTokenizer):
@@ -130,7 +134,9 @@ def train(documents: Iterable[str], config: BPEConfig) -> BPETokenizer:
             f"set it to {len(tokens) + len(SPECIAL_TOKENS)} or less, or give more data",
             key="vocab_size",
         )
-    return BPETokenizer(config.pattern, tokens, config.encoder)
+    tokenizer = BPETokenizer(config.pattern, tokens, config.encoder)
+    require_exact(tokenizer, "pattern", r"end it with alternatives that match any character, such as |\s+|.")
+    return tokenizer
 
 
 def _check_pattern(pattern: str) -> None:
@@ -149,8 +155,8 @@ def load(directory: Path, encoder: Encoder = "tiktoken") -> BPETokenizer:
     """
 
     def make(settings: Mapping[str, Any]) -> BPETokenizer:
-        lines = (directory / MERGES).read_text(encoding="ascii").splitlines()
-        tokens = [base64.b64decode(line.split()[0], validate=True) for line in lines]
+        lines = read_regular(directory / MERGES, LARGEST_FILE).decode("ascii").splitlines()
+        tokens = checked_bytes([base64.b64decode(line.split()[0], validate=True) for line in lines])
         return BPETokenizer(settings["pattern"], tokens, encoder)
 
     return load_table_tokenizer(BPETokenizer, directory, make)

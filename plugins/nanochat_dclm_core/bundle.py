@@ -7,9 +7,10 @@ import csv
 import hashlib
 import http.client
 import io
-import json
+import lzma
 import os
 import re
+import struct
 import urllib.request
 import zipfile
 import zlib
@@ -21,8 +22,14 @@ import attrs
 import yaml
 from tqdm import tqdm
 
-from nanochat_core import DataError, lock_file
+from nanochat_core import DataError, json_lines, lock_file, name_problem, parse_text, read_regular, shorten
 
+LARGEST_FILE = 2**28  # bytes of a file in a bundle
+# NotImplementedError and RuntimeError: methods of compression that zipfile does not know, and passwords.
+ZIP_ERRORS = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, NotImplementedError,
+              RuntimeError, struct.error)  # fmt: skip
+LARGEST_CONFIG = 2**20
+MOST_SHOTS = 1000
 URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 LARGEST, LARGEST_UNPACKED = 1 << 30, 1 << 33  # bytes, far more than the public bundle has
 CONFIG, BASELINES = "core.yaml", "eval_meta_data.csv"
@@ -33,6 +40,7 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     "schema": ("context_options", "continuation", "gold"),
     "language_modeling": ("context", "continuation"),
 }
+LISTS = frozenset(("choices", "context_options"))
 CORE_TASKS = (
     "hellaswag_zeroshot", "jeopardy", "bigbench_qa_wikidata", "arc_easy", "arc_challenge", "copa", "commonsense_qa",
     "piqa", "openbook_qa", "lambada_openai", "hellaswag", "winograd", "winogrande", "bigbench_dyck_languages",
@@ -101,16 +109,13 @@ class Bundle:
         name = f"eval_data/{task.file}"
         data = self.read(name)
         examples = []
-        for number, line in enumerate(data.decode("utf-8").splitlines() if b"\r" in data else _lines(data), start=1):
-            if not line.strip():
-                continue
-            where = f"{self.source}/{name}:{number}"
-            try:
-                example = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{where}: not JSON ({error}): get the bundle again", key="bundle") from error
-            _check_example(task, example, where)
-            examples.append(example)
+        where = f"{self.source}/{name}"
+        try:
+            for number, example in json_lines(io.BytesIO(data), name):
+                _check_example(task, example, f"{where}:{number}")
+                examples.append(example)
+        except ValueError as error:
+            raise DataError(f"{where}: {error}: get the bundle again", key="bundle") from error
         if len(examples) <= task.shots:
             message = f"{self.source}/{name}: {len(examples)} examples are too few for {task.shots} shots"
             message += ": get the bundle again"
@@ -118,23 +123,25 @@ class Bundle:
         return examples, hashlib.sha256(data).hexdigest()
 
 
-def _lines(data: bytes) -> list[str]:
-    """Lines that end with a newline. (``splitlines`` also splits at characters that JSON strings may hold.)"""
-    return data.decode("utf-8").split("\n")
-
-
 def _check_example(task: Task, example: Any, where: str) -> None:
+    def refuse(what: str) -> None:
+        raise DataError(f"{where}: {what}: correct the line, or get the bundle again", key="bundle")
+
     keys = KEYS[task.type]
     missing = [key for key in keys if key not in example] if isinstance(example, dict) else keys
     if missing:
-        message = f"{where}: a {task.type} example needs {', '.join(keys)}; {', '.join(missing)} is missing"
-        raise DataError(message, key="bundle")
-    options = example.get("choices" if task.type == "multiple_choice" else "context_options")
-    if task.type != "language_modeling" and not (
-        isinstance(options, list) and isinstance(example["gold"], int) and 0 <= example["gold"] < len(options)
-    ):
-        message = f"{where}: gold must be the index of one of {options!r}, not {example['gold']!r}"
-        raise DataError(message, key="bundle")
+        refuse(f"a {task.type} example needs {', '.join(keys)}; {', '.join(missing)} is missing")
+    texts = {key: example[key] for key in keys if key not in LISTS and key != "gold"}
+    for key in LISTS.intersection(keys):
+        if not isinstance(example[key], list) or not example[key]:
+            refuse(f"{key} must be a list of texts, not {shorten(example[key])}")
+        texts |= {f"{key}[{i}]": text for i, text in enumerate(example[key])}
+        gold = example["gold"]
+        if not isinstance(gold, int) or isinstance(gold, bool) or not 0 <= gold < len(example[key]):
+            refuse(f"gold must be the index of one of {len(example[key])} {key}, not {shorten(gold)}")
+    for key, text in texts.items():
+        if not isinstance(text, str):
+            refuse(f"{key} must be a text, not {shorten(text)}")
 
 
 def open_bundle(path: Path | None, cache: Path, url: str = URL) -> Bundle:
@@ -160,7 +167,7 @@ def _from_path(path: Path) -> Bundle:
     try:
         with zipfile.ZipFile(path) as archive:
             configs = [name for name in archive.namelist() if name.rpartition("/")[2] == CONFIG]
-    except (OSError, zipfile.BadZipFile) as error:
+    except ZIP_ERRORS as error:
         raise DataError(f"{path} is not a readable zip file ({error}): get it again", key="bundle") from error
     if not configs:
         raise DataError(f"there is no {CONFIG} in {path}: set it to an evaluation bundle", key="bundle")
@@ -170,10 +177,11 @@ def _from_path(path: Path) -> Bundle:
 def _file_reader(root: Path) -> Callable[[str], bytes]:
     def read(name: str) -> bytes:
         try:
-            return (root / name).read_bytes()
-        except OSError as error:
+            return read_regular(root / name, LARGEST_FILE)
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or error
             raise DataError(
-                f"{root / name} can't be read ({error.strerror}): set it to the directory that holds {CONFIG}, or "
+                f"{root / name} can't be read ({why}): set it to the directory that holds {CONFIG}, or "
                 f"name only tasks with data in the option tasks",
                 key="bundle",
             ) from error
@@ -185,42 +193,81 @@ def _zip_reader(path: Path, prefix: str) -> Callable[[str], bytes]:
     def read(name: str) -> bytes:
         try:
             with zipfile.ZipFile(path) as archive:
-                return archive.read(prefix + name)
-        except (OSError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+                info = archive.getinfo(prefix + name)
+                if info.file_size > LARGEST_FILE:
+                    raise ValueError(f"it has {info.file_size:,} bytes, more than {LARGEST_FILE:,}")
+                with archive.open(info) as file:
+                    return file.read(info.file_size)  # not more than it says, which zipfile's read would give
+        except (KeyError, *ZIP_ERRORS) as error:
             raise DataError(f"{prefix + name} in {path} can't be read ({error}): get it again", key="bundle") from error
 
     return read
 
 
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """Refuses aliases, by which a small file can describe a huge list."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has aliases (*name), which are not supported")
+        return super().compose_node(parent, index)
+
+
 def _parse(source: str, read: Callable[[str], bytes]) -> Bundle:
     config, csv_file = read(CONFIG), read(BASELINES)
-    baselines = {}
-    for row in csv.DictReader(io.StringIO(csv_file.decode("utf-8-sig"))):
-        with contextlib.suppress(KeyError, TypeError, ValueError):
-            baselines[row["Eval Task"]] = float(row["Random baseline"])
     try:
-        entries = yaml.safe_load(config)["icl_tasks"]
+        baselines = _baselines(csv_file)
+    except (ValueError, csv.Error) as error:
+        raise DataError(f"{source}/{BASELINES}: {error}: get the bundle again", key="bundle") from error
+    try:
+        if len(config) > LARGEST_CONFIG:
+            raise ValueError(f"it has more than {LARGEST_CONFIG:,} bytes")
+        entries = yaml.load(parse_text(config), _Loader)["icl_tasks"]
         tasks = tuple(_task(entry, baselines) for entry in entries)
-    except (yaml.YAMLError, KeyError, TypeError, ValueError, IndexError) as error:
-        message = f"{source}/{CONFIG}: {error!r}: it must list icl_tasks with label, dataset_uri, ..."
+    except (yaml.YAMLError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        message = f"{source}/{CONFIG}: {shorten(error, 300)}: it must list icl_tasks with label, dataset_uri, ..."
         raise DataError(message, key="bundle") from error
+    labels = [task.label for task in tasks]
+    if len(set(labels)) < len(labels):
+        raise DataError(f"{source}/{CONFIG}: two tasks have the same label: rename one", key="bundle")
     digest = hashlib.sha256(config + b"\0" + csv_file).hexdigest()
     return Bundle(source, read, tasks, baselines_version(baselines), digest)
 
 
+def _baselines(content: bytes) -> dict[str, float]:
+    """Accuracy of guessing in percent, by task."""
+    baselines = {}
+    for row in csv.DictReader(io.StringIO(parse_text(content))):
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            baselines[row["Eval Task"]] = float(row["Random baseline"])
+    return baselines
+
+
 def _task(entry: Mapping[str, Any], baselines: Mapping[str, float]) -> Task:
     label = entry["label"]
+    if problem := name_problem(label):
+        raise ValueError(f"label {shorten(label)} {problem}")
     if entry["icl_task_type"] not in get_args(TaskType):
-        raise ValueError(f"{label}: icl_task_type {entry['icl_task_type']!r} is not one of {', '.join(KEYS)}")
+        raise ValueError(f"{label}: icl_task_type {shorten(entry['icl_task_type'])} is not one of {', '.join(KEYS)}")
+    if problem := name_problem(entry["dataset_uri"], nested=True):
+        raise ValueError(f"{label}: dataset_uri {shorten(entry['dataset_uri'])} {problem}")
     if label not in baselines:
         raise ValueError(f"{label} has no random baseline in {BASELINES}")
+    if not 0 <= baselines[label] < 100:
+        raise ValueError(f"{label} has the random baseline {baselines[label]} in {BASELINES}; it must be in [0, 100)")
     shots = entry["num_fewshot"]
+    shots = shots[0] if isinstance(shots, list) and shots else shots
+    if not isinstance(shots, int) or isinstance(shots, bool) or not 0 <= shots <= MOST_SHOTS:
+        raise ValueError(f"{label}: num_fewshot must be a number from 0 to {MOST_SHOTS}, not {shorten(shots)}")
+    delimiter = entry.get("continuation_delimiter", " ")
+    if not isinstance(delimiter, str):
+        raise ValueError(f"{label}: continuation_delimiter must be a text, not {shorten(delimiter)}")
     return Task(
         label=label,
         file=entry["dataset_uri"],
         type=cast(TaskType, entry["icl_task_type"]),
-        shots=int(shots[0] if isinstance(shots, list) else shots),
-        delimiter=entry.get("continuation_delimiter", " "),
+        shots=shots,
+        delimiter=delimiter,
         baseline=baselines[label],
     )
 
@@ -291,8 +338,7 @@ def _verify(path: Path, url: str) -> None:
                 raise OSError(f"its files have {unpacked:,} bytes")
             damaged = archive.testzip()
             names = archive.namelist()
-    # RuntimeError: a password is needed; NotImplementedError: an unknown compression
-    except (OSError, RuntimeError, zipfile.BadZipFile, EOFError, zlib.error) as error:
+    except ZIP_ERRORS as error:
         message = f"the evaluation bundle from {url} is not a valid zip file ({error}): run the command again"
         raise DataError(message, key="bundle") from error
     if damaged is not None:

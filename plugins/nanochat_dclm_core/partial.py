@@ -32,14 +32,17 @@ class PartialResults:
         """Rows by task. A file with different facts is removed."""
         if self._file is None or not self._file.is_file():
             return {}
-        lines = self._file.read_text(encoding="utf-8").split("\n")
+        rows = {}
+        try:
+            lines = self._file.read_text(encoding="utf-8").split("\n")
+            for line in lines[1:-1]:  # the text after the last newline is empty, or was cut off
+                task = json.loads(line)
+                rows[task["task"]] = task["rows"]
+        except (ValueError, LookupError, TypeError, RecursionError):  # damaged
+            lines = [""]
         if lines[0] != self._facts:
             self._file.unlink()
             return {}
-        rows = {}
-        for line in lines[1:-1]:  # the text after the last newline is empty, or was cut off
-            task = json.loads(line)
-            rows[task["task"]] = task["rows"]
         if lines[-1]:
             self._file.write_text("\n".join(lines[:-1]) + "\n", encoding="utf-8")
         return rows

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,27 @@ import numpy as np
 import tokenizers
 
 from nanochat_core import (
+    LARGEST_VOCABULARY,
     ConfigError,
     TableTokenizer,
     TokenizerContext,
     Tokens,
     load_table_tokenizer,
+    no_panics,
+    parse_text,
+    read_regular,
+    require_exact,
+    shorten,
     special_tokens_from,
     well_formed,
 )
 from nanochat_huggingface.config import HuggingFaceConfig
 
 CONTENT = "tokenizer.json"
+LARGEST_FILE = 2**29  # bytes; the largest published ones have some 2**25
+
+# What cuts a text before it is encoded and loses nothing.
+CUTS = ("ByteLevel", "Digits", "FixedLength", "Punctuation", "Sequence", "Split", "UnicodeScripts")
 
 
 def _alphabet() -> dict[str, int]:
@@ -58,22 +68,31 @@ class HuggingFaceTokenizer(TableTokenizer):
     def __init__(self, content: str) -> None:
         self._content = content
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(content)
+            with no_panics():
+                self._tokenizer = tokenizers.Tokenizer.from_str(content)
         except Exception as error:  # the library raises nothing more precise
             raise ConfigError(f"tokenizers can't read this tokenizer.json: {error}", key="path") from error
         self._tokenizer.encode_special_tokens = True  # names of special tokens in a text are ordinary text
         added = {t["content"]: t for t in json.loads(content).get("added_tokens", [])}
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        if max(vocabulary.values(), default=0) >= LARGEST_VOCABULARY:
+            raise ConfigError(f"it has an id of {LARGEST_VOCABULARY} or more", key="path")
+        if len(set(vocabulary.values())) < len(vocabulary):
+            raise ConfigError("two of its tokens have the same id", key="path")
+        self._added = {name for name in added if name in vocabulary}
         own = {name: i for name, i in vocabulary.items() if name in added and added[name]["special"]}
         plain = {name: i for name, i in vocabulary.items() if name not in own}
-        tokens = [b""] * (max(plain.values()) + 1)  # some ids may be unused
+        tokens = [b""] * (max(plain.values(), default=-1) + 1)  # some ids may be unused
         for name, i in plain.items():
             tokens[i] = name.encode() if name in added else _spell(name)
-        super().__init__(tokens, special_tokens_from(max(vocabulary.values()) + 1, own))
+        super().__init__(tokens, special_tokens_from(max(vocabulary.values(), default=-1) + 1, own))
         if len({token for token in tokens if len(token) == 1}) < 256:
             raise ConfigError("not all 256 bytes are among its tokens; use a byte-level tokenizer", key="path")
         if not self.keeps_text():
             raise ConfigError("this tokenizer changes text irreversibly; use another", key="path")
+
+    def markers(self) -> set[str]:
+        return self._added
 
     def __reduce__(self) -> tuple[Any, ...]:
         return HuggingFaceTokenizer, (self._content,)
@@ -106,6 +125,14 @@ def _spell(name: str) -> bytes:
         ) from None
 
 
+def _steps(step: Any) -> Iterator[dict[str, Any]]:
+    """The steps of a pre_tokenizer, of sequences in sequences too."""
+    if step is not None:
+        yield step
+        for inner in step.get("pretokenizers", []):
+            yield from _steps(inner)
+
+
 def exact(content: str) -> str:
     """Remove everything from a tokenizer.json that changes text or adds tokens.
 
@@ -114,15 +141,24 @@ def exact(content: str) -> str:
     """
     try:
         parsed = json.loads(content)
-        parsed["model"]["type"]
-    except (ValueError, LookupError, TypeError) as error:
-        raise ConfigError(f"it is not a tokenizer.json ({error!r})", key="path") from error
+        kind = parsed["model"]["type"]
+        steps = list(_steps(parsed.get("pre_tokenizer")))
+        added = [(token["content"], token["special"], token) for token in parsed.get("added_tokens") or []]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"it is not a tokenizer.json ({shorten(error, 200)})", key="path") from error
     parsed |= dict.fromkeys(("normalizer", "post_processor", "truncation", "padding"))
-    before = parsed.get("pre_tokenizer") or {}
-    for step in (before, *before.get("pretokenizers", [])):
-        if step.get("type") == "ByteLevel":
+    for step in steps:
+        if step.get("type") not in CUTS or step.get("behavior") == "Removed":
+            raise ConfigError(
+                f"this tokenizer changes text: its pre_tokenizer has the step {shorten(step.get('type'))}, which drops "
+                f"or replaces characters; use another",
+                key="path",
+            )
+        if step["type"] == "ByteLevel":
             step["add_prefix_space"] = False
-    if parsed["model"].get("dropout"):
+    for _, _, token in added:
+        token |= {"lstrip": False, "rstrip": False}  # they swallow the blanks beside it
+    if kind == "BPE" and parsed["model"].get("dropout"):
         parsed["model"]["dropout"] = None
     return json.dumps(parsed, ensure_ascii=False)
 
@@ -135,7 +171,7 @@ def load(directory: Path) -> HuggingFaceTokenizer:
     """
 
     def make(_: Mapping[str, Any]) -> HuggingFaceTokenizer:
-        return HuggingFaceTokenizer((directory / CONTENT).read_text(encoding="utf-8"))
+        return HuggingFaceTokenizer(read_regular(directory / CONTENT, LARGEST_FILE).decode())
 
     return load_table_tokenizer(HuggingFaceTokenizer, directory, make)
 
@@ -149,4 +185,13 @@ def build(config: HuggingFaceConfig, context: TokenizerContext) -> HuggingFaceTo
     """
     if context.saved is not None:
         return load(context.saved)
-    return HuggingFaceTokenizer(exact(config.path.read_text(encoding="utf-8")))
+    try:
+        content = parse_text(read_regular(config.path, LARGEST_FILE))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{config.path} can't be read ({error})", key="path") from error
+    try:
+        tokenizer = HuggingFaceTokenizer(exact(content))
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise ConfigError(f"it is not a tokenizer.json ({shorten(error, 200)})", key="path") from error
+    require_exact(tokenizer, "path", "use another")
+    return tokenizer

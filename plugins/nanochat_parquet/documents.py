@@ -151,7 +151,7 @@ def parse_footer(name: str, tail: bytes, column: str) -> Footer:
     try:
         with pq.ParquetFile(pa.BufferReader(tail)) as parsed:
             schema, metadata = parsed.schema_arrow, parsed.metadata
-            schema.names  # decodes them
+        list(schema.names)  # decodes them
     except UnicodeDecodeError as error:
         raise pa.ArrowInvalid(f"its footer is damaged: {error}") from error
     _check_column(name, schema, column)

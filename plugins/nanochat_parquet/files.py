@@ -227,7 +227,8 @@ def refuse_shared_shards(train: Iterable[File], val: Iterable[File], key: str) -
     Raises:
         DataError: when one is.
     """
-    refuse_shared(*([Path(f.name) for f in files if isinstance(f, LocalFile)] for files in (train, val)), key)
+    local = [[Path(f.name) for f in files if isinstance(f, LocalFile)] for files in (train, val)]
+    refuse_shared(local[0], local[1], key)
     for name in sorted({f.name for f in train} & {f.name for f in val}):
         raise DataError(f"{name} is among the training files too; remove it from one of the two", key=key)
 

@@ -1,18 +1,13 @@
 """Options of the tokenizer ``sentencepiece``."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import attrs
 
-from nanochat_core import SPECIAL_TOKENS, at_least, between, option
+from nanochat_core import SPECIAL_TOKENS, at_least, between, option, regular_file
 
 LEAST = 1 + 256 + len(SPECIAL_TOKENS)  # <unk>, the bytes, special tokens
-
-
-def _is_file(_: Any, attribute: Any, value: Path | None) -> None:
-    if value is not None and not value.is_file():
-        raise ValueError(f"{value} is not a file: set it to a .model file")
 
 
 @attrs.frozen
@@ -28,7 +23,7 @@ class SentencePieceConfig:
         None,
         "a .model file to use instead of training; it must not change text and must have byte pieces",
         on_resume="free",
-        validator=_is_file,
+        validator=regular_file("a .model file"),
     )
     model_type: Literal["bpe", "unigram"] = option("bpe", "algorithm that learns the pieces")
     character_coverage: float = option(

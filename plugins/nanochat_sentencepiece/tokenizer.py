@@ -25,12 +25,15 @@ from nanochat_core import (
     TokenizerContext,
     Tokens,
     load_table_tokenizer,
+    read_regular,
+    require_exact,
     special_tokens_from,
     well_formed,
 )
 from nanochat_sentencepiece.config import LEAST, SentencePieceConfig
 
 MODEL = "sentencepiece.model"
+LARGEST_FILE = 2**29  # bytes; the largest published ones have some 2**25
 SPACE = "\u2581"
 
 
@@ -164,7 +167,7 @@ def load(directory: Path) -> SentencePieceTokenizer:
     """
 
     def make(_: Mapping[str, Any]) -> SentencePieceTokenizer:
-        return SentencePieceTokenizer((directory / MODEL).read_bytes())
+        return SentencePieceTokenizer(read_regular(directory / MODEL, LARGEST_FILE))
 
     return load_table_tokenizer(SentencePieceTokenizer, directory, make)
 
@@ -181,7 +184,12 @@ def build(config: SentencePieceConfig, context: TokenizerContext) -> SentencePie
     if context.saved is not None:
         tokenizer = load(context.saved)
     elif config.model_file is not None:
-        tokenizer = SentencePieceTokenizer(config.model_file.read_bytes())
+        try:
+            model = read_regular(config.model_file, LARGEST_FILE)
+        except OSError as error:
+            raise ConfigError(f"{config.model_file} can't be read ({error.strerror})", key="model_file") from error
+        tokenizer = SentencePieceTokenizer(model)
+        require_exact(tokenizer, "model_file", "use another model")
     else:
         tokenizer = train(context.documents(), config)
     if config.vocab_size not in (None, tokenizer.vocab_size):

@@ -1,16 +1,10 @@
 """Options of the tokenizer ``tiktoken``."""
 
 from pathlib import Path
-from typing import Any
 
 import attrs
 
-from nanochat_core import option
-
-
-def _is_file(_: Any, attribute: Any, value: Path | None) -> None:
-    if value is not None and not value.is_file():
-        raise ValueError(f"{value} is not a file: set it to a .tiktoken file")
+from nanochat_core import option, regular_file
 
 
 @attrs.frozen
@@ -23,7 +17,7 @@ class TiktokenConfig:
     path: Path | None = option(
         None,
         "a file of merges to use instead of encoding: lines of base64 bytes and rank, the format of tiktoken",
-        validator=_is_file,
+        validator=regular_file("a .tiktoken file"),
         on_resume="free",
     )
     pattern: str | None = option(

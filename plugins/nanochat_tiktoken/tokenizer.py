@@ -21,6 +21,7 @@ import tiktoken
 import tiktoken.load
 
 from nanochat_core import (
+    LARGEST_VOCABULARY,
     ConfigError,
     DataError,
     PerThread,
@@ -29,11 +30,14 @@ from nanochat_core import (
     Tokens,
     encode_by_pieces,
     load_table_tokenizer,
+    read_regular,
+    require_exact,
     special_tokens_from,
 )
 from nanochat_tiktoken.config import TiktokenConfig
 
 MERGES = "merges.tiktoken"
+LARGEST_FILE = 2**29  # bytes; the largest published ones have some 2**25
 
 
 class TiktokenTokenizer(TableTokenizer):
@@ -54,6 +58,8 @@ class TiktokenTokenizer(TableTokenizer):
         tokens = [b""] * (max(ranks.values()) + 1)  # some ids may be unused
         for token, rank in ranks.items():
             tokens[rank] = token
+        if set(special.values()) & set(ranks.values()) or len(set(special.values())) < len(special):
+            raise ValueError("a special token has the id of another token")
         super().__init__(tokens, special_tokens_from(max([*ranks.values(), *special.values()]) + 1, special))
         self._pattern, self._ranks, self._own_special = pattern, dict(ranks), dict(special)
         own_ranks, all_special = self._ranks, self._special
@@ -150,20 +156,27 @@ def read_merges(path: Path) -> dict[bytes, int]:
     """Read a file of merges, whose lines are a token in base64, a space, and its rank. Returns ranks by token.
 
     Raises:
+        OSError: when it can't be read, or is very large.
         ValueError: when its format is different, ranks are repeated or negative, or one of the 256 bytes is missing.
     """
-    ranks = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    ranks: dict[bytes, int] = {}
+    content = read_regular(path, LARGEST_FILE)
+    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").splitlines(), start=1):
         if line:
             try:
-                token, rank = line.split()
-                ranks[base64.b64decode(token, validate=True)] = int(rank)
+                word, rank = line.split()
+                token = base64.b64decode(word, validate=True)
+                if token in ranks or not token:
+                    raise ValueError("the token is empty or repeated")
+                ranks[token] = int(rank)
             except (ValueError, binascii.Error) as error:
                 raise ValueError(f"line {number} isn't base64 and a number ({error})") from error
     if any(bytes([b]) not in ranks for b in range(256)):
         raise ValueError("not all 256 bytes are among its tokens")
     if len(set(ranks.values())) < len(ranks) or min(ranks.values()) < 0:
         raise ValueError("two tokens have the same rank, or a rank is negative")
+    if max(ranks.values()) >= LARGEST_VOCABULARY:
+        raise ValueError(f"a rank is {max(ranks.values())}; at most {LARGEST_VOCABULARY - 1} are supported")
     return ranks
 
 
@@ -191,11 +204,15 @@ def build(config: TiktokenConfig, context: TokenizerContext) -> TiktokenTokenize
     if context.saved is not None:
         return load(context.saved)
     if config.encoding is not None:
-        return named(config.encoding)
+        tokenizer = named(config.encoding)
+        require_exact(tokenizer, "encoding", "use another encoding")
+        return tokenizer
     assert config.path is not None
     assert config.pattern is not None
     try:
         ranks = read_merges(config.path)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{config.path} is not a file of merges: {error}", key="path") from error
-    return TiktokenTokenizer(config.pattern, ranks, {})
+    tokenizer = TiktokenTokenizer(config.pattern, ranks, {})
+    require_exact(tokenizer, "pattern", "use the encoding's own pattern")
+    return tokenizer
