@@ -41,7 +41,7 @@ class Streams(Lines):
     [
         (NoValidation, "val has no documents"),
         (Shuffles, "a second instance has different documents"),
-        (Streams, "has no len"),
+        (Streams, "must return a sequence of texts"),
     ],
 )
 def test_broken_data_sources(source: Any, reason: str) -> None:
