@@ -346,9 +346,13 @@ def _rows_per_rank(train: Train, total: int, devices: _Devices) -> int:
 
 def _check_accumulation(train: Train, total: int, rows_per_rank: int, rows: int, devices: _Devices) -> None:
     """Raise ConfigError, with sizes that work, when the rows of a micro-batch don't divide those of a rank."""
+    length = train.max_seq_len
+    if rows * length > max(batch_size.MOST_TOKENS_ON_GPU, length):
+        most = batch_size.MOST_TOKENS_ON_GPU // length or 1
+        message = f"{rows} sequences of {length} tokens fit on no device: lower it to {most} or less"
+        raise _problem("train.device_batch_size", message)
     if rows_per_rank % rows == 0:
         return
-    length = train.max_seq_len
     works = batch_size.divisors(rows_per_rank)
     below, over = [b for b in works if b < rows][-3:], [b for b in works if b > rows][:1]
     unit = rows * length * devices.world_size

@@ -17,7 +17,7 @@ BACKENDS = ("auto", "matrix", "sdpa", "flex", "flash3")
 class GPTConfig:
     """Options of ``gpt``."""
 
-    depth: int = option(20, "number of blocks; determines the width too", validator=at_least(1, 1024))
+    depth: int = option(20, "number of blocks; determines the width too", validator=at_least(1, 256))
     aspect_ratio: int = option(64, "width per unit of depth", validator=at_least(1, 2**14))
     head_dim: int = option(
         128, "target size of an attention head; heads = ceil(width / head_dim)", validator=at_least(2, 2**14)

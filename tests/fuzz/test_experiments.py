@@ -6,9 +6,10 @@ import copy
 import datetime
 import itertools
 import math
+import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Union, get_args, get_origin
 
 import pytest
 import tomli_w
@@ -50,7 +51,10 @@ def nested(depth: int) -> Any:
 
 
 # What somebody might write, by mistake or not, where an option has another type, a bound or a format.
-NUMBERS = [0, 1, -1, 2, 3, 7, 255, 2**31, 2**53, 2**53 + 1, 2**62, 2**63 - 1, 2**63, -(2**63) - 1, 10**18, 10**30]
+NUMBERS = [
+    0, 1, -1, 2, 3, 7, 64, 256, 1000, 2**14, 2**16, 10**6, 2**24, 10**9, 2**31, 2**40, 10**12, 2**53, 2**53 + 1, 2**62,
+    2**63 - 1, 2**63, -(2**63) - 1, 10**18, 10**30,
+]  # fmt: skip
 FLOATS = [
     0.0,
     -0.0,
@@ -87,7 +91,6 @@ OTHERS = [
     datetime.date(2024, 1, 1),
 ]
 VALUES: list[Any] = [*NUMBERS, 10**401, -(10**4000), *FLOATS, *TEXTS, *OTHERS]
-SMALL: list[Any] = [*(n for n in NUMBERS if abs(n) < 100), *FLOATS, *TEXTS, *OTHERS]
 
 
 def options(planned_only: bool) -> dict[str, list[str]]:
@@ -253,8 +256,47 @@ def trains_quickly(loaded: LoadedExperiment) -> bool:
     return plan.total_flops < 1e11 and sum(plan.memory.values()) < 2**30 and plan.num_iterations <= 3
 
 
-@given(texts=overrides(KEYS, SMALL))
-@inputs(10)
+def fitting(tp: Any) -> list[Any]:
+    """Values of a type, few of them sensible, none of them large."""
+    if get_origin(tp) in (Union, types.UnionType):
+        return [value for part in get_args(tp) for value in fitting(part)]
+    if get_origin(tp) is Literal:
+        return [*get_args(tp)]
+    few = {bool: [True, False], int: [0, 1, 2, 3, 7, 64], str: ["x", "auto", "é", "S", "2"], Path: ["x", "."]}
+    floats = [0, 1e-30, 1e-9, 0.3, 0.5, math.nextafter(1, 0), 1, 7, 1e6]
+    return few.get(tp, floats if tp is float else [["x", "y"], []] if get_origin(tp) is tuple else [])
+
+
+def fields(plugin: str) -> dict[str, Any]:
+    table, _, name = plugin.partition("/")
+    if not name:
+        return fields_of(CORE_TABLES[table])
+    kind = {**PLUGIN_TABLES, **PLUGIN_LISTS}[table]
+    return fields_of(RESERVED.get(kind, EntryKeys)) | fields_of(PLUGINS[kind].get(name).config)
+
+
+# What a run of tiny has, so that an override changes one thing.
+OF_TINY = [
+    *CORE_TABLES, "data/parquet", "model/gpt", "optimizer/muon_adamw", "optimizer/adamw", "evaluators/bpb",
+    "evaluators/samples", "tokenizer/bpe",
+]  # fmt: skip
+
+
+@st.composite
+def sensible(draw: st.DrawFn) -> list[str]:
+    texts = []
+    for plugin in draw(st.lists(st.sampled_from(OF_TINY), min_size=1, max_size=2)):
+        table, _, name = plugin.partition("/")
+        prefix = f"{table}.{name}" if table in PLUGIN_LISTS else table
+        key, field = draw(st.sampled_from([*fields(plugin).items()]))
+        values = [] if key in ("plugin", "name", "path") else fitting(field.type)
+        texts += [f"{prefix}.plugin={name}"] if name else []
+        texts += [f"{prefix}.{key}={literal(draw(st.sampled_from(values)))}"] if values else []
+    return texts
+
+
+@given(texts=sensible())
+@inputs(8)
 def test_what_a_plan_accepts_a_run_can_do(
     shards: Path, here: Path, texts: list[str], tried: Callable[[str], None], tmp_path: Path
 ) -> None:

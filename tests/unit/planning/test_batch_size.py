@@ -123,3 +123,10 @@ def test_planning_for_a_gpu_that_is_not_here(tiny: Path) -> None:
     old = make_plan(load(tiny, ("model.fp8=true",), load_plugins()), 2, KNOWN_DEVICES["a100"])
     assert any("Hopper" in str(problem) for problem in old.problems)
     assert not make_plan(load(tiny, ("model.fp8=true",), load_plugins()), 2, KNOWN_DEVICES["h100"]).problems
+
+
+def test_a_micro_batch_that_fits_nowhere_is_refused(tiny: Path) -> None:
+    overrides = ("train.max_seq_len=16777216", "train.total_batch_size=1099511627776", "train.device_batch_size=65536")
+    result = call("plan", tiny, *(part for text in overrides for part in ("--set", text)))
+    assert result.code == 2
+    assert "train.device_batch_size: 65536 sequences of 16777216 tokens fit on no device: lower it to 1" in result.err
