@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nanochat_core import DataError, absolute_place, find_files, refuse_shared
+from nanochat_core import DataError, expand_path, find_files, refuse_shared
 
 Make = Callable[[str], Path]
 
@@ -104,7 +104,7 @@ def test_names_that_are_not_utf8(make: Make, tmp_path: Path) -> None:
     make("caf\udce9/a.txt")
     (found,) = find_files(str(tmp_path / "data"), [".txt"], "path")
     assert found.read_bytes() == b"caf\xe9/a.txt"
-    with pytest.raises(ValueError, match="not UTF-8"):
-        absolute_place("caf\udce9")
-    with pytest.raises(ValueError, match="can't be expanded"):
-        absolute_place("~nobody-at-all/x")
+    with pytest.raises(ValueError, match="must be UTF-8"):
+        expand_path("caf\udce9")
+    with pytest.raises(ValueError, match="home directory that is unknown"):
+        expand_path("~nobody-at-all/x")
