@@ -15,6 +15,8 @@ from aim import Repo, Run, Text
 from nanochat_aim.config import AimConfig
 from nanochat_core import Logger, LoggerContext, lock_file, metrics_and_texts
 
+_LOCK = ".aim_repository.lock"
+
 
 class Aim(Logger):
     """Logger of metrics and texts under their names, at the step of the record.
@@ -29,7 +31,7 @@ class Aim(Logger):
         self.context = context
         self.repo = config.repo or str(context.directory.parents[1])
         if not Repo.is_remote_path(self.repo):
-            with lock_file(Path(self.repo) / ".aim_repository.lock"):  # two runs may find that there is none
+            with lock_file(Path(self.repo) / _LOCK):  # two runs may find that there is none
                 if not Repo.exists(self.repo):
                     Repo.from_path(self.repo, init=True)
         record_file = context.directory / "aim_run.json"
@@ -78,7 +80,8 @@ class Aim(Logger):
         self.run.close()
         if not Repo.is_remote_path(self.repo):
             # Readers use the index; without a web server nothing else would add the run to it.
-            with contextlib.suppress(Exception):
+            # One at a time: two runs that end together would lock each other out of the index.
+            with contextlib.suppress(Exception), lock_file(Path(self.repo) / _LOCK):
                 from aim.sdk.index_manager import RepoIndexManager
 
                 RepoIndexManager.get_index_manager(repo).index(name)
