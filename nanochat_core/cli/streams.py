@@ -70,7 +70,8 @@ def prepare_streams(*, goes_on: bool) -> None:
             setattr(sys, name, safe)
             setattr(sys, f"__{name}__", safe)
         elif type(stream) is io.TextIOWrapper and stream is sys.__stdin__:
-            stream.reconfigure(errors="replace")
+            with contextlib.suppress(io.UnsupportedOperation):  # a caller of ``main`` has read from it already
+                stream.reconfigure(errors="replace")
         if isinstance(getattr(sys, name), Stream):
             getattr(sys, name).goes_on = goes_on or name == "stderr"
 

@@ -55,6 +55,12 @@ def test_what_a_command_opens_does_not_get_the_number_of_a_closed_stream(tmp_pat
     assert (tmp_path / "file").read_text() == ""
 
 
+def test_a_stdin_that_was_read_stays_as_it_is(tmp_path: Path) -> None:
+    code = "import sys; sys.stdin.readline(); from nanochat_core.cli import main; sys.exit(main(['runs']))"
+    done = shell(f'echo x | {sys.executable} -c "{code}"', tmp_path)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
 def test_characters_that_an_encoding_lacks_are_escaped(encoding: str, trained: Trained, tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
