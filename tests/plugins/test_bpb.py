@@ -166,9 +166,9 @@ def test_two_ranks_agree():
     ("name", "content"),
     [
         ("a.txt", b"\xef\xbb\xbf012"),
-        ("a.txt.gz", gzip.compress(b"012")),
+        ("a.txt.gz", gzip.compress(b"012", mtime=0)),
         ("a.jsonl", b'\xef\xbb\xbf{"text": "012"}\n  \n{"text": null}\n'),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "012"}\n')),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "012"}\n', mtime=0)),
     ],
 )
 def test_sets_are_read_as_data_sources_are(tmp_path, name, content):
