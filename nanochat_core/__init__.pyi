@@ -47,6 +47,7 @@ from .interfaces.data_source import DataContext as DataContext
 from .interfaces.model import Model as Model
 from .interfaces.model import ModelContext as ModelContext
 from .interfaces.model import Cache as Cache
+from .interfaces.model import RowCache as RowCache
 from .interfaces.types import IGNORED as IGNORED
 from .interfaces.loss import loss_with_gradients as loss_with_gradients
 from .interfaces.loss import without_ignored as without_ignored
