@@ -83,7 +83,7 @@ from .data.table_tokenizer import encode_by_pieces as encode_by_pieces
 from .data.table_tokenizer import load_table_tokenizer as load_table_tokenizer
 from .data.table_tokenizer import special_tokens_from as special_tokens_from
 
-# For evaluators: spans of text, their scores, and sampling.
+# For evaluators: spans of text and their scores; continuations of texts.
 from .evaluation.spans import Span as Span
 from .evaluation.spans import choice_spans as choice_spans
 from .evaluation.spans import cropped_span as cropped_span
@@ -92,7 +92,11 @@ from .evaluation.scoring import score_choices as score_choices
 from .evaluation.scoring import pick_choice as pick_choice
 from .evaluation.scoring import greedy_match as greedy_match
 from .evaluation.scoring import is_close_call as is_close_call
-from .evaluation.sampling import generate as generate
+from .generation.engine import Engine as Engine
+from .generation.request import Request as Request
+from .generation.request import Completion as Completion
+from .generation.request import Event as Event
+from .generation.generate import generate as generate
 
 # For optimizers: any torch optimizer as one of ours, and the exchange of gradients between ranks.
 from .training.gradients import TorchOptimizer as TorchOptimizer

@@ -28,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace, _: Sequence[str]) -> int:
     from nanochat_core.evaluation.evaluate import inference
-    from nanochat_core.evaluation.sampling import generate
     from nanochat_core.evaluation.trained_model import load_trained
+    from nanochat_core.generation.generate import generate
     from nanochat_core.hardware.machine import pick_device
     from nanochat_core.plugins.discovery import load_plugins
 

@@ -41,10 +41,16 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 
 @contextlib.contextmanager
-def weights_at_rest() -> Iterator[None]:
-    """Return a context in which ``cast`` keeps its results, in the same thread; their memory is freed afterwards."""
+def weights_at_rest(casts: _Casts | None = None) -> Iterator[None]:
+    """Return a context in which ``cast`` keeps its results, in the same thread; their memory is freed afterwards.
+
+    Args:
+        casts: a dict that keeps them longer; None: they are kept until the end of the outermost context.
+    """
     kept = _casts.get()
-    token = _casts.set({} if kept is None else kept)
+    if kept is None:
+        kept = {} if casts is None else casts
+    token = _casts.set(kept)
     try:
         yield
     finally:
