@@ -112,6 +112,7 @@ from .files import open_atomic as open_atomic
 from .files import write_atomic as write_atomic
 from .files import lock_file as lock_file
 from .hardware.casting import cast as cast
+from .hardware.casting import kept_at_rest as kept_at_rest
 from .hardware.casting import wide_dtype as wide_dtype
 from .hardware.devices import cuda_capability as cuda_capability
 from .hardware.devices import device_type as device_type

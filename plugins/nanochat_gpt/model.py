@@ -14,14 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nanochat_core import Cache, ConfigError, Model, ModelContext, Resolved, cast, wide_dtype
+from nanochat_core import Cache, ConfigError, Model, ModelContext, Resolved, cast, kept_at_rest, wide_dtype
 from nanochat_gpt.attention import Masking, attend, choose_backend, flash3_problem, make_masking
 from nanochat_gpt.cache import GPTRowCache, KVCache, LayerCache, Past, RowsView
 from nanochat_gpt.config import GATE_CHANNELS, SMEAR_CHANNELS, GPTConfig, Shape, auto_window
+from nanochat_gpt.decode import Decoder, capped_logits, decode, make_decoder
 from nanochat_gpt.fp8 import fp8_problem
 from nanochat_gpt.head import MAX_CAP, softcap_cross_entropy
 from nanochat_gpt.initialize import initialize
 from nanochat_gpt.ops import embed, linear, mix, mlp, rms_norm, rotary_tables, smear, split_heads
+
+MAX_DECODED = 64  # positions whose logits are computed with packed weights
 
 
 class Pass(NamedTuple):
@@ -165,6 +168,7 @@ class GPT(Model):
         self.register_buffer("sin_TC", sin_TC, persistent=False)
         self._compiled_block: Callable[..., Tensor] | None = None
         self._compiled, self._recompute = False, False
+        self._weights: tuple[nn.Parameter, ...] | None = None
 
     def hidden(self, ids_BT: Tensor, cache: Cache | None = None) -> Tensor:
         assert cache is None or isinstance(cache, KVCache | RowsView), "a cache comes from new_cache or new_row_cache"
@@ -177,6 +181,12 @@ class GPT(Model):
                 w: make_masking(self.config.attention, w, T, past, training, self.dtype, ids_BT.device)
                 for w in set(self.windows)
             }
+            decoder = self._decoder() if isinstance(cache, RowsView) and T == 1 else None
+            if isinstance(cache, RowsView) and decoder is not None:
+                cos, sin = (table.squeeze(-2) for table in self._rotary(past, T))
+                x_BD = decode(self, decoder, ids_BT, x_BTD[:, 0], (cos, sin), maskings, cache)
+                cache.advance(T)
+                return x_BD[:, None]
             fp8 = self.config.fp8 and training and self.training
             common = Pass(self._rotary(past, T), x_BTD, self.config.norm_eps, self.dtype, fp8)
             run = self._block_runner(training and self.training)
@@ -195,6 +205,15 @@ class GPT(Model):
             if self.config.backout:
                 x_BTD = (x_BTD - self.backout_factor * middle_BTD).to(x_BTD.dtype)
             return rms_norm(x_BTD, self.config.norm_eps)
+
+    def _decoder(self, only_if_made: bool = False) -> Decoder | None:
+        """Packed weights, where they stay as they are for a while."""
+        if self._weights is None:
+            self._weights = tuple(self.parameters())
+        return kept_at_rest(self._make_decoder, self._weights, only_if_made=only_if_made)
+
+    def _make_decoder(self) -> Decoder:
+        return make_decoder(self)
 
     def _embed(self, ids_BT: Tensor, before_B1: Tensor | None) -> Tensor:
         """Input of the first block: the normed and smeared embedding, [B, T, D]."""
@@ -243,6 +262,9 @@ class GPT(Model):
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         with no_autocast(hidden_ND.device):
+            decoder = self._decoder(only_if_made=True) if len(hidden_ND) <= MAX_DECODED else None
+            if decoder is not None:
+                return capped_logits(decoder, hidden_ND.to(self.dtype), self.config.softcap, self.vocab_size)
             weight_VD = cast(self.head.weight, self.dtype)[: self.vocab_size]
             cap, z_NV = self.config.softcap, linear(hidden_ND, weight_VD, self.dtype)
             z_NV = z_NV.to(wide_dtype(z_NV.dtype))

@@ -9,6 +9,7 @@ import torch
 from helpers.gpt_reading import ALL, CONFIGS, SMALL, VOCAB, T, make
 from torch import Tensor
 
+from nanochat_core.hardware.casting import weights_at_rest
 from nanochat_gpt.config import GPTConfig
 from nanochat_gpt.model import GPT
 
@@ -66,6 +67,28 @@ def test_rows_of_any_lengths_equal_the_full_forward(config: GPTConfig) -> None:
     reader.copy(1, 0, 6)
     reader.read(0, [1] * ROWS)
     reader.read(0, [2, 5, 1, 3, 1])
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_weights_packed_for_decoding_compute_the_same(config: GPTConfig, dtype: torch.dtype) -> None:
+    model = make(config, dtype)
+    ids = torch.randint(0, VOCAB, (3, 9), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad(), weights_at_rest():
+        for scale in (1.0, 1.1):  # weights that change are packed anew
+            for parameter in model.parameters():
+                parameter.mul_(scale)
+            cache = model.new_row_cache(3, 9)
+            model.hidden(ids[:, :4], cache.rows(0, 3, [4, 2, 3]))
+            for step in range(4):
+                next_ = torch.stack([ids[0, 4 + step], ids[1, 2 + step], ids[2, 3 + step]])[:, None]
+                states = model.hidden(next_, cache.rows(0, 3))
+            texts = ids[0, :8], ids[1, :6], ids[2, :7]
+            whole = torch.stack([model.hidden(text[None])[0, -1] for text in texts])
+            tolerance = 1e-10 if dtype == torch.float64 else 1e-4
+            torch.testing.assert_close(states[:, 0], whole, rtol=0, atol=tolerance)
+            logits = model.logits(whole)
+            torch.testing.assert_close(model.logits(whole.repeat(99, 1))[:3], logits, rtol=0, atol=10 * tolerance)
 
 
 @pytest.mark.parametrize("config", [SMALL, ALL])
