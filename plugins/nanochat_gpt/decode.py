@@ -41,6 +41,7 @@ class Decoder(NamedTuple):
     blocks: list[DecodeBlock]
     head: Product
     backout: float
+    eps: Tensor  # added to the mean square in every RMSNorm
 
 
 def make_decoder(model: GPT) -> Decoder:
@@ -57,7 +58,8 @@ def make_decoder(model: GPT) -> Decoder:
         qkv, output, up, down = (product(weight.to(dtype)) for weight in weights)
         blocks.append(DecodeBlock(qkv, output, up, down, mix))
     backout = model.backout_factor.item() if model.config.backout else 0.0
-    return Decoder(blocks, product(model.head.weight.to(dtype)), backout)
+    eps = torch.tensor(model.config.norm_eps, dtype=wide_dtype(dtype), device=model.head.weight.device)
+    return Decoder(blocks, product(model.head.weight.to(dtype)), backout, eps)
 
 
 def product(weight: Tensor) -> Product:
@@ -71,11 +73,8 @@ def product(weight: Tensor) -> Product:
 
         def packed_product(x: Tensor, activation: str = "none", add: Tensor | None = None) -> Tensor:
             y: Tensor
-            if add is not None:
-                y = linear.binary(x, add, packed, None, "add")
-            else:
-                y = linear(x, packed, None, activation, [], "")
-            return y
+            y = linear(x, packed, None, activation, [], "")
+            return y if add is None else y.add_(add)
 
         return packed_product
 
@@ -100,15 +99,15 @@ def _pack(weight: Tensor) -> Tensor | None:
     return packed
 
 
-def norm(x_BD: Tensor, eps: float) -> Tensor:
+def norm(x_BD: Tensor, eps: Tensor) -> Tensor:
     """RMSNorm over the last dimension, in the dtype of x."""
     return torch.mul(x_BD, inverse_rms(x_BD, eps), out=torch.empty_like(x_BD))
 
 
-def inverse_rms(x: Tensor, eps: float) -> Tensor:
+def inverse_rms(x: Tensor, eps: Tensor) -> Tensor:
     """(mean(x^2) + eps)^-1/2 over the last dimension, which stays with size 1."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide_dtype(x.dtype))
-    return length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return torch.addcmul(eps, length, length, value=1 / x.shape[-1]).rsqrt_()
 
 
 def decode(
@@ -127,7 +126,7 @@ def decode(
         rotary: cosines and sines of their positions, each [C / 2], or [B, C / 2].
         maskings: by window.
     """
-    eps, x0_BD, shape = model.config.norm_eps, x_BD, model.shape
+    eps, x0_BD, shape = decoder.eps, x_BD, model.shape
     cos, sin = (table.unsqueeze(-2) for table in rotary)
     tables = torch.cat([cos, cos], -1), torch.cat([sin, -sin], -1)
     middle_BD = x_BD
@@ -136,7 +135,7 @@ def decode(
         if packed.mix is not None:
             x_BD = (x_BD * packed.mix[0]).add_(x0_BD, alpha=packed.mix[1])
         y_BD = norm(x_BD, eps)
-        qkv_BSC = _queries_keys_values(model, packed, y_BD, tables)
+        qkv_BSC = _queries_keys_values(model, packed, y_BD, tables, eps)
         if str(index) in model.value_embeddings:
             _add_value_embedding(model, index, block, ids_B1, y_BD, qkv_BSC)
         qkv_SB1C = qkv_BSC.transpose(0, 1).unsqueeze(2)
@@ -152,11 +151,13 @@ def decode(
     return norm(x_BD, eps)
 
 
-def _queries_keys_values(model: GPT, packed: DecodeBlock, y_BD: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+def _queries_keys_values(
+    model: GPT, packed: DecodeBlock, y_BD: Tensor, tables: tuple[Tensor, Tensor], eps: Tensor
+) -> Tensor:
     """Queries, keys and values [B, S, C]; queries and keys are rotated and normed."""
     qkv_BSC = packed.qkv(y_BD).view(len(y_BD), -1, model.shape.head_dim)
     qk_BSC = qkv_BSC[:, : model.shape.heads + model.shape.kv_heads]
-    scaled_BSC = qk_BSC * inverse_rms(qk_BSC, model.config.norm_eps).mul_(model.config.qk_scale)
+    scaled_BSC = qk_BSC * inverse_rms(qk_BSC, eps).mul_(model.config.qk_scale)
     half = model.shape.head_dim // 2
     rotated_BSC = (scaled_BSC * tables[0]).addcmul_(scaled_BSC.roll(half, -1), tables[1])
     qk_BSC.copy_(rotated_BSC)
