@@ -118,13 +118,14 @@ def attention(job: Row) -> Row:
 
     from nanochat_core.hardware.machine import pick_device
     from nanochat_gpt.attention import attend, make_masking
+    from nanochat_gpt.cache import Past
 
     device, dtype, T = pick_device(0), getattr(torch, job["dtype"]), job["T"]
     shape = (job["heads"], job["batch"], T, job["head_dim"])
     q, k, v, dy = (torch.randn(shape, device=device, dtype=dtype, requires_grad=i < 3) for i in range(4))
     row: Row = {}
     for name, window in (("full ms", None), ("window ms", job["window"])):
-        masking = make_masking(job["backend"], window, T, 0, True, dtype, device)
+        masking = make_masking(job["backend"], window, T, Past(), True, dtype, device)
 
         def once(masking: Any = masking) -> None:
             torch.autograd.grad(attend(q, k, v, masking), (q, k, v), dy)

@@ -49,6 +49,7 @@ from .interfaces.data_source import DataContext as DataContext
 from .interfaces.model import Model as Model
 from .interfaces.model import ModelContext as ModelContext
 from .interfaces.model import Cache as Cache
+from .interfaces.model import RowCache as RowCache
 from .interfaces.types import IGNORED as IGNORED
 from .interfaces.loss import loss_with_gradients as loss_with_gradients
 from .interfaces.loss import without_ignored as without_ignored
@@ -106,7 +107,7 @@ from .data.table_tokenizer import encode_by_pieces as encode_by_pieces
 from .data.table_tokenizer import load_table_tokenizer as load_table_tokenizer
 from .data.table_tokenizer import special_tokens_from as special_tokens_from
 
-# For evaluators: spans of text, their scores, and sampling.
+# For evaluators: spans of text and their scores; continuations of texts.
 from .evaluation.spans import Span as Span
 from .evaluation.spans import choice_spans as choice_spans
 from .evaluation.spans import cropped_span as cropped_span
@@ -115,7 +116,11 @@ from .evaluation.scoring import score_choices as score_choices
 from .evaluation.scoring import pick_choice as pick_choice
 from .evaluation.scoring import greedy_match as greedy_match
 from .evaluation.scoring import is_close_call as is_close_call
-from .evaluation.sampling import generate as generate
+from .generation.engine import Engine as Engine
+from .generation.request import Request as Request
+from .generation.request import Completion as Completion
+from .generation.request import Event as Event
+from .generation.generate import generate as generate
 
 # For optimizers: any torch optimizer as one of ours, and the exchange of gradients between ranks.
 from .training.gradients import TorchOptimizer as TorchOptimizer
@@ -139,6 +144,7 @@ from .files import write_atomic as write_atomic
 from .files import lock_file as lock_file
 from .files import read_json as read_json
 from .hardware.casting import cast as cast
+from .hardware.casting import kept_at_rest as kept_at_rest
 from .hardware.casting import wide_dtype as wide_dtype
 from .hardware.devices import cuda_capability as cuda_capability
 from .hardware.devices import device_type as device_type

@@ -39,7 +39,7 @@ COMMANDS = {
     "runs": "list runs with their status and best result",
     "log-sync": "send the records of a run to a logger that has not received all of them",
     "tokenizer": "train a tokenizer, show the tokens of a text, or compare tokenizers",
-    "sample": "continue a text with a trained model",
+    "sample": "continue texts with a trained model",
     "eval": "evaluate a trained model, or compare two evaluations",
 }
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
-# (weight, its version, the cast) by the weight's id and the dtype.
-_Casts: TypeAlias = dict[tuple[int, torch.dtype], tuple[Tensor, int, Tensor]]
+# (weight, its version, the cast) by the weight's id and the dtype; (ids and versions of weights, what was made of them)
+# by the function that made it.
+_Casts: TypeAlias = dict[Any, Any]
+T = TypeVar("T")
 
 # Casts kept by the innermost ``weights_at_rest``; None outside, where weights may change. It is not an argument,
 # because ``cast`` is called deep inside models, whose forward pass has no place for it.
@@ -41,10 +43,16 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 
 @contextlib.contextmanager
-def weights_at_rest() -> Iterator[None]:
-    """Return a context in which ``cast`` keeps its results, in the same thread; their memory is freed afterwards."""
+def weights_at_rest(casts: _Casts | None = None) -> Iterator[None]:
+    """Return a context in which ``cast`` keeps its results, in the same thread; their memory is freed afterwards.
+
+    Args:
+        casts: a dict that keeps them longer; None: they are kept until the end of the outermost context.
+    """
     kept = _casts.get()
-    token = _casts.set({} if kept is None else kept)
+    if kept is None:
+        kept = {} if casts is None else casts
+    token = _casts.set(kept)
     try:
         yield
     finally:
@@ -64,7 +72,30 @@ def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
     kept = casts.get((id(weight), dtype))
     if kept is None or kept[1] != weight._version:  # an optimizer or a loaded checkpoint has changed it
         kept = casts[id(weight), dtype] = (weight, weight._version, weight.to(dtype))
-    return kept[2]
+    result: Tensor = kept[2]
+    return result
+
+
+def kept_at_rest(make: Callable[[], T], weights: Sequence[Tensor], *, only_if_made: bool = False) -> T | None:
+    """Return what ``make`` makes of parameters: in ``weights_at_rest`` it is called once while none of them changes.
+
+    None elsewhere and with gradients enabled, where keeping it is not possible.
+
+    Args:
+        make: a function, or a method of the model, that is the same one in every call.
+        only_if_made: return None instead of calling it.
+    """
+    casts = _casts.get()
+    if casts is None or torch.is_grad_enabled():
+        return None
+    versions = tuple((id(weight), weight._version) for weight in weights)
+    kept = casts.get(make)
+    if kept is None or kept[0] != versions:
+        if only_if_made:
+            return None
+        kept = casts[make] = (versions, make())
+    made: T = kept[1]
+    return made
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -6,8 +6,8 @@ Names of tensors end in their shape: B sequences, T positions, D hidden size, V 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from typing import Literal, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, Protocol
 
 import attrs
 import torch
@@ -51,6 +51,41 @@ class Cache(Protocol):
         """Number of positions that the cache holds."""
 
 
+class RowCache(Protocol):
+    """The state of sequences that advance independently of each other, each in a row of its own.
+
+    Rows are freed and used again, so nothing of an earlier sequence may show in a later one.
+    """
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Number of positions that each row holds."""
+
+    @property
+    def max_tokens(self) -> int:
+        """Number of positions that a row can hold."""
+
+    def rows(self, start: int, stop: int, counts: Sequence[int] | None = None) -> Cache:
+        """Return the cache argument with which one call of ``hidden`` continues rows ``start`` to ``stop``, in order.
+
+        Args:
+            counts: number of tokens that each row reads, at most T; the others, on the right, are padding, whose states
+                mean nothing. A row that reads none is as before. None: every row reads T tokens.
+        """
+
+    def save(self, row: int, length: int) -> Any:
+        """Return a copy of the first ``length`` positions of a row, which later changes of the row don't reach."""
+
+    def load(self, row: int, saved: Any, length: int) -> None:
+        """Replace a row by the first ``length`` positions of what ``save`` returned.
+
+        That was a row of this cache, or of another one of the same model, perhaps with more rows or tokens.
+        """
+
+    def clear(self, row: int) -> None:
+        """Free a row: it holds no positions."""
+
+
 class Model(nn.Module, ABC):
     """A causal language model in two parts, hidden states and head, from which the core computes losses and samples."""
 
@@ -91,6 +126,14 @@ class Model(nn.Module, ABC):
         """Return an empty cache for ``batch_size`` sequences of up to ``max_tokens`` tokens.
 
         None: the model has no cache, and sampling computes the whole sequence again for every token.
+        """
+        return None
+
+    def new_row_cache(self, rows: int, max_tokens: int) -> RowCache | None:
+        """Return an empty cache of ``rows`` rows of up to ``max_tokens`` tokens each, for the generation of many texts.
+
+        None: the model has none. Then only sequences of equal length are computed together, with ``new_cache``, or
+        without any cache.
         """
         return None
 

@@ -35,7 +35,7 @@ def check_model(
 
     Shapes and dtypes are right; position t does not depend on tokens after t, nor a row on other rows; the loss is the
     cross-entropy of the logits; the same seed gives the same weights; a model that is saved and loaded gives the same
-    logits. A cache, and checkpointed activations, where a model has them, don't change results.
+    logits. Caches, and checkpointed activations, where a model has them, don't change results.
 
     Args:
         factory, config: as in the registration; a small config is enough.
@@ -69,6 +69,7 @@ def check_model(
         check.meta,
         check.saved_and_loaded,
         check.cache,
+        check.row_cache,
         check.checkpointed_activations,
     )
     for part in parts:
@@ -214,6 +215,43 @@ class _ModelCheck(Check):
                 at += size
                 self.expect(cache.length == at, f"after {at} tokens the length of the cache is {cache.length}")
         self.expect(self._close(torch.cat(chunks, 1), whole_BTD), "hidden states differ with a cache")
+
+    def row_cache(self) -> None:
+        cache = self.model.new_row_cache(3, self.length)
+        if cache is None:
+            return
+        self.expect(cache.max_tokens >= self.length, "a row cache holds fewer tokens than were asked for")
+        texts: list[list[int]] = [[], [], []]
+
+        def read(what: str, start: int, counts: list[int]) -> None:
+            width = max(counts)
+            ids_BT = self.targets_BT[start : start + len(counts), :width].clone()  # padding is not zero
+            for row, count in enumerate(counts, start):
+                at = len(texts[row])
+                ids_BT[row - start, :count] = self.ids_BT[row, at : at + count]
+                texts[row] += ids_BT[row - start, :count].tolist()
+            with torch.no_grad():
+                states_BTD = self.model.hidden(ids_BT, cache.rows(start, start + len(counts), counts))
+                for row, count in enumerate(counts, start):
+                    if count:
+                        alone_TD = self.model.hidden(torch.tensor([texts[row]]))[0, -count:]
+                        same = self._close(states_BTD[row - start, :count], alone_TD)
+                        self.expect(same, f"hidden states in a row cache differ from those of the text alone {what}")
+            lengths = [len(text) for text in texts]
+            self.expect(list(cache.lengths) == lengths, f"the lengths of a row cache are wrong {what}")
+
+        third = self.length // 3
+        read("after prompts of different lengths", 0, [third, 1, 2 * third])
+        read("after one token each", 0, [1, 1, 1])
+        read("after chunks, one of them empty", 0, [2, 0, 1])
+        saved, length = cache.save(2, third), third
+        cache.clear(0)
+        texts[0] = []
+        read("in a row that was freed", 0, [3])
+        cache.load(1, saved, length)
+        texts[1] = texts[2][:length]
+        read("in a row with a copied prefix", 1, [2, 1])
+        read("after all of that", 0, [1, 1, 1])
 
     def checkpointed_activations(self) -> None:
         again = self.build()

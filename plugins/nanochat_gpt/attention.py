@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nanochat_core import cuda_capability, device_type
-from nanochat_gpt.cache import LayerCache
+from nanochat_gpt.cache import LayerCache, Past
 
 Backend = Literal["matrix", "sdpa", "flex", "flash3"]
 
@@ -70,8 +70,8 @@ class Masking(NamedTuple):
         backend: computes the attention.
         window: number of earlier tokens that a token attends to; None: all.
         first: position of the first key that any query attends to.
-        mask: for matrix and sdpa a tensor [T, S] that is added to the scores (None: causal for T > 1, none for T = 1);
-            for flex its block mask.
+        mask: for matrix and sdpa a tensor [T, S] that is added to the scores, or [B, 1, T, S] (None: causal for T > 1,
+            none for T = 1); for flex its block mask.
     """
 
     backend: Backend
@@ -81,37 +81,39 @@ class Masking(NamedTuple):
 
 
 def make_masking(
-    requested: str, window: int | None, T: int, start: int, training: bool, dtype: torch.dtype, device: torch.device
+    requested: str, window: int | None, T: int, past: Past, training: bool, dtype: torch.dtype, device: torch.device
 ) -> Masking:
-    """Build the mask of T queries that follow ``start`` cached positions.
+    """Build the mask of T queries that follow the cached positions ``past``.
 
     Without ``training`` the backend is sdpa, or flash3 if it is chosen and no positions are cached.
     """
-    if window is not None and start + T - 1 <= window:
+    if window is not None and past.longest + T - 1 <= window:
         window = None
     backend, _ = choose_backend(requested, device, dtype, T, window)
-    if not training and (start or backend != "flash3"):
+    if not training and (past.longest or backend != "flash3"):
         backend = "sdpa"  # for any shapes
-    first = 0 if window is None else max(0, start - window)
+    first = 0 if window is None else max(0, past.shortest - window)
     mask: Any = None
     if device.type == "meta" and backend != "matrix":
         pass  # only memory is counted, see _planned
     elif backend == "flex":
         mask = _block_mask(T, window, device)
-    elif backend == "matrix" or (backend == "sdpa" and T > 1 and (start or window is not None)):
-        mask = _additive_mask(T, start, first, window, dtype, device)
+    elif past.starts_B is not None:
+        mask = _additive_mask(T, past.starts_B[:, None], first, past.keys(T), window, dtype)[:, None]
+    elif backend == "matrix" or (backend == "sdpa" and T > 1 and (past.longest or window is not None)):
+        start_1 = torch.tensor([past.longest], device=device)
+        mask = _additive_mask(T, start_1, first, past.keys(T), window, dtype)
     return Masking(backend, window, first, mask)
 
 
-def _additive_mask(
-    T: int, start: int, first: int, window: int | None, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    queries_T1 = torch.arange(start, start + T, device=device)[:, None]
-    distance_TS = queries_T1 - torch.arange(first, start + T, device=device)
+def _additive_mask(T: int, starts: Tensor, first: int, stop: int, window: int | None, dtype: torch.dtype) -> Tensor:
+    """The mask [..., T, S] of T queries from positions ``starts`` [..., 1] on, over keys ``first`` to ``stop``."""
+    queries_T1 = (starts + torch.arange(T, device=starts.device))[..., None]
+    distance_TS = queries_T1 - torch.arange(first, stop, device=starts.device)
     hidden_TS = distance_TS < 0
     if window is not None:
         hidden_TS |= distance_TS > window
-    return torch.zeros(hidden_TS.shape, dtype=dtype, device=device).masked_fill_(hidden_TS, -math.inf)
+    return torch.zeros(hidden_TS.shape, dtype=dtype, device=starts.device).masked_fill_(hidden_TS, -math.inf)
 
 
 @functools.lru_cache(maxsize=16)

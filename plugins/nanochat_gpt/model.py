@@ -14,21 +14,24 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nanochat_core import Cache, ConfigError, Model, ModelContext, Resolved, cast, wide_dtype
+from nanochat_core import Cache, ConfigError, Model, ModelContext, Resolved, cast, kept_at_rest, wide_dtype
 from nanochat_gpt.attention import Masking, attend, choose_backend, flash3_problem, make_masking
-from nanochat_gpt.cache import KVCache, LayerCache
+from nanochat_gpt.cache import GPTRowCache, KVCache, LayerCache, Past, RowsView
 from nanochat_gpt.config import GATE_CHANNELS, SMEAR_CHANNELS, GPTConfig, Shape, auto_window
+from nanochat_gpt.decode import Decoder, capped_logits, decode, make_decoder
 from nanochat_gpt.fp8 import fp8_problem
 from nanochat_gpt.head import MAX_CAP, softcap_cross_entropy
 from nanochat_gpt.initialize import initialize
 from nanochat_gpt.ops import embed, linear, mix, mlp, rms_norm, rotary_tables, smear, split_heads
+
+MAX_DECODED = 64  # positions whose logits are computed with packed weights
 
 
 class Pass(NamedTuple):
     """Inputs that all blocks of one forward pass share.
 
     Args:
-        rotary: cosines and sines of the positions, each [T, C / 2].
+        rotary: cosines and sines of the positions, each [T, C / 2], or [B, T, C / 2] if they differ between rows.
         x0_BTD: the embedded tokens.
         eps: added to the mean square in every RMSNorm.
         dtype: of the matrix products.
@@ -165,20 +168,27 @@ class GPT(Model):
         self.register_buffer("sin_TC", sin_TC, persistent=False)
         self._compiled_block: Callable[..., Tensor] | None = None
         self._compiled, self._recompute = False, False
+        self._weights: tuple[nn.Parameter, ...] | None = None
 
     def hidden(self, ids_BT: Tensor, cache: Cache | None = None) -> Tensor:
-        assert cache is None or isinstance(cache, KVCache), "a cache comes from new_cache"
+        assert cache is None or isinstance(cache, KVCache | RowsView), "a cache comes from new_cache or new_row_cache"
         with no_autocast(ids_BT.device):
             before_B1 = cache.append(ids_BT) if cache is not None else None
             x_BTD = self._embed(ids_BT, before_B1)
-            start, T = cache.length if cache is not None else 0, ids_BT.shape[1]
+            past, T = cache.past if cache is not None else Past(), ids_BT.shape[1]
             training = torch.is_grad_enabled() and cache is None
             maskings = {
-                w: make_masking(self.config.attention, w, T, start, training, self.dtype, ids_BT.device)
+                w: make_masking(self.config.attention, w, T, past, training, self.dtype, ids_BT.device)
                 for w in set(self.windows)
             }
+            decoder = self._decoder() if isinstance(cache, RowsView) and T == 1 else None
+            if isinstance(cache, RowsView) and decoder is not None:
+                cos, sin = (table.squeeze(-2) for table in self._rotary(past, T))
+                x_BD = decode(self, decoder, ids_BT, x_BTD[:, 0], (cos, sin), maskings, cache)
+                cache.advance(T)
+                return x_BD[:, None]
             fp8 = self.config.fp8 and training and self.training
-            common = Pass(self._rotary(start, start + T), x_BTD, self.config.norm_eps, self.dtype, fp8)
+            common = Pass(self._rotary(past, T), x_BTD, self.config.norm_eps, self.dtype, fp8)
             run = self._block_runner(training and self.training)
             scalars = self._scalars()
             middle_BTD = x_BTD
@@ -191,10 +201,19 @@ class GPT(Model):
                 if index == self.config.depth // 2:
                     middle_BTD = x_BTD
             if cache is not None:
-                cache.length += T
+                cache.advance(T)
             if self.config.backout:
                 x_BTD = (x_BTD - self.backout_factor * middle_BTD).to(x_BTD.dtype)
             return rms_norm(x_BTD, self.config.norm_eps)
+
+    def _decoder(self, only_if_made: bool = False) -> Decoder | None:
+        """Packed weights, where they stay as they are for a while."""
+        if self._weights is None:
+            self._weights = tuple(self.parameters())
+        return kept_at_rest(self._make_decoder, self._weights, only_if_made=only_if_made)
+
+    def _make_decoder(self) -> Decoder:
+        return make_decoder(self)
 
     def _embed(self, ids_BT: Tensor, before_B1: Tensor | None) -> Tensor:
         """Input of the first block: the normed and smeared embedding, [B, T, D]."""
@@ -203,7 +222,8 @@ class GPT(Model):
             return x_BTD
         before_B1D = None
         if before_B1 is not None:
-            before_B1D = rms_norm(embed(before_B1, self.embedding.weight), self.config.norm_eps)
+            before_B1D = rms_norm(embed(before_B1.clamp_min(0), self.embedding.weight), self.config.norm_eps)
+            before_B1D = before_B1D * (before_B1 >= 0)[..., None]
         return smear(x_BTD, before_B1D, self.smear_gate.weight, self.smear_factor)
 
     def _scalars(self) -> list[tuple[Tensor, Tensor]] | list[None]:
@@ -222,13 +242,18 @@ class GPT(Model):
 
         return recomputed
 
-    def _rotary(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    def _rotary(self, past: Past, T: int) -> tuple[Tensor, Tensor]:
         cos_TC, sin_TC = self.get_buffer("cos_TC"), self.get_buffer("sin_TC")
+        start, stop = past.shortest, past.longest + T
         if stop > len(cos_TC):
             # The tables don't grow: training would have to be compiled again.
             cos_TC, sin_TC = (t.to(cos_TC.device) for t in self._rotary_tables(start, stop))
+        else:
+            cos_TC, sin_TC = cos_TC[start:stop], sin_TC[start:stop]
+        if past.starts_B is None:
             return cos_TC, sin_TC
-        return cos_TC[start:stop], sin_TC[start:stop]
+        positions_BT = (past.starts_B - start)[:, None] + torch.arange(T, device=cos_TC.device)
+        return cos_TC[positions_BT], sin_TC[positions_BT]
 
     def _rotary_tables(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         cos_TC, sin_TC = rotary_tables(start, stop, self.shape.head_dim, self.config.rope_base)
@@ -237,6 +262,9 @@ class GPT(Model):
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         with no_autocast(hidden_ND.device):
+            decoder = self._decoder(only_if_made=True) if len(hidden_ND) <= MAX_DECODED else None
+            if decoder is not None:
+                return capped_logits(decoder, hidden_ND.to(self.dtype), self.config.softcap, self.vocab_size)
             weight_VD = cast(self.head.weight, self.dtype)[: self.vocab_size]
             cap, z_NV = self.config.softcap, linear(hidden_ND, weight_VD, self.dtype)
             z_NV = z_NV.to(wide_dtype(z_NV.dtype))
@@ -257,6 +285,9 @@ class GPT(Model):
     def new_cache(self, batch_size: int, max_tokens: int) -> KVCache:
         weight = self.head.weight
         return KVCache(len(self.blocks), batch_size, self.shape, max_tokens, self.dtype, weight.device)
+
+    def new_row_cache(self, rows: int, max_tokens: int) -> GPTRowCache:
+        return GPTRowCache(len(self.blocks), rows, self.shape, max_tokens, self.dtype, self.head.weight.device)
 
     def checkpoint_activations(self) -> None:
         self._recompute = True

@@ -110,8 +110,11 @@ def rotary_tables(start: int, stop: int, head_dim: int, base: float) -> tuple[Te
 
 
 def rotate(x_BTHC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
-    """Rotate each pair (x[c], x[c + C/2]) by the angle of its position; the result has the dtype of the tables."""
-    cos, sin = cos_TC[:, None], sin_TC[:, None]
+    """Rotate each pair (x[c], x[c + C/2]) by the angle of its position; the result has the dtype of the tables.
+
+    Rows whose positions differ have tables [B, T, C / 2].
+    """
+    cos, sin = cos_TC.unsqueeze(-2), sin_TC.unsqueeze(-2)
     x1, x2 = x_BTHC.chunk(2, dim=-1)
     return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
 
@@ -159,7 +162,7 @@ class _RotateNorm(torch.autograd.Function):
         x_BTSC, v_BTKC = qkv_BTSC.split([heads + kv_heads, kv_heads], dim=2)
         r_BTS1 = _inverse_rms(x_BTSC, eps).mul_(scale)
         y_SBTC = qkv_BTSC.new_empty(heads + kv_heads, B, T, C)
-        _rotate_into(y_SBTC.permute(1, 2, 0, 3), x_BTSC * r_BTS1, cos_TC[:, None], sin_TC[:, None])
+        _rotate_into(y_SBTC.permute(1, 2, 0, 3), x_BTSC * r_BTS1, cos_TC.unsqueeze(-2), sin_TC.unsqueeze(-2))
         ctx.save_for_backward(y_SBTC, r_BTS1, cos_TC, sin_TC)
         ctx.scale = scale
         q_HBTC, k_KBTC = y_SBTC.split([heads, kv_heads])
@@ -214,7 +217,7 @@ def smear(x_BTD: Tensor, before_B1D: Tensor | None, weight_1G: Tensor, factor: T
     """x_t + factor sigmoid(w . x_t[:G]) x_{t-1} for each position t: [B, T, D].
 
     Args:
-        before_B1D: x before the first position; None: zeros.
+        before_B1D: x before the first position, zeros where there is none; None: zeros everywhere.
         weight_1G: w.
         factor: a trained scalar.
     """

@@ -15,6 +15,17 @@ from nanochat_core import ConfigError, Tokenizer, TokenizerContext, Tokens
 from nanochat_hf.config import HFConfig
 
 
+def _alphabet() -> dict[str, int]:
+    """GPT-2's alphabet: bytes by the character that spells them. Those without a printable character of their own are
+    spelt by the characters from 256 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+ALPHABET = _alphabet()
+
+
 class HFTokenizer(Tokenizer):
     """A tokenizer of transformers. ``<|bos|>`` is its bos, or its eos if it has no bos.
 
@@ -36,6 +47,8 @@ class HFTokenizer(Tokenizer):
         self._special = {str(theirs.convert_ids_to_tokens(i)): int(i) for i in theirs.all_special_ids}
         self._special["<|bos|>"] = int(bos)
         self._byte_level = any(name.startswith("\u0120") for name in theirs.get_vocab())
+        self._by_pieces = self._byte_level or any("\u2581" in name for name in theirs.get_vocab())
+        self._names = set(self._special.values())
 
     @property
     def vocab_size(self) -> int:
@@ -54,6 +67,13 @@ class HFTokenizer(Tokenizer):
         return [np.array([self.bos_id, *ids], dtype=np.int32) for ids in batch]
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        if self._by_pieces:  # each token by itself: parts of characters and spaces at the beginning stay as they are
+            pieces = self._theirs.convert_ids_to_tokens(list(ids))
+            return b"".join(
+                piece.encode() if i in self._names else self._bytes(piece)
+                for i, piece in zip(ids, pieces, strict=True)
+                if piece is not None
+            )
         text: str = self._theirs.decode(list(ids), clean_up_tokenization_spaces=False)
         return text.encode()
 
@@ -61,16 +81,18 @@ class HFTokenizer(Tokenizer):
         """Number of bytes of each token's text, int32 [V]; 0 for special tokens."""
         special = set(self._special.values())
         pieces = self._theirs.convert_ids_to_tokens(list(range(self.vocab_size)))
-        sizes = [0 if i in special or piece is None else self._size(piece) for i, piece in enumerate(pieces)]
+        sizes = [0 if i in special or piece is None else len(self._bytes(piece)) for i, piece in enumerate(pieces)]
         return np.array(sizes, dtype=np.int32)
 
-    def _size(self, piece: str) -> int:
+    def _bytes(self, piece: str) -> bytes:
         if piece.startswith("<0x") and piece.endswith(">") and len(piece) == 6:
-            return 1  # a byte of a sentencepiece tokenizer
+            return bytes([int(piece[3:5], 16)])  # a byte of a sentencepiece tokenizer
         if "\u2581" in piece:
-            return len(piece.replace("\u2581", " ").encode())
-        # Byte-level tokenizers spell each byte as one character; others spell the text itself.
-        return len(piece) if self._byte_level else len(piece.encode())
+            return piece.replace("\u2581", " ").encode()
+        # Byte-level tokenizers spell each byte as one character; others, and added tokens, spell the text itself.
+        if self._byte_level and all(character in ALPHABET for character in piece):
+            return bytes(ALPHABET[character] for character in piece)
+        return piece.encode()
 
     def save(self, directory: Path) -> None:
         self._theirs.save_pretrained(directory)

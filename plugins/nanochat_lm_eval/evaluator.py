@@ -15,13 +15,14 @@ from lm_eval.tasks import TaskManager
 
 from nanochat_core import (
     ConfigError,
+    Engine,
     Evaluation,
     Evaluator,
     EvaluatorContext,
     Model,
+    Request,
     Span,
     cropped_span,
-    generate,
     score_spans,
 )
 from nanochat_lm_eval.config import LMEvalConfig
@@ -72,31 +73,23 @@ class HarnessModel(LM):  # type: ignore[misc]
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Continuations up to a stop string: greedy, or sampled if the task has do_sample."""
-        tokenizer, texts = self.context.tokenizer, []
+        tokenizer, asked = self.context.tokenizer, []
         for prompt, options in (request.args for request in requests):
-            until = options.get("until", [])
+            until = options.get("until") or []
             until = [until] if isinstance(until, str) else list(until)
             limit = int(options.get("max_gen_toks", 256))
-            ids = [tokenizer.bos_id, *tokenizer.encode(prompt)][-(self.max_len - limit) :]
-            temperature = float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0
-            new: list[int] = []
-            text = ""
-            for token in generate(
-                self.model,
-                ids,
-                max_new_tokens=limit,
-                temperature=temperature,
-                stop=(tokenizer.bos_id,),
-                vocab_size=tokenizer.vocab_size,
-            ):
-                new.append(token)
-                text = tokenizer.decode(new)
-                if any(stop and stop in text for stop in until):
-                    break
-            for stop in until:
-                text = text.split(stop)[0] if stop else text
-            texts.append(text)
-        return texts
+            asked.append(
+                Request(
+                    prompt=[tokenizer.bos_id, *tokenizer.encode(prompt)][-max(self.max_len - limit, 1) :],
+                    max_tokens=limit,
+                    temperature=float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0,
+                    stop_tokens=(tokenizer.bos_id,),
+                    stop=[text for text in until if text],
+                )
+            )
+        # Prompts of a task often begin with the same examples.
+        engine = Engine(self.model, tokenizer, context=self.max_len, prefix_tokens=self.max_len)
+        return [completion.text for (completion,) in engine.complete(asked)]
 
     def _score(self, spans: list[Span]) -> list[Any]:
         self.context.world.broadcast_object(("score", [(span.ids, span.start) for span in spans]))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from nanochat_core import Evaluation, Evaluator, EvaluatorContext, Model, generate
+import math
+
+from nanochat_core import Engine, Evaluation, Evaluator, EvaluatorContext, Model, Request
 from nanochat_samples.config import SamplesConfig
 
 
@@ -20,26 +22,34 @@ class Samples(Evaluator):
     def evaluate(self, model: Model, step: int) -> Evaluation:
         if not self.context.world.is_main:
             return Evaluation()
-        config, texts = self.config, dict[str, str]()
-        for i, prompt in enumerate(config.prompts):
-            texts[f"samples/{i}"] = self._complete(model, prompt, config.temperature, config.seed)
-            for k in range(config.num_sampled):
-                text = self._complete(model, prompt, config.sampled_temperature, config.seed + k)
-                texts[f"samples/{i}/sampled/{k}"] = text
+        config, tokenizer = self.config, self.context.tokenizer
+        engine = Engine(model, tokenizer)
+        texts = dict[str, str]()
+        # All at once, or one after the other where time may run out.
+        step = len(config.prompts) if math.isinf(self.context.time_left()) else 1
+        for start in range(0, len(config.prompts), max(step, 1)):
+            prompts = config.prompts[start : start + step]
+            asked = [self._request(prompt, config.temperature, 1) for prompt in prompts]
+            if config.num_sampled:
+                asked += [self._request(prompt, config.sampled_temperature, config.num_sampled) for prompt in prompts]
+            found = engine.complete(asked)
+            for i, prompt in enumerate(prompts):
+                name = f"samples/{start + i}"
+                texts[name] = prompt + found[i][0].text
+                for k, completion in enumerate(found[len(prompts) + i] if config.num_sampled else []):
+                    texts[f"{name}/sampled/{k}"] = prompt + completion.text
             if self.context.time_left() <= 0:
                 break
         return Evaluation(texts=texts)
 
-    def _complete(self, model: Model, prompt: str, temperature: float, seed: int) -> str:
-        tokenizer = self.context.tokenizer
-        new = generate(
-            model,
-            [tokenizer.bos_id, *tokenizer.encode(prompt)],
-            max_new_tokens=self.config.max_new_tokens,
+    def _request(self, prompt: str, temperature: float, samples: int) -> Request:
+        tokenizer, config = self.context.tokenizer, self.config
+        return Request(
+            prompt=[tokenizer.bos_id, *tokenizer.encode(prompt)],
+            max_tokens=config.max_new_tokens,
             temperature=temperature,
-            top_k=self.config.top_k,
-            seed=seed,
-            stop=(tokenizer.bos_id,),  # start of another document
-            vocab_size=tokenizer.vocab_size,
+            top_k=config.top_k,
+            seed=config.seed,
+            stop_tokens=(tokenizer.bos_id,),  # start of another document
+            samples=samples,
         )
-        return prompt + tokenizer.decode(list(new))

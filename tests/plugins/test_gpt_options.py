@@ -13,6 +13,7 @@ from torch import Tensor
 from nanochat_core import ModelContext
 from nanochat_core.testing import check_model
 from nanochat_gpt.attention import attend, choose_backend, make_masking
+from nanochat_gpt.cache import Past
 from nanochat_gpt.config import GPTConfig
 from nanochat_gpt.fp8 import fp8_linear, quantize
 from nanochat_gpt.head import plain_loss_and_gradient, softcap_cross_entropy
@@ -50,7 +51,7 @@ def test_attention_backends_agree(window: int | None, kv_heads: int) -> None:
     results = {}
     for backend in ("matrix", "sdpa"):
         inputs = [x.clone().requires_grad_() for x in (q, k, v)]
-        y = attend(*inputs, make_masking(backend, window, 16, 0, True, torch.float64, CPU))
+        y = attend(*inputs, make_masking(backend, window, 16, Past(), True, torch.float64, CPU))
         results[backend] = [y.detach(), *torch.autograd.grad(y.square().sum(), inputs)]
     for a, b in zip(*results.values(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
@@ -61,7 +62,7 @@ def test_flex_attention_agrees_forward() -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(h, 2, 16, 8) for h in (4, 2, 2))
     with torch.no_grad():
-        a, b = (attend(q, k, v, make_masking(x, 3, 16, 0, True, torch.float32, CPU)) for x in ("flex", "sdpa"))
+        a, b = (attend(q, k, v, make_masking(x, 3, 16, Past(), True, torch.float32, CPU)) for x in ("flex", "sdpa"))
     torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 

@@ -14,8 +14,10 @@ from helpers.core_bundle import TASKS, examples, plain_reading, write_bundle
 from helpers.support import call
 
 from nanochat_core import (
+    Engine,
     EvaluatorContext,
     ModelContext,
+    Request,
     TokenizerContext,
     World,
     choice_spans,
@@ -106,6 +108,31 @@ def test_a_model_that_changes_its_logits_after_the_head(tmp_path):
         assert torch.allclose(model.logits(model.hidden(ids_BT)[0]), expected[0], atol=1e-5)
 
 
+def test_tokens_of_a_sentencepiece_keep_their_spaces():
+    class Theirs:
+        bos_token_id, all_special_ids = 0, (0,)
+        pieces = ("<s>", "\u2581one", "\u2581two", "s", "<0xC3>", "<0xA9>")
+
+        def get_vocab(self):
+            return {piece: i for i, piece in enumerate(self.pieces)}
+
+        def convert_ids_to_tokens(self, ids):
+            return [self.pieces[i] for i in ids] if isinstance(ids, list) else self.pieces[ids]
+
+    from nanochat_hf.tokenizer import HFTokenizer
+
+    ours = HFTokenizer(Theirs())
+    assert ours.decode_bytes([1, 2, 3, 4, 5]).decode() == " one twos\u00e9"
+    assert b"".join(ours.decode_bytes([i]) for i in range(6)).decode() == "<s> one twos\u00e9"
+
+
+def test_texts_of_any_lengths_are_continued_together(tmp_path):
+    model = build("model", llama(tmp_path), ModelContext(259, 64, CPU, torch.float32)).eval()
+    requests = [Request(prompt=[258, *range(n)], max_tokens=6, temperature=1.0, seed=n) for n in (3, 7, 3, 12)]
+    together = [c.tokens for (c,) in Engine(model).complete(requests)]
+    assert together == [Engine(model).complete([request])[0][0].tokens for request in requests]
+
+
 def test_tokenizer(tmp_path):
     ours = build("tokenizer", llama(tmp_path / "a"), TokenizerContext(documents=list))
     text = "an banana <|endoftext|> \u00e9\n"
@@ -114,6 +141,7 @@ def test_tokenizer(tmp_path):
     assert 258 not in ids
     assert ours.decode(ids) == text
     assert [row.tolist() for row in ours.encode_documents([text, ""])] == [[258, *ids], [258]]
+    assert b"".join(ours.decode_bytes([i]) for i in ids) == text.encode()  # halves of a character too
     assert int(ours.token_bytes()[ids].sum()) == len(text.encode())
     assert ours.token_bytes()[258] == 0
     (tmp_path / "b").mkdir()

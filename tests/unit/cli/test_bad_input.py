@@ -184,7 +184,7 @@ def test_mistakes_on_the_command_line(
     check(result, words, tmp_path / "runs")
 
 
-@pytest.mark.parametrize("arguments", [[], ["rnu", "x.toml"], ["run"], ["sample"], ["sample", "only-a-run"]])
+@pytest.mark.parametrize("arguments", [[], ["rnu", "x.toml"], ["run"], ["sample"]])
 def test_commands_that_are_none(arguments: list[str]) -> None:
     result = call(*arguments)
     assert result.code == 2

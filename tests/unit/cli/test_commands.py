@@ -433,6 +433,25 @@ def test_sampling_options_out_of_range(trained: Trained, arguments: list[str], w
     assert words in result.err
 
 
+def test_sample_continues_the_lines_of_a_file(trained: Trained, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("one, \n\ntwo, \n")
+    options = ("--file", tmp_path / "prompts.txt", "--num-samples", 2, "--max-tokens", 9, "--temperature", 1)
+    result = sample(trained, *options, "--seed", 7)
+    assert result.code == 0, result.err
+    texts = result.out.split("\n\n")[:-1]
+    alone = [sample(trained, "--max-tokens", 9, "--temperature", 1, "--seed", seed).out[:-1] for seed in (7, 8)]
+    assert texts[:2] == texts[2:4] == alone  # "one, " stands in the arguments and in the file
+    assert [text[:5] for text in texts[4:]] == ["two, "] * 2
+
+
+def test_sample_without_a_text(trained: Trained, tmp_path: Path) -> None:
+    result = call("sample", "tiny", "--runs-dir", trained.runs)
+    assert (result.code, result.err) == (2, 'there is no text to continue: give one, such as "The sun", or --file\n')
+    result = sample(trained, "--file", tmp_path)
+    assert result.code == 2
+    assert result.err.startswith(f"--file {tmp_path} can't be read")
+
+
 def test_sampling_from_no_run(trained: Trained) -> None:
     result = call("sample", "tinny", "x", "--runs-dir", trained.runs)
     assert result.code == 2

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from nanochat_core import cast
+from nanochat_core import cast, kept_at_rest
 from nanochat_core.hardware.casting import autocast, dtype_of, name_of, weights_at_rest
 
 BF16 = torch.bfloat16
@@ -30,6 +30,28 @@ def test_cast_once_while_weights_rest():
             assert cast(w, torch.float64).dtype is torch.float64
             assert cast(w, torch.float32) is w
         assert cast(w, BF16) is not kept
+
+
+def test_what_is_made_of_weights_is_kept_while_they_rest():
+    w, made = weight(), []
+
+    def make():
+        made.append(w.sum().item())
+        return made[-1]
+
+    with torch.no_grad():
+        assert kept_at_rest(make, [w]) is None
+        casts = {}
+        with weights_at_rest(casts):
+            assert kept_at_rest(make, [w], only_if_made=True) is None
+            assert kept_at_rest(make, [w]) == kept_at_rest(make, [w]) == w.sum().item()
+        with weights_at_rest(casts):
+            assert kept_at_rest(make, [w], only_if_made=True) == made[0]
+            w.add_(1)
+            assert kept_at_rest(make, [w]) == w.sum().item()
+    assert len(made) == 2
+    with weights_at_rest():
+        assert kept_at_rest(make, [w]) is None  # with gradients
 
 
 def test_a_changed_weight_is_cast_anew():

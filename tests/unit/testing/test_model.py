@@ -108,8 +108,74 @@ class OtherFunction(Checkpointed):
         return super().dropped(ids_BT) * (0.9 if self.again else 1)
 
 
+class Rows:
+    """A row cache of ``Good``: the tokens so far, which are read again every time."""
+
+    def __init__(self, rows: int, max_tokens: int) -> None:
+        self.texts: list[list[int]] = [[] for _ in range(rows)]
+        self.max_tokens = max_tokens
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(text) for text in self.texts]
+
+    def rows(self, start: int, stop: int, counts: Any = None) -> Any:
+        return self, start, counts
+
+    def save(self, row: int, length: int) -> list[int]:
+        return self.texts[row][:length]
+
+    def load(self, row: int, saved: list[int], length: int) -> None:
+        self.texts[row] = saved[:length]
+
+    def clear(self, row: int) -> None:
+        self.texts[row] = []
+
+
+class WithRows(Good):
+    cache = Rows
+
+    def new_row_cache(self, rows: int, max_tokens: int) -> Any:
+        return self.cache(rows, max_tokens)
+
+    def hidden(self, ids_BT: Any, cache: Any = None) -> Any:
+        if cache is None:
+            return super().hidden(ids_BT)
+        rows, start, counts = cache
+        states = torch.zeros(*ids_BT.shape, self.hidden_size)
+        for b, (ids, count) in enumerate(zip(ids_BT.tolist(), counts or [ids_BT.shape[1]] * len(ids_BT), strict=True)):
+            text = rows.texts[start + b]
+            text += ids[:count]
+            if count:
+                states[b, :count] = super().hidden(torch.tensor([text]))[0, -count:]
+        return states
+
+
+class KeepsFreed(Rows):
+    def clear(self, row: int) -> None:
+        pass
+
+
+class CountsPadding(WithRows):
+    def hidden(self, ids_BT: Any, cache: Any = None) -> Any:
+        return super().hidden(ids_BT, None if cache is None else (*cache[:2], None))
+
+
+class FreedBadly(WithRows):
+    cache = KeepsFreed
+
+
+class SharedBadly(WithRows):
+    class SharedRows(Rows):
+        def load(self, row: int, saved: Any, length: int) -> None:
+            self.texts[row] = self.texts[2]
+
+    cache = SharedRows
+
+
 def test_a_good_model() -> None:
     check_model(Good, None)
+    check_model(WithRows, None)
     check_model(Checkpointed, None)
 
 
@@ -118,6 +184,9 @@ def test_a_good_model() -> None:
     [
         (SeesAhead, "a position sees tokens that come after it"),
         (MixesRows, "a row depends on the other rows"),
+        (FreedBadly, "in a row that was freed"),
+        (CountsPadding, "the lengths of a row cache are wrong after prompts"),
+        (SharedBadly, "in a row with a copied prefix"),
         (HalfLogits, "logits must be float32"),
         (WrongLoss, "is not the cross-entropy"),
         (Unused, "parameter unused gets no gradient"),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from nanochat_core import Cache, Model, NanochatError
-from nanochat_core.evaluation.sampling import generate
+from nanochat_core.generation.generate import generate
 
 V = 11
 

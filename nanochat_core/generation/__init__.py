@@ -1,0 +1,1 @@
+"""Generation: many texts continued at the same time, each as if it were alone."""
