@@ -23,7 +23,8 @@ from nanochat_text.source import build_jsonl, build_text
 
 def write(path: Path, text: str) -> None:
     if path.suffix == ".parquet":
-        pq.write_table(pa.table({"text": [text]}), path)
+        with path.open("wb") as file:
+            pq.write_table(pa.table({"text": [text]}), file)
     else:
         path.write_text(json.dumps({"text": text}) + "\n" if path.suffix == ".jsonl" else text)
 
@@ -32,6 +33,7 @@ def source(build: Callable[..., Any], config: Callable[..., Any]) -> Callable[..
     def read(place: Path, **options: Any) -> list[str]:
         options = options or {"val_fraction": 0.5}
         made = build(config(path=str(place), **options), DataContext(place.parent / "cache"))
+        assert made.fingerprint("train")
         return sorted([*made.documents("train"), *made.documents("val")])
 
     return read
@@ -50,6 +52,9 @@ READERS: dict[str, tuple[Callable[..., list[str]], str]] = {
 }
 
 
+ODD = "b\udce9"  # a name that is not UTF-8
+
+
 @pytest.fixture(params=READERS)
 def reader(request: pytest.FixtureRequest) -> tuple[Callable[..., list[str]], str]:
     return READERS[request.param]
@@ -58,16 +63,14 @@ def reader(request: pytest.FixtureRequest) -> tuple[Callable[..., list[str]], st
 @pytest.fixture
 def data(reader: tuple[Any, str], tmp_path: Path) -> Path:
     """A directory with two files, which hold "a" and "b", and some that are no data."""
-    directory = tmp_path / "caf\udce9"  # not UTF-8
+    directory = tmp_path / "data"
     directory.mkdir()
-    for name in "ab":
-        write(directory / f"{name}{reader[1]}", name)
+    for name in ("a", ODD):
+        write(directory / f"{name}{reader[1]}", name[0])
     (directory / f"._a{reader[1]}").write_bytes(b"\0\5\x16\7")
     (directory / ".cache").mkdir()
     shutil.copy(directory / f"a{reader[1]}", directory / ".cache")
-    plain = tmp_path / "data"
-    plain.symlink_to(directory)  # an option can't hold a name that is not UTF-8
-    return plain
+    return directory
 
 
 def test_dot_files_and_odd_names(reader: tuple[Callable[..., list[str]], str], data: Path) -> None:
@@ -99,7 +102,7 @@ def test_files_for_training_and_for_validation(reader: tuple[Callable[..., list[
     if read is bpb:
         return
     link = data.parent / f"v{suffix}"
-    link.symlink_to(data / f"b{suffix}")
-    for other in (data / f"b{suffix}", link, data / ".." / "data" / f"b{suffix}"):
+    link.symlink_to(data / f"{ODD}{suffix}")
+    for other in (data / f"a{suffix}", link, data / ".." / "data" / f"a{suffix}"):
         with pytest.raises(DataError, match=r"^val_path: .* is among the training files too"):
             read(data, val_path=str(other))
