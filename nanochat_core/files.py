@@ -99,19 +99,20 @@ def path_in(directory: Path, name: object, *, nested: bool = False) -> Path:
     return directory / str(name)
 
 
-def expand_path(text: str) -> Path:
+def expand_path(path: str | Path) -> Path:
     """Return the absolute path that a user wrote, in which ``~`` stands for a home directory.
 
     Raises:
         ValueError: when no file can have such a path, or there is no such home directory.
     """
+    text = os.fspath(path)
     try:
         if not text or "\0" in text:
             raise ValueError("must be a path, which is not empty and has no NUL characters")
-        path = Path(text).expanduser().absolute()
-        if len(os.fsencode(path)) > LONGEST_PATH or any(len(os.fsencode(part)) > 255 for part in path.parts):
+        whole = Path(text).expanduser().absolute()
+        if len(os.fsencode(whole)) > LONGEST_PATH or any(len(os.fsencode(part)) > 255 for part in whole.parts):
             raise ValueError(f"must be a path of at most {LONGEST_PATH} bytes, with names of at most 255")
-        path.as_posix().encode()
+        whole.as_posix().encode()
     except UnicodeEncodeError:
         raise ValueError(
             f"{shorten(text)} must be UTF-8, since an experiment file holds it: rename it, or make a link to it"
@@ -122,7 +123,7 @@ def expand_path(text: str) -> Path:
         ) from None
     except OSError as error:
         raise ValueError(f"must be a whole path, because the current directory is gone: {error.strerror}") from None
-    return path
+    return whole
 
 
 def shorten(value: object, most: int = 80) -> str:

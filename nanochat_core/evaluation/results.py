@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -164,7 +163,8 @@ def _check_facts(facts: Mapping[str, Any]) -> None:
     if name_problem(facts["name"]):
         raise ValueError(f"the name {shorten(facts['name'])} {name_problem(facts['name'])}")
     for name, value in facts["metrics"].items():
-        if not isinstance(value, int | float) or isinstance(value, bool) or 1e300 < abs(value) < math.inf:
+        too_large = isinstance(value, int) and abs(value) >= 2**1023  # a number that is no float
+        if not isinstance(value, int | float) or isinstance(value, bool) or too_large:
             raise ValueError(f"metric {shorten(name)} must not be {shorten(value)}")
     if not all(isinstance(name, str) for name in (*facts.get("settings", []), *facts.get("data", {}).values())):
         raise ValueError("settings and data must have texts")

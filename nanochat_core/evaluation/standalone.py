@@ -27,7 +27,8 @@ from nanochat_core.evaluation.evaluate import EvaluationFailed, evaluate_each
 from nanochat_core.evaluation.results import EXAMPLES, TABLE, write_evaluation
 from nanochat_core.evaluation.trained_model import TrainedModel, misfit, newest_checkpoint, open_trained
 from nanochat_core.files import expand_path, shorten
-from nanochat_core.hardware.casting import dtype_of, name_of
+from nanochat_core.hardware.casting import name_of
+from nanochat_core.hardware.machine import compute_dtype
 from nanochat_core.interfaces.data_source import DataSource
 from nanochat_core.interfaces.evaluator import Evaluation
 from nanochat_core.planning.build import build_model
@@ -197,7 +198,7 @@ def open_subject(subject: Subject, experiment: Experiment, device: torch.device)
     if subject.run is not None and subject.checkpoint is not None:
         return open_trained(subject.run, subject.checkpoint, experiment, device)
     tokenizer = build_tokenizer(experiment.tokenizer)
-    dtype = dtype_of(experiment.train.dtype)
+    dtype = compute_dtype(experiment.train.dtype, device)
     model = build_model(experiment.model, experiment.train, tokenizer.vocab_size, device, for_training=False)
     model.to(device).eval()
     if model.max_positions is not None and model.max_positions < experiment.train.max_seq_len:

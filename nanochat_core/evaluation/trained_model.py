@@ -12,7 +12,7 @@ from nanochat_core.config.schema import Experiment
 from nanochat_core.data.tokenizer_cache import load_tokenizer
 from nanochat_core.errors import CheckpointError, ConfigError, NanochatError
 from nanochat_core.files import first_few, shorten
-from nanochat_core.hardware.casting import dtype_of
+from nanochat_core.hardware.machine import compute_dtype
 from nanochat_core.interfaces.model import Model
 from nanochat_core.interfaces.tokenizer import Tokenizer
 from nanochat_core.planning.build import build_model
@@ -137,4 +137,4 @@ def open_trained(run: RunDirectory, checkpoint: Path, experiment: Experiment, de
     model = build_model(experiment.model, train, tokenizer.vocab_size, device, for_training=False)
     assert experiment.model.entry is not None
     load_model_tensors(model, saved_tensors(checkpoint, experiment.model.entry), str(checkpoint))
-    return TrainedModel(model.to(device).eval(), tokenizer, experiment, dtype_of(train.dtype), checkpoint)
+    return TrainedModel(model.to(device).eval(), tokenizer, experiment, compute_dtype(train.dtype, device), checkpoint)

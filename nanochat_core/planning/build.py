@@ -11,7 +11,7 @@ from nanochat_core.config.schema import Train
 from nanochat_core.distributed.world import World
 from nanochat_core.errors import ConfigError, PluginError, Problem
 from nanochat_core.files import shorten
-from nanochat_core.hardware.casting import dtype_of
+from nanochat_core.hardware.machine import compute_dtype
 from nanochat_core.interfaces.model import Model, ModelContext, description_problems, output_problems
 from nanochat_core.interfaces.optimizer import Optimizer, OptimizerContext
 from nanochat_core.interfaces.tokenizer import Tokenizer, TokenizerContext, vocabulary_problems
@@ -73,7 +73,7 @@ def build_model(
         ConfigError: when its vocabulary is smaller than the tokenizer's, or it has no activation checkpointing.
     """
     with built_on:
-        model = choice.build(ModelContext(vocab_size, train.max_seq_len, device, dtype_of(train.dtype)))
+        model = choice.build(ModelContext(vocab_size, train.max_seq_len, device, compute_dtype(train.dtype, device)))
     if not isinstance(model, Model):
         raise choice.breaks(f"the factory must return a nanochat_core.Model, not {shorten(model)}")
     with choice.calling():

@@ -10,13 +10,13 @@ import sys
 import threading
 import traceback
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from nanochat_core.errors import NanochatError, PassesPlugins, PluginError
 from nanochat_core.plugins.distribution import GROUP, NAME, identify
-from nanochat_core.plugins.surroundings import IMPORT_SETTINGS, Surroundings
+from nanochat_core.plugins.surroundings import IMPORT_SETTINGS, Setting, Surroundings
 
 _CORE = str(Path(__file__).parents[1])
 _LONGEST = 600  # characters of a plugin's message
@@ -68,7 +68,7 @@ def plugin_call(what: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def importing(what: str) -> Iterator[None]:
+def importing(what: str, settings: Mapping[str, Setting] = IMPORT_SETTINGS) -> Iterator[None]:
     """Return a context for imports of a plugin's modules.
 
     What they print goes to stderr, since stdout is the output of the command. What they change of the process, except
@@ -77,11 +77,12 @@ def importing(what: str) -> Iterator[None]:
 
     Args:
         what: what is imported, as in ``plugin 'mine' of my-package``.
+        settings: what is put back.
 
     Raises:
         PluginError: when the import does not end.
     """
-    stderr, surroundings = sys.stderr, Surroundings(IMPORT_SETTINGS)
+    stderr, surroundings = sys.stderr, Surroundings(settings)
     try:
         with contextlib.redirect_stdout(_ToStderr(stderr)), _limited(what, stderr):
             yield

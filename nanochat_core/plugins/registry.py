@@ -28,6 +28,7 @@ import attrs
 from nanochat_core.errors import PluginError, did_you_mean
 from nanochat_core.files import name_problem, shorten
 from nanochat_core.plugins.calls import importing, plugin_call
+from nanochat_core.plugins.surroundings import SETTINGS
 
 Kind = Literal["tokenizer", "data_source", "model", "optimizer", "evaluator", "logger"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -137,10 +138,9 @@ class Entry:
     def _import(self, target: str) -> Callable[..., Any]:
         module, _, attribute = target.partition(":")
         kind = self.kind.replace("_", " ")
-        with (
-            plugin_call(f"{kind} {self.name!r} of {self.distribution} {self.version} can't be imported ({target})"),
-            importing(f"{kind} {self.name!r} of {self.distribution}"),
-        ):
+        what = f"{kind} {self.name!r} of {self.distribution}"
+        # A plugin that an experiment picks may prepare the environment for its library.
+        with plugin_call(f"{what} {self.version} can't be imported ({target})"), importing(what, SETTINGS):
             found: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
         return found
 

@@ -138,7 +138,7 @@ def original(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path
     shutil.copytree(trained.runs, runs)
     (run,) = (runs / "tiny").iterdir()
     shutil.rmtree(run / "checkpoints/step_000004")
-    well_behaved("eval", run, "--evaluator", "bpb", codes=(0,))
+    well_behaved("eval", run, "--evaluator", "bpb", "--runs-dir", runs, codes=(0,))
     return runs
 
 

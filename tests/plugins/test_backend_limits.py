@@ -70,7 +70,7 @@ def test_a_disabled_wandb_writes_nothing(tiny: Path, tmp_path: Path, monkeypatch
 
 def test_log_sync_takes_other_labels(trained: Trained, tmp_path: Path) -> None:
     run = shutil.copytree(trained.path, tmp_path / "runs" / "tiny" / trained.path.name)
-    labels = ("--set", "run.project=team/x")
+    labels = ("--set", "run.project=team/x", "--runs-dir", tmp_path / "runs")
     refused = call("log-sync", run, "--to", "wandb", "--set", "mode=offline", *labels)
     assert refused.code == 2
     assert "run.project: wandb wants" in refused.err

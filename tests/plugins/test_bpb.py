@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from helpers.ranks import on_ranks
 from torch import Tensor, nn
 
+from nanochat_bpb.texts import documents
 from nanochat_core import IGNORED, Batch, Cache, DataError, EvaluatorContext, Model, Tokenizer, Tokens, World
 from nanochat_core.plugins.discovery import load_plugins
 
@@ -158,3 +160,34 @@ def test_two_ranks_agree():
     both = on_ranks(2, _agree)
     assert both[0] == both[1]
     assert math.isclose(both[0], BITS / N_BYTES, rel_tol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt", b"\xef\xbb\xbf012"),
+        ("a.txt.gz", gzip.compress(b"012")),
+        ("a.jsonl", b'\xef\xbb\xbf{"text": "012"}\n  \n{"text": null}\n'),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "012"}\n')),
+    ],
+)
+def test_sets_are_read_as_data_sources_are(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    (tmp_path / "._a.txt").write_bytes(b"\0\0")
+    assert "".join(documents(tmp_path / name)) == "012"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("a.jsonl", b'{"text": "0"}\n{"text": 5}\n', r"line 2: field 'text' holds int"),
+        ("a.jsonl", b'{"words": "0"}\n', r"line 1: no field 'text': it has 'words'"),
+        ("a.jsonl", b"[1,\n2]", r"not one object per line"),
+        ("a.txt", "0".encode("utf-16"), r"UTF-16"),
+        ("a.parquet", b"no", r"can't be read"),
+    ],
+)
+def test_sets_that_can_t_be_read(tmp_path, name, content, problem):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=rf"^sets: .*{name}.*{problem}"):
+        list(documents(tmp_path / name))

@@ -246,3 +246,24 @@ def test_gigatoken_that_is_missing_or_does_not_know_the_pattern(monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "gigatoken", None)
     with pytest.raises(ConfigError, match=r"^encoder: .*pip install gigatoken"):
         train(BPEConfig(vocab_size=300, encoder="gigatoken"))
+
+
+@pytest.mark.parametrize("damage", ["fewer bytes", "twice", "vocab_size", "special_tokens", "nested"])
+def test_saved_files_that_don_t_belong_together(tmp_path: Path, damage: str) -> None:
+    """Without a fingerprint too: a hostile file must not reach the library, which would panic."""
+    train().save(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer.json").read_text())
+    lines = (tmp_path / "merges.tiktoken").read_text().splitlines(keepends=True)
+    del settings["fingerprint"]
+    if damage == "fewer bytes":
+        lines = lines[100:]
+    elif damage == "twice":
+        lines[300] = lines[301]
+    elif damage == "vocab_size":
+        settings["vocab_size"] += 1
+    elif damage == "special_tokens":
+        settings["special_tokens"]["<|bos|>"] = -1
+    (tmp_path / "merges.tiktoken").write_text("".join(lines))
+    (tmp_path / "tokenizer.json").write_text("[" * 100_000 if damage == "nested" else json.dumps(settings))
+    with pytest.raises(CheckpointError, match=r"can't be read .*start a new run"):
+        build(CONFIG, TokenizerContext(documents=list, saved=tmp_path))

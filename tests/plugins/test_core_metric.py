@@ -5,6 +5,8 @@ from __future__ import annotations
 import http.server
 import itertools
 import json
+import re
+import shutil
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -335,3 +337,59 @@ def test_entry():
     assert entry.aliases == {"core_metric_every": "every", "core_metric_max_per_task": "max_per_task"}
     assert entry.config().max_per_task == 500
     assert call("plugins", "evaluator/core").code == 0
+
+
+EXAMPLE = {
+    "multiple_choice": {"query": "a", "choices": ["b", "c"], "gold": 0},
+    "schema": {"context_options": ["a", "b"], "continuation": "c", "gold": 1},
+    "language_modeling": {"context": "a", "continuation": "b"},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value", "problem"),
+    [
+        ("multiple_choice", "query", None, "query must be a text, not None"),
+        ("multiple_choice", "choices", [None, "b"], r"choices\[0\] must be a text"),
+        ("multiple_choice", "choices", "ab", "choices must be a list of texts"),
+        ("multiple_choice", "choices", [], "choices must be a list of texts"),
+        ("multiple_choice", "gold", True, "gold must be the index of one of 2 choices, not True"),
+        ("schema", "context_options", ["a", 5], r"context_options\[1\] must be a text"),
+        ("schema", "gold", 2, "gold must be the index"),
+        ("language_modeling", "continuation", 5, "continuation must be a text, not 5"),
+    ],
+)
+def test_fields_of_examples(kind: Any, field: str, value: object, problem: str) -> None:
+    lines = [EXAMPLE[kind], {**EXAMPLE[kind], field: value}]
+    data = "\n".join(map(json.dumps, lines)).encode()
+    task = bundles.Task("mine", "mine.jsonl", kind, 0, " ", 0.0)
+    opened = bundles.Bundle("there", lambda name: data, (task,), "unknown", "")
+    with pytest.raises(DataError, match=rf"^bundle: there/eval_data/mine\.jsonl:2: {problem}"):
+        opened.examples(task)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "problem"),
+    [
+        (r"num_fewshot:(\n  - .*| .*)", "num_fewshot: [1.5]", "num_fewshot must be a number"),
+        (r"dataset_uri: \S+", "dataset_uri: ../../secret", "must not begin with a dot"),
+        (r"label: \S+", "label: .x", "must not begin with a dot"),
+        (r"label: \S+", "label: [&a [b], *a]", "aliases"),
+        (r"icl_task_type: \S+", "continuation_delimiter: 5\n  icl_task_type: schema", "must be a text, not 5"),
+    ],
+)
+def test_configurations(bundle: Path, tmp_path: Path, before: str, after: str, problem: str) -> None:
+    shutil.copytree(bundle, tmp_path / "copy")
+    file = tmp_path / "copy" / "core.yaml"
+    text = file.read_text()
+    assert re.search(before, text), text
+    file.write_text(re.sub(before, after, text, count=1))
+    with pytest.raises(DataError, match=rf"core\.yaml: .*{problem}"):
+        bundles.open_bundle(tmp_path / "copy", tmp_path)
+
+
+def test_a_file_of_a_zip_that_is_too_large(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundles, "LARGEST_FILE", 100)
+    for place in (bundle, make_zip(bundle, tmp_path / "b.zip")):
+        with pytest.raises(DataError, match=r"^bundle: .*core\.yaml.* can't be read \(it has "):
+            bundles.open_bundle(place, tmp_path)

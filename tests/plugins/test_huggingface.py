@@ -114,3 +114,39 @@ def test_damaged_files(config: HuggingFaceConfig, tmp_path: Path) -> None:
         (tmp_path / "tokenizer.json").write_text(wrong)
         with pytest.raises(CheckpointError, match="start a new run"):
             load()
+
+
+@pytest.mark.parametrize("option", ["lstrip", "rstrip", "single_word", "normalized"])
+def test_added_tokens_keep_the_blanks_beside_them(config: HuggingFaceConfig, tmp_path: Path, option: str) -> None:
+    content = json.loads(config.path.read_text())
+    for token in content["added_tokens"]:
+        token[option] = True
+    tokenizer = make(change(config, tmp_path / "t.json", added_tokens=content["added_tokens"]))
+    for text in ("an  added word \n here", "xadded wordx", " added word "):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        {"type": "Split", "pattern": {"String": "\u1e9e"}, "behavior": "Removed", "invert": False},
+        {"type": "CharDelimiterSplit", "delimiter": "\u2603"},
+        {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "never", "split": False},
+    ],
+)
+def test_steps_that_drop_characters(config: HuggingFaceConfig, tmp_path: Path, step: dict[str, Any]) -> None:
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    steps = {"type": "Sequence", "pretokenizers": [{"type": "Sequence", "pretokenizers": [step]}, byte_level]}
+    with pytest.raises(ConfigError, match=rf"changes text: its pre_tokenizer has the step '{step['type']}'"):
+        make(change(config, tmp_path / "t.json", pre_tokenizer=steps))
+
+
+def test_a_byte_order_mark_in_front(config: HuggingFaceConfig, tmp_path: Path) -> None:
+    (tmp_path / "t.json").write_bytes(b"\xef\xbb\xbf" + config.path.read_bytes())
+    assert make(HuggingFaceConfig(tmp_path / "t.json")).fingerprint == make(config).fingerprint
+
+
+def test_only_regular_files(tmp_path: Path) -> None:
+    for path in (Path("/dev/zero"), Path("x" * 5000), tmp_path):
+        with pytest.raises(ValueError, match=r"is not a file.*set it to a tokenizer\.json"):
+            HuggingFaceConfig(path)

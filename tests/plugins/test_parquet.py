@@ -380,3 +380,41 @@ def test_corpus() -> None:
     assert (len(train), len(val)) == (15682, 647)
     assert sum(len(text.encode()) for text in val) == 3002317
     assert train[5000:9000:1000] == [train[5000], train[6000], train[7000], train[8000]]
+
+
+# ------------------------------------------------------------------------------------------------ columns of strings
+
+
+@pytest.mark.parametrize("kind", [pa.string_view(), pa.dictionary(pa.int32(), pa.large_string())])
+def test_more_kinds_of_strings(tmp_path: Path, kind: pa.DataType) -> None:
+    pq.write_table(pa.table({"text": pa.array(["a", None, "b", "ä"], pa.string()).cast(kind)}), tmp_path / "a.parquet")
+    assert list(source(tmp_path / "a.parquet", val_fraction=0.5).documents("val")) == ["", "ä"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "names", "problem"),
+    [
+        ([["a"], ["b"]], ["text", "text"], r"has 2 columns named 'text'; choose a file"),
+        (
+            [[b"a"], ["b"]],
+            ["text", "words"],
+            r"holds binary, not strings; set it to one of 'words', or write it as str",
+        ),
+        ([[None], ["b"]], ["text", "words"], r"holds null, not strings; set it to one of 'words'"),
+        ([[["a"]], [1]], ["text", "id"], r"holds list.*, not strings; choose a file"),
+    ],
+)
+def test_columns_that_are_no_strings(tmp_path: Path, columns: list[Any], names: list[str], problem: str) -> None:
+    pq.write_table(pa.Table.from_arrays([pa.array(c) for c in columns], names), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=problem):
+        source(tmp_path / "a.parquet", val_fraction=0.5).documents("train")
+
+
+def test_a_footer_whose_names_are_not_utf8(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["a"] * 40}), tmp_path / "a.parquet", row_group_size=10)
+    whole = bytearray((tmp_path / "a.parquet").read_bytes())
+    at = whole.rindex(b"text", 0, whole.rindex(b"ARROW:schema"))  # the path in the metadata of the last row group
+    whole[at + 2] = 0xEF
+    (tmp_path / "a.parquet").write_bytes(whole)
+    with pytest.raises(DataError, match=r"a\.parquet can't be read as parquet \(.*footer is damaged"):
+        source(tmp_path / "a.parquet", val_fraction=0.5).documents("train")

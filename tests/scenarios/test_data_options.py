@@ -67,3 +67,23 @@ def test_the_end_of_the_data_is_saved_and_can_be_passed(tiny: Path, runs: Path) 
     result = call("run", tiny, "--resume", "--set", "data.epochs=2", *more)
     assert result.code == 0, result.err
     assert len(losses(only_run(runs))) == 12
+
+
+def test_training_documents_that_are_all_empty(tiny: Path, tmp_path: Path, runs: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n{"text": null}\n' * 20)
+    jsonl = ("--set", "data.plugin=jsonl", "--set", f"data.path={tmp_path / 'empty.jsonl'}")
+    refused = call("run", tiny, *jsonl, "--runs-dir", runs)
+    assert refused.code == 2
+    assert "all 38 training documents of data source 'jsonl' are empty" in refused.err
+
+
+def test_training_and_validation_documents_that_are_the_same(tiny: Path, tmp_path: Path, runs: Path) -> None:
+    for name in ("train", "val"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.jsonl").write_text('{"text": "one two three four five six"}\n' * 40)
+    options = ("--set", "data.plugin=jsonl", "--set", f"data.path={tmp_path / 'train'}")
+    options += ("--set", f"data.val_path={tmp_path / 'val'}")
+    assert "the training and the validation data are the same" in call("plan", tiny, *options).out
+    done = call("run", tiny, *options, "--set", "train.num_iterations=2", "--runs-dir", runs)
+    assert done.code == 0, done.err
+    assert "the training and the validation data are the same" in done.out + done.err
