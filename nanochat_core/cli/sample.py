@@ -57,9 +57,16 @@ def main(options: argparse.Namespace, _: Sequence[str]) -> int:
             stop={tokenizer.bos_id},
             vocab_size=tokenizer.vocab_size,
         )
-        print(options.text, end="", flush=True)
+        print(_shown(options.text), end="", flush=True)
         for token in tokens:
-            print(decoder.decode(tokenizer.decode_bytes([token])), end="", flush=True)
+            print(_shown(decoder.decode(tokenizer.decode_bytes([token]))), end="", flush=True)
     print(decoder.decode(b"", final=True))
     print(f"(from {trained.checkpoint})", file=sys.stderr)
     return 0
+
+
+def _shown(text: str) -> str:
+    """Return a text as a terminal gets it: what a model says must not steer it. A pipe gets the text as it is."""
+    if not sys.stdout.isatty():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)

@@ -41,7 +41,7 @@ def generate(
     """
     if not ids:
         raise NanochatError("there is nothing to continue: give at least one token, such as the tokenizer's bos_id")
-    if temperature < 0:
+    if not temperature >= 0:  # also NaN
         raise NanochatError(f"temperature must be at least 0, not {temperature}")
     if top_k is not None and top_k < 1:
         raise NanochatError(f"top_k must be at least 1, not {top_k}: leave it out to sample among all tokens")
@@ -80,7 +80,7 @@ def _tokens(
 
 
 def _pick(logits_V: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> int:
-    if temperature == 0:
+    if temperature < torch.finfo(torch.float32).tiny:  # it would be 0 as a float32
         return int(logits_V.argmax())
     best_K, ids_K = logits_V.topk(min(top_k or len(logits_V), len(logits_V)))
     # The largest logit is subtracted first, so that a tiny temperature can't overflow.
