@@ -34,11 +34,11 @@ def cache_dir() -> Path:
         path.mkdir(parents=True, exist_ok=True)
         if os.access(path, os.W_OK | os.X_OK):
             return path
-        reason = f"{path} can't be written"
+        reason = f"{shorten(str(path), 300)} can't be written"
     except OSError as error:
-        reason = f"{error.filename or given} can't be made a directory ({error.strerror})"
+        reason = f"{shorten(str(error.filename or given), 300)} can't be made a directory ({error.strerror})"
     except RuntimeError:
-        reason = f"{given or '~'} begins with a home directory that is not known"
+        reason = f"{shorten(given or '~', 300)} begins with a home directory that is not known"
     begin = "names no usable directory" if given else "is not set"
     message = f"{begin}: {reason}; set it to a directory that you can write, for downloads and caches"
     raise ConfigError([Problem("", message, "the environment variable NANOCHAT_HOME")])

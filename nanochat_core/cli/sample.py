@@ -75,14 +75,14 @@ def main(options: argparse.Namespace, _: Sequence[str]) -> int:
     engine = Engine(trained.model, trained.tokenizer)
     with inference(trained.model, trained.dtype):
         if len(texts) * options.num_samples == 1:
-            print(texts[0], end="", flush=True)
+            print(_shown(texts[0]), end="", flush=True)
             for event in engine.stream(requests[0]):
-                print(event.text, end="", flush=True)
+                print(_shown(event.text), end="", flush=True)
             print()
         else:
             for text, completions in zip(texts, engine.complete(requests), strict=True):
                 for completion in completions:
-                    print(f"{text}{completion.text}\n")
+                    print(_shown(f"{text}{completion.text}\n"))
     print(f"(from {trained.checkpoint})", file=sys.stderr)
     return 0
 
@@ -100,3 +100,10 @@ def _lines(file: Path) -> list[str]:
     except UnicodeDecodeError as error:
         raise NanochatError(f"--file {file} must be UTF-8: {error}") from error
     return [line for line in text.splitlines() if line.strip()]
+
+
+def _shown(text: str) -> str:
+    """Return a text as a terminal gets it: what a model says must not steer it. A pipe gets the text as it is."""
+    if not sys.stdout.isatty():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)

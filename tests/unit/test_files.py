@@ -143,11 +143,11 @@ def test_a_cache_without_a_home_is_asked_for(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.setattr("pwd.getpwuid", _nobody)
     with pytest.raises(
-        ConfigError, match=r"NANOCHAT_HOME: is not set: ~ begins with a home directory that is not known"
+        ConfigError, match=r"NANOCHAT_HOME: is not set: '~' begins with a home directory that is not known"
     ):
         cache_dir()
     monkeypatch.setenv("HOME", "/proc")
-    with pytest.raises(ConfigError, match=r"NANOCHAT_HOME: is not set: /proc/.* can't be made a directory"):
+    with pytest.raises(ConfigError, match=r"NANOCHAT_HOME: is not set: '/proc/.* can't be made a directory"):
         cache_dir()
 
 

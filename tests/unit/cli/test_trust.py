@@ -108,3 +108,10 @@ def test_words_of_a_foreign_run_are_shown_safely(foreign: Path, tmp_path: Path) 
     assert "\x1b" not in result.err
     assert "data.path = '" in result.err
     assert "more options" in result.err
+
+
+def test_a_model_does_not_steer_the_terminal(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ("sample", "tiny", "a\x1b[2J\n", "--max-tokens", "1", "--runs-dir", trained.runs)
+    assert call(*command).out.startswith("a\x1b[2J\n")  # a pipe gets the text
+    monkeypatch.setattr(io, "StringIO", Terminal)
+    assert call(*command).out.startswith("a\\x1b[2J\n")
