@@ -346,7 +346,8 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on_to_the_same_result(tiny: P
 
 
 def test_training_that_diverges_stops_and_says_what_to_do(tiny: Path, tmp_path: Path) -> None:
-    arguments = ("--set", "optimizer.plugin=adamw", "--set", "optimizer.lr=1e30", "--set", "train.grad_clip=0")
+    settings = ("optimizer.plugin=adamw", "optimizer.lr=1e6", "optimizer.weight_decay=1e6", "train.grad_clip=0")
+    arguments = [word for setting in settings for word in ("--set", setting)]
     result = call("run", tiny, "--runs-dir", tmp_path / "runs", *arguments, "--set", "train.max_skipped_steps=2")
     assert result.code == 3
     assert "3 steps in a row" in result.err

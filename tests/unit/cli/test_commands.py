@@ -387,7 +387,7 @@ def test_runs_of_every_fate(trained: Trained, tmp_path: Path) -> None:
         line.split()[0]: re.split(r"  +", line) for line in call("runs", "--runs-dir", tmp_path).out.splitlines()[1:]
     }
     assert {name: row[2] for name, row in rows.items()} == {
-        "a": "finished", "b": "preempted", "c": "failed", "d": "killed", "e": "unknown",
+        "a": "finished", "b": "preempted", "c": "failed", "d": "killed", "e": "damaged",
     }  # fmt: skip
     assert rows["e"][4] == "-"
 
