@@ -114,9 +114,7 @@ def expand_path(path: str | Path) -> Path:
             raise ValueError(f"must be a path of at most {LONGEST_PATH} bytes, with names of at most 255")
         whole.as_posix().encode()
     except UnicodeEncodeError:
-        raise ValueError(
-            f"{shorten(text)} must be UTF-8, since an experiment file holds it: rename it, or make a link to it"
-        ) from None
+        raise ValueError("must be UTF-8, since an experiment file holds it: rename it, or make a link to it") from None
     except RuntimeError:
         raise ValueError(
             f"must be a whole path: {shorten(text)} begins with a home directory that is unknown"

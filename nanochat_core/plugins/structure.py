@@ -97,7 +97,8 @@ def _union_hook(tp: Any) -> Callable[[Any, Any], Any]:
             try:
                 return converter.structure(value, member)
             except Mismatch:
-                pass
+                if member is str and isinstance(value, str):  # a text, but not one that may be: say what is wrong
+                    raise
         raise Mismatch([((), f"must be {type_name(tp)}, not {shown(value)}")])
 
     return structure

@@ -616,3 +616,9 @@ def test_a_key_of_a_home_that_is_unknown(files: Files, monkeypatch: pytest.Monke
         assert line.startswith("child.toml:4: data.path: must be ")
         line = files.problem(f'[[loggers]]\nplugin = "csv"\ndirectory = "{path}"')
         assert line.startswith("child.toml:4: loggers.csv.directory: must be ")
+
+
+def test_a_text_that_is_not_unicode_is_named_as_such(files: Files) -> None:
+    """Also where a list of texts would do: that it is no list is not what is wrong."""
+    line = files.problem("", "data.plugin=jsonl", "data.path=caf\udce9")
+    assert "data.path: must be valid Unicode" in line
