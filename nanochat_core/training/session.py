@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import shlex
 import traceback
 from pathlib import Path
 
@@ -240,6 +241,6 @@ class Session:
         if best is not None:
             report(f"Best {best_metric}: {best:.4f}")
         report(f"The run is in {self.run_dir.path}: experiment.toml, metrics.jsonl, checkpoints/, samples/")
-        other = "" if runs_dir == Path("runs") else f" --runs-dir {runs_dir}"
-        run = f"{self.run_dir.name}/{self.run_dir.id}"
+        other = "" if runs_dir == Path("runs") else f" --runs-dir {shlex.quote(str(runs_dir))}"
+        run = shlex.quote(f"{self.run_dir.name}/{self.run_dir.id}")
         report(f'Next:  nanochat sample {run}{other} "The capital of France is"\n       nanochat runs{other}')
