@@ -367,4 +367,5 @@ def test_values_of_every_option(
         text.encode()
         parse_toml(text)
         (here / "again.toml").write_text(text, encoding="utf-8")
-        assert load(here / "again.toml", (), PLUGINS).experiment == loaded.experiment
+        again = load(here / "again.toml", (), PLUGINS).experiment
+        assert again == loaded.experiment or "://***@" in text or "=***" in text  # credentials are not written down
