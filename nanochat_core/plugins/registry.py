@@ -249,42 +249,25 @@ class Registrar:
         Raises:
             PluginError: when an argument is malformed, or does not apply to this kind.
         """
-        _check_name(self._registry.kind.replace("_", " "), name)
+        kind = self._registry.kind
+        _check_name(kind.replace("_", " "), name)
         _check_text(f"summary of {name!r}", summary)
-        for what, target in (
-            ("factory", factory),
-            ("upgrade", upgrade or "a:b"),
-            ("from_name", from_name or "a:b"),
-            ("check", check or "a:b"),
-        ):
-            if not isinstance(target, str) or not re.fullmatch(r"[\w.]+:\w+", target):
-                raise PluginError(f'{what} of {name!r} must be "module:attribute", not {shorten(target)}')
-        if isinstance(requires, str) or not all(isinstance(module, str) and module for module in requires):
-            raise PluginError(f"requires of {name!r} must be a list of names of modules, not {shorten(requires)}")
-        for what, given, kind_of in (
-            ("install", install, str),
-            ("limit_option", limit_option, str),
-            ("best_metric", best_metric, str),
-            ("in_process", in_process, bool),
-            ("default", default, bool),
-            ("version", version, int),
-            ("defaults", defaults or {}, Mapping),
-            ("aliases", aliases or {}, Mapping),
-        ):
-            if not isinstance(given, kind_of):
-                raise PluginError(f"{what} of {name!r} must be a {kind_of.__name__}, not {shorten(given)}")
-        for kind, what, given in (
-            ("model", "a version and an upgrade", version != 1 or upgrade),
-            ("data_source", "default and limit_option", default or limit_option),
-            ("tokenizer", "from_name", from_name),
-            ("evaluator", "best_metric", best_metric),
-            ("logger", "check", check),
-        ):
-            if given and self._registry.kind != kind:
-                raise PluginError(f"{self._registry.kind} {name!r}: only {kind.replace('_', ' ')}s have {what}")
+        _check_targets(name, {"factory": factory, "upgrade": upgrade, "from_name": from_name, "check": check})
+        _check_types(name, requires, {
+            "install": (install, str), "limit_option": (limit_option, str), "best_metric": (best_metric, str),
+            "in_process": (in_process, bool), "default": (default, bool), "version": (version, int),
+            "defaults": (defaults or {}, Mapping), "aliases": (aliases or {}, Mapping),
+        })  # fmt: skip
+        _check_kind(kind, name, {
+            "model": ("a version and an upgrade", version != 1 or upgrade),
+            "data_source": ("default and limit_option", default or limit_option),
+            "tokenizer": ("from_name", from_name),
+            "evaluator": ("best_metric", best_metric),
+            "logger": ("check", check),
+        })  # fmt: skip
         self._registry.add(
             Entry(
-                kind=self._registry.kind,
+                kind=kind,
                 name=name,
                 config=config,
                 factory=factory,
@@ -305,6 +288,29 @@ class Registrar:
                 version=self.version,
             )
         )
+
+
+def _check_targets(name: str, targets: Mapping[str, str]) -> None:
+    for what, target in targets.items():
+        if what != "factory" and not target:
+            continue
+        if not isinstance(target, str) or not re.fullmatch(r"[\w.]+:\w+", target):
+            raise PluginError(f'{what} of {name!r} must be "module:attribute", not {shorten(target)}')
+
+
+def _check_types(name: str, requires: Iterable[str], arguments: Mapping[str, tuple[Any, type]]) -> None:
+    if isinstance(requires, str) or not all(isinstance(module, str) and module for module in requires):
+        raise PluginError(f"requires of {name!r} must be a list of names of modules, not {shorten(requires)}")
+    for what, (given, wanted) in arguments.items():
+        if not isinstance(given, wanted):
+            raise PluginError(f"{what} of {name!r} must be a {wanted.__name__}, not {shorten(given)}")
+
+
+def _check_kind(kind: str, name: str, arguments: Mapping[str, tuple[str, Any]]) -> None:
+    """Refuse arguments that only entries of another kind have."""
+    for owner, (what, given) in arguments.items():
+        if given and kind != owner:
+            raise PluginError(f"{kind} {name!r}: only {owner.replace('_', ' ')}s have {what}")
 
 
 @attrs.frozen
